@@ -1,0 +1,1 @@
+"""phasegate: phase experiments on a mixture-of-experts classifier."""

@@ -1,0 +1,45 @@
+"""Learning curves: what a trial looks like while it trains."""
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from phasegate.model import Model
+from phasegate.references import Reference
+from phasegate.signals import routing_entropy
+from phasegate.training import Examples, predict
+
+
+class Curve:
+    """Points of training loss (mean since the last point, nats), gate accuracy (percent) and routing."""
+
+    def __init__(self, model: Model | Reference, gate: Examples) -> None:
+        self.model, self.gate = model, gate
+        self.points: list[dict[str, float]] = []
+        self._losses: list[Tensor] = []
+
+    def add_loss(self, loss: Tensor) -> None:
+        """One step's loss."""
+        self._losses.append(loss)
+
+    def measure(self, step: int) -> int:
+        """Add the point of a step; returns how many gate examples are right."""
+        outputs = predict(self.model, self.gate.x)
+        logits = torch.cat([output.logits[0] for output in outputs])
+        right = int((logits.argmax(-1) == self.gate.y).sum())
+        entropies = [routing_entropy(routing.probs[0]) for output in outputs for routing in output.routings]
+        self.points.append(
+            {
+                "step": step,
+                "loss": float(torch.stack(self._losses).mean()) if self._losses else float("nan"),
+                "accuracy": 100 * right / len(self.gate),
+                "n_routed": self.model.n_routed if isinstance(self.model, Model) else 0,
+                "routing_entropy": float(torch.cat(entropies).mean()) if entropies else float("nan"),
+            }
+        )
+        self._losses.clear()
+        return right
+
+    def table(self) -> pd.DataFrame:
+        """One row per point."""
+        return pd.DataFrame(self.points)

@@ -1,0 +1,156 @@
+"""Evaluation on the test split: the only module that reads it.
+
+Shapes: N test examples, C classes, E experts.
+"""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import safetensors.numpy
+import torch
+
+from phasegate import checkpoint, data, execution
+from phasegate.checkpoint import RECORD, Checkpoint
+from phasegate.data import Array
+from phasegate.errors import UserError
+from phasegate.files import write_atomic
+from phasegate.model import Model, Output, cost
+from phasegate.phase import SURGERIES
+from phasegate.pretraining import CURVE
+from phasegate.signals import routing_entropy
+from phasegate.training import Examples, load_examples, predict
+
+CALIBRATION_BINS = 15
+
+
+class Evaluation(NamedTuple):
+    """One trial on the test split."""
+
+    trial: dict[str, Any]  # a row of trials.csv
+    classes: pd.DataFrame  # accuracy per class
+    routing: pd.DataFrame  # tokens per block, expert and class
+    predictions: Array  # (N,) predicted classes
+
+
+def evaluate_phase(models: Path, prepared: Path, output: Path) -> None:
+    """Evaluate every checkpoint below `models` and write the tables of the phase into `output`.
+
+    Raises:
+        UserError: if there is none, or one of them does not load.
+    """
+    device = execution.device()
+    gate = load_examples(prepared, device)[2]
+    split = data.load_test(prepared)
+    test = Examples(torch.from_numpy(split.x).to(device), torch.from_numpy(split.y).to(device))
+    folders = sorted(path.parent for path in models.glob(f"*/*/{RECORD}"))
+    if not folders:
+        raise UserError(f"{models} holds no checkpoints: run `dvc repro` for the stage that writes it")
+    results = {folder: evaluate(checkpoint.load(folder, gate, device), test) for folder in folders}
+    output.mkdir(parents=True, exist_ok=True)
+    tables = {
+        "trials": pd.DataFrame([result.trial for result in results.values()]),
+        "classes": pd.concat([result.classes for result in results.values()]),
+        "routing": pd.concat([result.routing for result in results.values()]),
+        "curves": pd.concat([_of_trial(f / CURVE, result.trial) for f, result in results.items()]),
+        "surgeries": pd.concat([_of_trial(f / SURGERIES, result.trial) for f, result in results.items()]),
+    }
+    for name, table in tables.items():
+        write_atomic(output / f"{name}.csv", table.to_csv(index=False))
+    predictions = {f"{r.trial['arm']}/seed-{r.trial['seed']}": r.predictions for r in results.values()}
+    write_atomic(output / "predictions.safetensors", safetensors.numpy.save(predictions))
+
+
+def evaluate(trial: Checkpoint, test: Examples) -> Evaluation:
+    """Accuracy (percent), negative log-likelihood (nats), calibration error (pp), routing and cost of one model."""
+    outputs = predict(trial.model, test.x)
+    logits = torch.cat([output.logits[0] for output in outputs])
+    y = test.y.cpu().numpy()
+    probs = logits.double().softmax(-1).cpu().numpy()
+    predicted = probs.argmax(1)
+    right = predicted == y
+    record = trial.record
+    key = {"phase": record.phase, "arm": record.arm, "seed": record.seed}
+    usage = class_usage(trial.model, outputs, test.y)
+    row = key | {
+        "accuracy": 100 * right.mean(),
+        "nll": -np.log(probs[np.arange(len(y)), y].clip(min=np.finfo(float).tiny)).mean(),
+        "calibration_error": calibration_error(probs.max(1), right),
+        **_routing_metrics(outputs, usage),
+        "n_routed_start": record.n_routed_start,
+        "n_routed_end": trial.model.n_routed if isinstance(trial.model, Model) else 0,
+        **cost(trial.model, tuple(test.x.shape[1:]))._asdict(),
+        "train_seconds": record.train_seconds,
+    }
+    classes = pd.DataFrame({"class": (c := np.unique(y)), "accuracy": [100 * right[y == k].mean() for k in c]})
+    return Evaluation(row, _with(key, classes), _with(key, _long(usage)), predicted)
+
+
+def calibration_error(confidence: Array, right: Array, bins: int = CALIBRATION_BINS) -> float:
+    """Expected calibration error, pp: |accuracy - confidence| over equal-width bins, weighted by their size.
+
+    Source: Guo et al. 2017, arXiv 1706.04599.
+    """
+    index = np.minimum((confidence * bins).astype(int), bins - 1)
+    gaps = np.bincount(index, weights=right - confidence, minlength=bins)
+    return float(100 * np.abs(gaps).sum() / len(right))
+
+
+def class_usage(model: torch.nn.Module, outputs: list[Output], y: torch.Tensor) -> dict[tuple[int, int], Array]:
+    """Test tokens of each class that each expert ran: (block, expert id) -> (C,)."""
+    if not isinstance(model, Model):
+        return {}
+    n_classes = model.spec.heads[0]
+    usage: dict[tuple[int, int], Array] = {}
+    for block, moe in enumerate(model.layers):
+        experts = torch.cat([output.routings[block].experts[0] for output in outputs])  # (N * S, K)
+        per_token = y.repeat_interleave(len(experts) // len(y))[:, None].expand_as(experts)
+        flat = (experts * n_classes + per_token).flatten()
+        counts = torch.bincount(flat, minlength=moe.n_routed * n_classes).view(-1, n_classes).cpu().numpy()
+        usage |= {(block, expert): counts[e] for e, expert in enumerate(moe.expert_id.tolist())}
+    return usage
+
+
+def mutual_information(counts: Array) -> float:
+    """Mutual information (nats) of the two axes of a table of counts."""
+    joint = counts / counts.sum()
+    independent = joint.sum(1, keepdims=True) * joint.sum(0, keepdims=True)
+    seen = joint > 0
+    return float((joint[seen] * np.log(joint[seen] / independent[seen])).sum())
+
+
+def _routing_metrics(outputs: list[Output], usage: dict[tuple[int, int], Array]) -> dict[str, float]:
+    """Mean over blocks of entropy and information; blank for a model without routing."""
+    blank = float("nan")
+    if not usage:
+        return {"routing_entropy": blank, "dead_experts": blank, "mutual_information": blank}
+    entropies = [routing_entropy(routing.probs[0]) for output in outputs for routing in output.routings]
+    blocks = sorted({block for block, _ in usage})
+    tables = [np.stack([counts for (b, _), counts in usage.items() if b == block]) for block in blocks]
+    return {
+        "routing_entropy": float(torch.cat(entropies).mean()),
+        "dead_experts": sum(int((table.sum(1) == 0).sum()) for table in tables),
+        "mutual_information": float(np.mean([mutual_information(table) for table in tables])),
+    }
+
+
+def _long(usage: dict[tuple[int, int], Array]) -> pd.DataFrame:
+    rows = [
+        (block, expert, label, int(tokens))
+        for (block, expert), counts in usage.items()
+        for label, tokens in enumerate(counts)
+    ]
+    return pd.DataFrame(rows, columns=["block", "expert", "class", "tokens"])
+
+
+def _of_trial(path: Path, trial: dict[str, Any]) -> pd.DataFrame:
+    """A table that a trial left in its folder, if it did, under the trial's key."""
+    table = pd.read_csv(path) if path.exists() else pd.DataFrame()
+    return _with({name: trial[name] for name in ("phase", "arm", "seed")}, table)
+
+
+def _with(key: dict[str, Any], table: pd.DataFrame) -> pd.DataFrame:
+    for position, (name, value) in enumerate(key.items()):
+        table.insert(position, name, value)
+    return table

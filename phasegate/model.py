@@ -1,0 +1,130 @@
+"""The classifier: stem -> pre-norm residual MoE blocks -> one linear head per task.
+
+Shapes: B examples, S tokens per example, D model width, G gates, C classes of a task.
+"""
+
+import copy
+from dataclasses import dataclass
+from math import prod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from phasegate.moe import MoE, Routing
+from phasegate.params import Architecture
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Everything needed to build a model at birth; surgery's later sizes are read from the weights."""
+
+    architecture: Architecture
+    input_shape: tuple[int, ...]  # (channels, length) or (channels, height, width)
+    heads: tuple[int, ...]  # classes of each task; the first task is the one that verdicts are about
+    n_gates: int = 1  # one router for all tasks, or one per task
+
+
+class Output(NamedTuple):
+    """One forward pass."""
+
+    logits: tuple[Tensor, ...]  # per task (B, C)
+    features: Tensor  # (G, B, D) what the heads read
+    routings: tuple[Routing, ...]  # per block
+
+
+class Block(nn.Module):
+    """x + dropout(MoE(LayerNorm(x))). LayerNorm, since running statistics would drift when experts change."""
+
+    def __init__(self, arch: Architecture, n_gates: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(arch.width)
+        self.moe = MoE(arch.width, arch.n_routed, arch.expert_width, arch.top_k, arch.n_shared, n_gates)
+        self.dropout = nn.Dropout(arch.dropout)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
+        """x (G, N, D) -> the same shape, and the routing."""
+        y, routing = self.moe(self.norm(x))
+        return x + self.dropout(y), routing
+
+
+class Model(nn.Module):
+    """A mixture-of-experts classifier with one or more task heads."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        arch = spec.architecture
+        stem = mlp_stem if arch.stem == "mlp" else conv_stem
+        self.stem = stem(spec.input_shape, arch.width)
+        self.blocks = nn.ModuleList(Block(arch, spec.n_gates) for _ in range(arch.blocks))
+        self.norm = nn.LayerNorm(arch.width)
+        self.heads = nn.ModuleList(nn.Linear(arch.width, classes) for classes in spec.heads)
+
+    @property
+    def layers(self) -> list[MoE]:
+        """The MoE layers, first block first."""
+        return [block.moe for block in self.blocks]  # type: ignore[misc]
+
+    @property
+    def n_routed(self) -> int:
+        """Routed experts over all blocks."""
+        return sum(moe.n_routed for moe in self.layers)
+
+    def forward(self, x: Tensor, n_tasks: int = 1) -> Output:
+        """Logits of the first `n_tasks` tasks for examples x (B, channels, ...)."""
+        n_gates = min(n_tasks, self.spec.n_gates)
+        tokens = self.stem(x).flatten(2).transpose(1, 2)  # (B, S, D)
+        batch, length, width = tokens.shape
+        h = tokens.reshape(1, batch * length, width).expand(n_gates, -1, -1)
+        routings = []
+        for block in self.blocks:
+            h, routing = block(h)
+            routings.append(routing)
+        features = self.norm(h.reshape(n_gates, batch, length, width).mean(2))
+        logits = tuple(head(features[min(task, n_gates - 1)]) for task, head in enumerate(self.heads[:n_tasks]))
+        return Output(logits, features, tuple(routings))
+
+
+class Cost(NamedTuple):
+    """What a model costs."""
+
+    params_total: int
+    params_active: int  # that one example's first-task prediction uses
+    flops_per_example: int  # of that prediction's matrix products and convolutions; a multiply-add counts two
+
+
+def cost(model: nn.Module, input_shape: tuple[int, ...]) -> Cost:
+    """Parameters and floating-point operations, the latter counted by running one example (in float64)."""
+    total = active = sum(parameter.numel() for parameter in model.parameters())
+    if isinstance(model, Model):
+        for moe in model.layers:
+            active -= (moe.n_routed - moe.top_k) * (moe.w_in[0].numel() + moe.w_out[0].numel())
+            active -= moe.router[1:].numel()
+        active -= sum(parameter.numel() for parameter in model.heads[1:].parameters())
+    probe = copy.deepcopy(model).cpu().double().eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        probe(torch.zeros(1, *input_shape, dtype=torch.float64))
+    return Cost(total, active, counter.get_total_flops())
+
+
+def mlp_stem(input_shape: tuple[int, ...], width: int) -> nn.Module:
+    """The whole input as one token: (B, ...) -> (B, D, 1)."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(prod(input_shape), width), nn.ReLU(), nn.Unflatten(1, (width, 1)))
+
+
+def conv_stem(input_shape: tuple[int, ...], width: int) -> nn.Module:
+    """Two strided convolutions: (B, channels, length or height x width) -> (B, D, positions / 4 per axis)."""
+    conv = convolution(input_shape)
+    return nn.Sequential(
+        conv(input_shape[0], width, 5, stride=2, padding=2),
+        nn.ReLU(),
+        conv(width, width, 3, stride=2, padding=1),
+        nn.ReLU(),
+    )
+
+
+def convolution(input_shape: tuple[int, ...]) -> type[nn.Conv1d] | type[nn.Conv2d]:
+    """The convolution for sequences (channels, length) or images (channels, height, width)."""
+    return nn.Conv1d if len(input_shape) == 2 else nn.Conv2d

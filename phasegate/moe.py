@@ -1,0 +1,187 @@
+"""The mixture-of-experts layer: two-level routing over stacked expert tensors.
+
+Every expert belongs to a *family*. The router scores families and picks the top K, which is ordinary
+top-K softmax routing while every family has one member. Inside a family the experts are the leaves of a
+binary tree of hyperplanes, and a token runs the one leaf that descending the tree reaches. So a family may
+grow without touching the router, and active compute stays K experts per token.
+
+Shapes: N tokens, D model width, H expert width, E experts, F families, K chosen families, L inner nodes,
+G gates (routers over the same experts; one, except under multi-task training).
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+AXES: dict[str, tuple[str | None, ...]] = {
+    "w_in": ("expert", None, None),
+    "w_out": ("expert", None, None),
+    "expert_id": ("expert",),
+    "family_of": ("expert",),
+    "path": ("expert", "node"),
+    "router": ("gate", "family", None),
+    "selection_bias": ("gate", "family"),
+    "node_weight": ("node", None),
+    "node_offset": ("node",),
+}
+"""What each axis of each tensor of the layer counts; surgery reads it, so that no tensor is forgotten."""
+
+
+class Routing(NamedTuple):
+    """How one forward pass routed its tokens. Most fields hold the graph: use them and let go."""
+
+    tokens: Tensor  # (G, N, D) what the layer was given
+    logits: Tensor  # (G, N, F) router scores
+    probs: Tensor  # (G, N, F) softmax of the scores
+    families: Tensor  # (G, N, K) chosen families
+    gates: Tensor  # (G, N, K) mixture weights; they sum to one over K
+    experts: Tensor  # (G, N, K) the expert that each chosen family runs
+
+
+class MoE(nn.Module):
+    """A routed feed-forward layer, optionally beside shared experts that run on every token.
+
+    Args:
+        width: D, the width of tokens.
+        n_routed: E, the number of routed experts at birth, each a family of its own.
+        expert_width: H, the hidden width of an expert.
+        top_k: K, the number of families that each token runs.
+        n_shared: number of shared experts (DeepSeekMoE, arXiv 2401.06066).
+        n_gates: G, the number of routers over the same experts (MMoE, KDD 2018).
+
+    Raises:
+        ValueError: if top_k is not between 1 and n_routed.
+    """
+
+    expert_id: Tensor  # (E,) stable ids
+    next_id: Tensor  # () the id that the next expert gets: ids are never used twice
+    family_of: Tensor  # (E,)
+    path: Tensor  # (E, L) the side (+1, -1) of each node that leads to the expert; 0 where not on its path
+    selection_bias: Tensor  # (G, F) added for selection only (DeepSeek-V3, arXiv 2412.19437)
+
+    def __init__(
+        self, width: int, n_routed: int, expert_width: int, top_k: int, n_shared: int = 0, n_gates: int = 1
+    ) -> None:
+        super().__init__()
+        if not 1 <= top_k <= n_routed:
+            raise ValueError(f"top_k is {top_k}: it must lie between 1 and n_routed = {n_routed}")
+        self.top_k = top_k
+        self.w_in = nn.Parameter(uniform((n_routed, width, expert_width), fan_in=width))
+        self.w_out = nn.Parameter(uniform((n_routed, expert_width, width), fan_in=expert_width))
+        self.router = nn.Parameter(uniform((n_gates, n_routed, width), fan_in=width))
+        self.node_weight = nn.Parameter(torch.empty(0, width))
+        self.node_offset = nn.Parameter(torch.empty(0))
+        if n_shared:
+            self.shared_in = nn.Parameter(uniform((width, n_shared * expert_width), fan_in=width))
+            self.shared_out = nn.Parameter(uniform((n_shared * expert_width, width), fan_in=expert_width))
+        self.n_shared = n_shared
+        self.register_buffer("expert_id", torch.arange(n_routed))
+        self.register_buffer("next_id", torch.tensor(n_routed))
+        self.register_buffer("family_of", torch.arange(n_routed))
+        self.register_buffer("path", torch.zeros(n_routed, 0, dtype=torch.int8))
+        self.register_buffer("selection_bias", torch.zeros(n_gates, n_routed))
+        self.refresh()
+
+    @property
+    def n_routed(self) -> int:
+        """E, read from the weights, so that it can't be stale."""
+        return self.w_in.shape[0]
+
+    @property
+    def n_families(self) -> int:
+        """F, read from the router."""
+        return self.router.shape[1]
+
+    def refresh(self) -> None:
+        """Derive the descent tables from `family_of` and `path`; to be called whenever those change.
+
+        A slot is an inner node (0..L-1) or an expert (L + e). `_root` (F,) is where a family's descent starts,
+        `_child` (L + E, 2) where a token on the negative / positive side goes on; experts lead to themselves.
+        """
+        n_nodes, path, family_of = self.path.shape[1], self.path.tolist(), self.family_of.tolist()
+        child = [[0, 0] for _ in range(n_nodes)] + [[n_nodes + e] * 2 for e in range(self.n_routed)]
+
+        def descend(leaves: list[int]) -> tuple[int, int]:
+            """The slot at which these leaves hang together, and the depth below it."""
+            if len(leaves) == 1:
+                return n_nodes + leaves[0], 0
+            node = next(
+                node for node in range(n_nodes) if {path[leaf][node] for leaf in leaves} == {-1, 1}
+            )  # fmt: skip
+            sides = [[leaf for leaf in leaves if path[leaf][node] == side] for side in (-1, 1)]
+            (child[node][0], left), (child[node][1], right) = descend(sides[0]), descend(sides[1])
+            return node, 1 + max(left, right)
+
+        roots = [descend([e for e, family in enumerate(family_of) if family == f]) for f in range(self.n_families)]
+        device = self.path.device
+        self._root = torch.tensor([slot for slot, _ in roots], device=device)
+        self._child = torch.tensor(child, device=device)
+        self._depth = max(depth for _, depth in roots)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
+        """Route tokens x (G, N, D), gate g's tokens by router g, and return the mixture (G, N, D)."""
+        n_gates = x.shape[0]
+        logits = x @ self.router[:n_gates].transpose(1, 2)  # (G, N, F)
+        probs = logits.softmax(-1)
+        families = (probs.detach() + self.selection_bias[:n_gates, None]).topk(self.top_k).indices  # (G, N, K)
+        gates = probs.gather(-1, families)
+        if self.top_k > 1:  # a lone gate keeps its probability, else the router would get no gradient (Switch)
+            gates = gates / gates.sum(-1, keepdim=True)
+        experts, teaching = self._leaves(x, families)
+        y = self._mix(x.flatten(0, 1), experts.flatten(0, 1), (gates * teaching).flatten(0, 1)).view_as(x)
+        if self.n_shared:
+            y = y + (x @ self.shared_in).relu() @ self.shared_out
+        return y, Routing(x, logits, probs, families, gates, experts)
+
+    def _leaves(self, x: Tensor, families: Tensor) -> tuple[Tensor, Tensor | float]:
+        """The expert that each chosen family runs (G, N, K), and a factor of value one that teaches hyperplanes.
+
+        The factor is r / stop_gradient(r) with r the product of sigmoid(signed margin) along the path.
+        """
+        slots, n_nodes = self._root[families], self.path.shape[1]
+        if not n_nodes:
+            return slots, 1.0
+        margins = x @ self.node_weight.T + self.node_offset  # (G, N, L)
+        trained = self.node_weight.requires_grad
+        log_r = torch.zeros_like(slots, dtype=x.dtype) if trained else None
+        for _ in range(self._depth):
+            margin = margins.gather(-1, slots.clamp(max=n_nodes - 1))
+            if log_r is not None:
+                log_r = log_r + torch.where(slots < n_nodes, F.logsigmoid(margin.abs()), 0)
+            slots = self._child[slots, (margin > 0).long()]
+        return slots - n_nodes, 1.0 if log_r is None else (log_r - log_r.detach()).exp()
+
+    def _mix(self, x: Tensor, experts: Tensor, gates: Tensor) -> Tensor:
+        """Gated sum of expert outputs; x (N, D), experts and gates (N, K) -> (N, D).
+
+        Tokens are sorted by expert once, so that each expert is one contiguous matrix product.
+        """
+        chosen = experts.flatten()  # (N*K,)
+        order = chosen.argsort(stable=True)
+        ends = torch.bincount(chosen, minlength=self.n_routed).cumsum(0)
+        sorted_x = x.index_select(0, order // self.top_k)  # (N*K, D)
+        sorted_y = grouped_mm(grouped_mm(sorted_x, self.w_in, ends).relu(), self.w_out, ends)
+        inverse = torch.empty_like(order)
+        inverse[order] = torch.arange(len(order), device=order.device)
+        y = sorted_y.index_select(0, inverse).view(*experts.shape, -1)  # (N, K, D)
+        return (gates.unsqueeze(-1) * y).sum(1)
+
+
+def grouped_mm(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+    """Rows x (M, A), grouped by expert up to `ends` (E,), times their expert's weights (E, A, B) -> (M, B).
+
+    `torch.nn.functional.grouped_mm` where it can (float32, row strides of 16 bytes), else a plain loop.
+    """
+    if x.dtype == torch.float32 and not x.is_cuda and weights.shape[1] % 4 == weights.shape[2] % 4 == 0:
+        return F.grouped_mm(x, weights, offs=ends.int())
+    sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()
+    return torch.cat([rows @ weight for rows, weight in zip(torch.split(x, sizes), weights, strict=True)])
+
+
+def uniform(shape: tuple[int, ...], fan_in: int, generator: torch.Generator | None = None) -> Tensor:
+    """A fresh weight: uniform with variance 1 / fan_in (LeCun)."""
+    bound = math.sqrt(3 / fan_in)
+    return torch.empty(shape).uniform_(-bound, bound, generator=generator)

@@ -1,0 +1,109 @@
+"""From a source to a prepared data set: splits, standardisation, tasks.
+
+Apart from `data`, so that a change here or in `sources` does not retrain what reads the same prepared arrays.
+Shapes: N examples, C channels; x is (N, C, ...), y is (N,).
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from phasegate import data
+from phasegate.data import Array, Split
+from phasegate.errors import UserError
+from phasegate.sources import Raw, load_source
+
+
+def prepare(
+    name: str,
+    out_dir: Path,
+    raw_dir: Path,
+    path: Path | None,
+    validation: int,
+    split_seed: int,
+    tasks: Mapping[str, Sequence[int]],
+) -> None:
+    """Write a data set's splits, standardised by train's channels, into `out_dir`, for `data.load_*`.
+
+    `name`, `raw_dir`, `path` are those of `load_source`; `validation`, a number of examples, and `split_seed`
+    those of `split_validation`. `tasks` are label maps (name -> task label of every class), joined by the
+    source's own. Raises UserError for data or values that can't be used.
+    """
+    raw = load_source(name, raw_dir, path)
+    train, signal, gate = split_validation(raw, validation, np.random.default_rng(split_seed))
+    class_names = raw.class_names or tuple(str(label) for label in np.unique(train.y))
+    all_tasks = merge_tasks(tasks, raw.tasks, len(class_names))
+    channels = train.x.shape[1]
+    mean, std = channel_moments(train.x) if raw.standardise else ((0.0,) * channels, (1.0,) * channels)
+    splits = {
+        key: Split(standardise(split.x, mean, std), split.y)
+        for key, split in {"train": train, "signal": signal, "gate": gate, "test": raw.test}.items()
+    }
+    data.save(out_dir, splits, name=name, class_names=class_names, tasks=all_tasks, mean=mean, std=std)
+
+
+def split_validation(raw: Raw, validation: int, generator: np.random.Generator) -> tuple[Split, Split, Split]:
+    """Train, signal and gate, the latter two being stratified halves of validation.
+
+    Unless the source brings its own, validation is a stratified draw of `validation` examples from train.
+    Raises UserError if that leaves a half empty or train without a class.
+    """
+    train, held_out = raw.train, raw.validation
+    if held_out is None:
+        if not 2 <= validation < len(train):
+            raise UserError(f"validation is {validation}: it must be from 2 to {len(train) - 1}, a part of train")
+        chosen = stratified(train.y, validation, generator)
+        train, held_out = _subset(raw.train, ~chosen), _subset(raw.train, chosen)
+        if lost := sorted(set(np.unique(raw.train.y)) - set(np.unique(train.y))):
+            raise UserError(f"validation is {validation}: it must leave examples of class {lost[0]} in train")
+    half = stratified(held_out.y, len(held_out) // 2, generator)
+    return train, _subset(held_out, half), _subset(held_out, ~half)
+
+
+def stratified(y: Array, count: int, generator: np.random.Generator) -> Array:
+    """Mask (N,) of `count` random examples, with every class's share of them rounded down or up.
+
+    Systematic sampling: every (N / count)-th example of a random order sorted by class.
+    """
+    order = generator.permutation(len(y))
+    order = order[np.argsort(y[order], kind="stable")]
+    mask = np.zeros(len(y), bool)
+    mask[order[(2 * np.arange(count) + 1) * len(y) // (2 * count)]] = True
+    return mask
+
+
+def merge_tasks(
+    given: Mapping[str, Sequence[int]], own: Mapping[str, Sequence[int]], classes: int
+) -> dict[str, tuple[int, ...]]:
+    """The given label maps, then the data set's own; UserError if one is malformed or contradicts those."""
+    tasks = {name: tuple(labels) for name, labels in {**given, **own}.items()}
+    for name, labels in tasks.items():
+        if tuple(given.get(name, labels)) != labels:
+            raise UserError(f"task {name} differs from the data set's own labels of that name: leave it out")
+        used = sorted(set(labels))
+        if len(labels) != classes or used != list(range(len(used))):
+            raise UserError(
+                f"task {name} maps {len(labels)} classes to the labels {used}:"
+                f" it must map each of the {classes} classes to one of 0..n-1, all of them used"
+            )
+    return tasks
+
+
+def channel_moments(x: Array) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of every channel of x (N, C, ...); a constant channel gets deviation 1."""
+    channels = [x[:, channel] for channel in range(x.shape[1])]
+    mean = tuple(float(channel.mean(dtype=np.float64)) for channel in channels)
+    return mean, tuple(float(channel.std(dtype=np.float64)) or 1.0 for channel in channels)
+
+
+def standardise(x: Array, mean: Sequence[float], std: Sequence[float]) -> Array:
+    """(x - mean) / std per channel of x (N, C, ...), computed in float64 and rounded to float32 once."""
+    result = np.empty(x.shape, np.float32)
+    for channel, (centre, scale) in enumerate(zip(mean, std, strict=True)):
+        result[:, channel] = (x[:, channel].astype(np.float64) - centre) / scale
+    return result
+
+
+def _subset(split: Split, mask: Array) -> Split:
+    return Split(split.x[mask], split.y[mask])

@@ -1,0 +1,93 @@
+"""The report page: one self-contained HTML file without scripts or anything fetched from a network."""
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pandas as pd
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from phasegate.decisions import CONTROL
+from phasegate.report import tables
+
+CAPTIONS = {
+    "differences": "Difference of each arm from the control",
+    "learning_curves": "Learning curves and surgeries",
+    "expert_routing": "Which expert serves which class",
+    "leaderboard_q1": "Search of the training configuration (7a Q1)",
+    "leaderboard_q2": "Search of the architecture (7a Q2)",
+}
+
+
+def render(
+    decisions: pd.DataFrame,
+    hypotheses: Mapping[str, str],
+    margin_pp: float,
+    *,
+    figures: Mapping[str, str],
+    leaderboards: Mapping[str, pd.DataFrame],
+    surgeries: pd.DataFrame,
+    provenance: Mapping[str, object],
+    control: str = CONTROL,
+    confidence: float = 0.95,
+) -> str:
+    """The whole page as HTML.
+
+    `figures` maps names (`CAPTIONS` has those known) to SVG text from `plots.svg`, `leaderboards` maps `q1`
+    and `q2` to their tables; `surgeries` may be empty, `provenance` may nest mappings. Raises UserError for a
+    phase without a hypothesis.
+    """
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    phases = [
+        {
+            "label": tables.phase_label(row.phase),
+            "verdict": row.verdict,
+            "hypothesis": tables.hypothesis(hypotheses, row.phase),
+            "outcome": tables.outcome(row, margin_pp, control),
+        }
+        for row in tables.headline_rows(decisions)
+    ]
+    return environment.get_template("report.html.j2").render(
+        phases=phases,
+        rule=tables.rule(margin_pp, confidence, control),
+        decisions=tables.decision_cells(decisions),
+        primary=list(decisions["primary"]),
+        story=tables.story_cells(decisions, leaderboards),
+        figures=[
+            {"name": name, "caption": CAPTIONS.get(name, name), "svg": inline_svg(svg, name)}
+            for name, svg in figures.items()
+        ],
+        surgeries=tables.surgery_cells(surgeries),
+        leaderboards={f"7a {name.upper()}": tables.leaderboard_cells(t) for name, t in leaderboards.items()},
+        provenance=list(_flat(provenance)),
+    )
+
+
+def inline_svg(svg: str, name: str) -> Markup:
+    """A figure's `<svg>` element for a page of several: ids made unique by `name`, size left to the page."""
+    element = svg[svg.index("<svg") :]
+    element = re.sub(r"<metadata>.*?</metadata>\s*", "", element, flags=re.DOTALL)
+    element = re.sub(r'\b(id=")|((?:xlink:)?href="#)|(url\(#)', rf"\g<0>{name}-", element)
+    opening, rest = element.split(">", 1)
+    width = re.search(r'\bwidth="([\d.]+)pt"', opening)
+    assert width, "matplotlib gives the width of a figure in points"
+    opening = re.sub(r'\s(?:width|height)="[^"]*"', "", opening)
+    # It shrinks to the page down to 70 % of its size, where its text is still readable, and then scrolls.
+    size = f"max-width:{float(width[1]) * 4 / 3:.0f}px;min-width:{float(width[1]) * 4 / 3 * 0.7:.0f}px"
+    return Markup(f'{opening} role="img" aria-labelledby="{name}-caption" style="{size}">{rest}')
+
+
+def _flat(mapping: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Nested mappings as (dotted name, text) pairs."""
+    for key, value in mapping.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", str(value)

@@ -1,0 +1,336 @@
+"""The figures: one function per figure, each returning a matplotlib `Figure`; `svg` and `save` write it.
+
+Titles are findings made from the data (`tables.finding`). Colours are Okabe and Ito's, and no meaning hangs
+on colour alone: verdicts and operations also differ in marker, primary arms also in size and fill. Figures
+never touch pyplot's global state, and the same data gives the same bytes.
+"""
+
+import re
+from io import StringIO
+from math import ceil, isfinite
+from pathlib import Path
+from textwrap import fill
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.collections import QuadMesh
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from phasegate.decisions import BASELINE, CONTROL, START, relabel_control
+from phasegate.errors import UserError
+from phasegate.report.tables import MINUS, finding, headline_rows, interval, number, phase_label, rows_of
+from phasegate.statistics import mean_interval
+
+BLACK, ORANGE, SKY, GREEN, BLUE, VERMILION, PURPLE = (
+    *("#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7"),
+)
+GREY = "#767676"
+ARM_STYLES = [  # colour and dash of the arms of a phase, primary first
+    (BLUE, "-"),
+    (VERMILION, "--"),
+    (GREEN, "-."),
+    (PURPLE, ":"),
+    (ORANGE, (0, (5, 1))),
+    (SKY, (0, (3, 1, 1, 1))),
+]
+VERDICT_STYLES = {  # colour and marker
+    "GO": (GREEN, "o"),
+    "NO-GO": (VERMILION, "X"),
+    "INCONCLUSIVE": (ORANGE, "D"),
+    "BASELINE": (GREY, "s"),
+}
+OPERATION_MARKERS = {"split": "^", "clone": "P", "reinit": "*", "remove": "v", "merge": "d"}
+STYLE: dict[Any, Any] = {
+    "font.size": 10,
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+    "svg.fonttype": "path",  # the same look in every browser, whatever fonts it has
+    "svg.hashsalt": "phasegate",
+}
+
+
+@mpl.rc_context(STYLE)
+def differences(decisions: pd.DataFrame, margin_pp: float, control: str = CONTROL) -> Figure:
+    """Forest plot: each arm's difference from the control (pp) with its interval, the margin and zero."""
+    rows = [row for row in rows_of(decisions) if row.verdict != "CONTROL"]
+    if not rows:
+        raise UserError("the decisions have no arm beside the control: there is nothing to plot")
+    positions, at = [], 0.0
+    for before, row in zip([None, *rows], rows, strict=False):
+        at += 1.6 if before is not None and before.phase != row.phase else 1.0
+        positions.append(at)
+    figure, (axes,) = _figure(9, 1.6 + 0.32 * at)
+    axes.axvline(0, color=GREY, linewidth=1)
+    axes.axvline(-margin_pp, color=BLACK, linewidth=1, linestyle="--")
+    for y, row in zip(positions, rows, strict=True):
+        colour, marker = VERDICT_STYLES[row.verdict]
+        size, face = (9, colour) if row.primary else (6, "white")
+        if isfinite(row.delta_lo):
+            axes.hlines(y, row.delta_lo, row.delta_hi, color=colour, linewidth=2.5 if row.primary else 1.3)
+        axes.plot(row.delta_pp, y, marker, color=colour, markerfacecolor=face, markersize=size)
+        text = f"{row.verdict}  {interval(row.delta_pp, row.delta_lo, row.delta_hi, signed=True)}"
+        weight = "bold" if row.primary else "normal"
+        axes.annotate(*(text, (1.01, y)), xycoords=("axes fraction", "data"), va="center", size=9, weight=weight)
+    axes.set_yticks(positions, [f"{phase_label(row.phase)}  {row.arm}" for row in rows])
+    for label, row in zip(axes.get_yticklabels(), rows, strict=True):
+        label.set_fontweight("bold" if row.primary else "normal")
+    axes.set_ylim(max(positions) + 0.8, min(positions) - 0.8)
+    axes.set_xlabel(f"test accuracy minus {control}, pp (dashed: the margin, {MINUS}{margin_pp:g} pp)")
+    findings = [
+        _wrapped(f"{phase_label(row.phase)} {finding(row, margin_pp, control)}", 100)
+        for row in headline_rows(decisions)
+    ]
+    figure.suptitle("\n".join(findings) or "No phase is decided yet", x=0.01, ha="left")
+    return figure
+
+
+@mpl.rc_context(STYLE)
+def learning_curves(
+    curves: pd.DataFrame,
+    decisions: pd.DataFrame,
+    margin_pp: float,
+    surgeries: pd.DataFrame | None = None,
+    control: str = CONTROL,
+    confidence: float = 0.95,
+) -> Figure:
+    """Gate accuracy (percent) over training steps, a panel per phase: mean and interval over seeds per arm.
+
+    The control is grey in every panel that continues from 7a; marks along the bottom are the surgeries of all
+    seeds, a row per arm.
+    """
+    curves = relabel_control(curves)
+    shown = curves[curves["arm"] != control]["phase"].unique()
+    heads = [row for row in rows_of(decisions) if row.primary and row.phase in shown]
+    if not heads:
+        raise UserError("the curves have no phase of the decisions: there is nothing to plot")
+    columns = min(2, len(heads))
+    figure, panels = _figure(6.4 * columns, 3.7 * ceil(len(heads) / columns), len(heads), columns)
+    for axes, head in zip(panels, heads, strict=True):
+        if head.phase != START:
+            _curve(axes, curves[(curves["phase"] == START) & (curves["arm"] == control)], GREY, "-", confidence)
+        arms = decisions[(decisions["phase"] == head.phase) & (decisions["arm"] != control)]["arm"]
+        for index, arm in enumerate(arms):  # the primary arm comes first in the decisions
+            colour, dash = ARM_STYLES[index % len(ARM_STYLES)]
+            _curve(
+                *(axes, curves[(curves["phase"] == head.phase) & (curves["arm"] == arm)], colour, dash),
+                confidence,
+                width=2.2 if arm == head.arm else 1.3,
+            )
+        if surgeries is not None:
+            _surgery_marks(axes, surgeries[surgeries["phase"] == head.phase], list(arms))
+        axes.set_title(_wrapped(f"{phase_label(head.phase)} {finding(head, margin_pp, control)}"))
+        axes.set(xlabel="training step", ylabel="gate accuracy, %")
+        axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    if surgeries is not None and len(surgeries):
+        marks = [
+            Line2D([], [], color=BLACK, marker=OPERATION_MARKERS[name], linestyle="", markersize=5, label=name)
+            for name in OPERATION_MARKERS
+            if name in set(surgeries["operation"])
+        ]
+        figure.legend(
+            handles=marks,
+            loc="outside lower center",
+            ncols=len(marks),
+            title="surgeries, in the arm's colour; the larger, the more seeds",
+        )
+    return figure
+
+
+@mpl.rc_context(STYLE)
+def expert_routing(routing: pd.DataFrame, decisions: pd.DataFrame, seed: int = 0, block: int = 0) -> Figure:
+    """Heatmaps, expert by class: the share (percent) of each class's routed tokens that every expert gets.
+
+    A panel for the 7a baseline and one for each primary arm, all of one seed and block. Experts keep their
+    row: those that surgery removed stay as grey rows, those born in the phase follow below.
+    """
+    routing = routing[(routing["seed"] == seed) & (routing["block"] == block)]
+    panels = {}
+    for row in rows_of(decisions[decisions["primary"].astype(bool)]):
+        part = routing[(routing["phase"] == row.phase) & (routing["arm"] == row.arm)]
+        if len(part):
+            counts = part.pivot_table(index="expert", columns="class", values="tokens", aggfunc="sum", fill_value=0)
+            panels[row.phase, row.arm] = counts
+    if (START, BASELINE) not in panels:
+        raise UserError(f"the routing has no rows of the 7a baseline for seed {seed}, block {block}")
+    old = panels[START, BASELINE].index
+    height = max(len(old.union(counts.index)) for counts in panels.values())
+    columns = min(2, len(panels))
+    rows = ceil(len(panels) / columns)
+    figure, all_axes = _figure(5 * columns, rows * (1.4 + min(8, 0.2 * height)), len(panels), columns)
+    most = max(float(_shares(counts).to_numpy().max()) for counts in panels.values())
+    for axes, ((phase, arm), counts) in zip(all_axes, panels.items(), strict=True):
+        mesh = _heatmap(axes, _shares(counts).reindex(old.union(counts.index)), old, most)
+        busiest = f"the busiest takes {100 * counts.sum(axis=1).max() / counts.to_numpy().sum():.0f} %"
+        kept, born = len(old.intersection(counts.index)), len(counts.index.difference(old))
+        what = f"{len(old)} experts" if phase == START else f"{kept} of {len(old)} experts kept, {born} born"
+        axes.set_title(f"{phase_label(phase)} {arm}: {what},\n{busiest} of all tokens")
+    figure.colorbar(mesh, ax=all_axes, label="share of the class's tokens, %", shrink=0.6, aspect=25)
+    figure.suptitle(
+        f"Which expert serves which class (seed {seed}, block {block}; grey: removed, +: born)",
+        x=0.01,
+        ha="left",
+    )
+    return figure
+
+
+@mpl.rc_context(STYLE)
+def leaderboard(table: pd.DataFrame, title_prefix: str) -> Figure:
+    """Dots with intervals: the candidates by gate accuracy (percent), and below them the references.
+
+    The two groups have their own scales; the dashed line carries the chosen candidate over to the references.
+    """
+    search, references = table[table["kind"] == "search"], table[table["kind"] == "reference"]
+    sizes = [len(group) for group in (search, references) if len(group)]
+    figure, panels = _figure(9, 1.9 + 0.3 * sum(sizes) + 0.7 * (len(sizes) - 1), len(sizes), 1, sizes)
+    best = next(row for row in rows_of(search) if row.chosen)
+    for y, row in enumerate(rows_of(search)):
+        colour = BLUE if row.chosen else GREY
+        _dot(panels[0], y, (row.accuracy, row.accuracy_lo, row.accuracy_hi), colour, "o", strong=row.chosen)
+    _name_rows(panels[0], search, "gate accuracy, %")
+    if len(references):
+        axes = panels[1]
+        axes.axvline(best.accuracy, color=BLUE, linewidth=1, linestyle="--", label=f"{best.candidate}, gate")
+        for y, row in enumerate(rows_of(references)):
+            _dot(axes, y - 0.2, (row.accuracy, row.accuracy_lo, row.accuracy_hi), GREY, "o")
+            _dot(axes, y, (row.test_accuracy, row.test_lo, row.test_hi), VERMILION, "s")
+            axes.plot(row.published_accuracy, y + 0.2, "D", color=BLACK, markerfacecolor="white", markersize=6)
+        _name_rows(axes, references, "accuracy of the references, %")
+        for label, marker, colour, face in (
+            ("gate", "o", GREY, GREY),
+            ("test", "s", VERMILION, VERMILION),
+            ("published", "D", BLACK, "white"),
+        ):
+            axes.plot([], [], marker, color=colour, markerfacecolor=face, label=label)
+        axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    figure.suptitle(f"{title_prefix}: {_ranking(search, best)}", x=0.01, ha="left")
+    return figure
+
+
+@mpl.rc_context(STYLE)
+def svg(figure: Figure) -> str:
+    """The figure as SVG text, free of dates and versions: equal figures give equal text."""
+    buffer = StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    return buffer.getvalue()
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write the figure to `path` as SVG."""
+    path.write_text(svg(figure), encoding="utf-8")
+
+
+def _figure(
+    width: float, height: float, panels: int = 1, columns: int = 1, heights: list[int] | None = None
+) -> tuple[Figure, list[Axes]]:
+    """A figure of `width` by `height` inches with its first `panels` cells filled."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    grid = figure.add_gridspec(ceil(panels / columns), columns, height_ratios=heights)
+    return figure, [figure.add_subplot(grid[index // columns, index % columns]) for index in range(panels)]
+
+
+def _wrapped(title: str, width: int = 58) -> str:
+    """A title on lines of at most `width` characters, never broken inside an interval."""
+    whole = re.sub(r"\[.*?\]", lambda match: match[0].replace(" ", "\N{NO-BREAK SPACE}"), title)
+    return fill(whole, width)
+
+
+def _curve(axes: Axes, rows: pd.DataFrame, colour: str, dash: Any, confidence: float, width: float = 1.3) -> None:
+    """One arm's mean over seeds with its band; `rows` are that arm's curves."""
+    if rows.empty:
+        return
+    steps, accuracies = zip(*rows.dropna(subset="accuracy").groupby("step")["accuracy"], strict=True)
+    means, lows, highs = np.array([mean_interval(values, confidence) for values in accuracies]).T
+    axes.plot(steps, means, color=colour, linestyle=dash, linewidth=width, label=rows["arm"].iloc[0])
+    known = np.isfinite(lows)
+    axes.fill_between(np.array(steps)[known], lows[known], highs[known], color=colour, alpha=0.15, linewidth=0)
+
+
+def _surgery_marks(axes: Axes, surgeries: pd.DataFrame, arms: list[str]) -> None:
+    """A strip below the curves: a row for each arm and operation, marks growing with the number of seeds."""
+    rows = [
+        (arm, operation, steps.value_counts())
+        for arm in arms
+        for operation, steps in surgeries[surgeries["arm"] == arm].groupby("operation")["step"]
+    ]
+    low, high = axes.get_ylim()
+    share = 0.05 * len(rows) + 0.02  # of the height of the axes
+    axes.set_ylim(low - (high - low) * share / (1 - share), high)
+    for level, (arm, operation, counts) in enumerate(rows):
+        axes.scatter(
+            *(counts.index, np.full(len(counts), 0.03 + 0.05 * level), 10 + 25 * counts / counts.max()),
+            marker=OPERATION_MARKERS[str(operation)],
+            color=ARM_STYLES[arms.index(arm) % len(ARM_STYLES)][0],
+            linewidth=0,
+            transform=axes.get_xaxis_transform(),
+        )
+
+
+def _shares(counts: pd.DataFrame) -> pd.DataFrame:
+    """Tokens (experts, classes) as percent of each class; a class without tokens stays at 0."""
+    return 100 * counts / counts.sum(axis=0).clip(lower=1)
+
+
+def _heatmap(axes: Axes, shares: pd.DataFrame, old: "pd.Index[Any]", most: float) -> QuadMesh:
+    """One panel of `expert_routing`; rows without numbers are the removed experts."""
+    experts, classes = [int(e) for e in shares.index], list(shares.columns)
+    many = shares.size > 1500  # then as pixels, without white lines between the cells
+    mesh = axes.pcolormesh(
+        np.ma.masked_invalid(shares.to_numpy(dtype=float)),
+        cmap="Blues",
+        vmin=0,
+        vmax=most,
+        edgecolors="none" if many else "white",
+        linewidth=0 if many else 0.5,
+        rasterized=many,
+    )
+    axes.set_facecolor("#bbbbbb")
+    names = [f"+{expert}" if expert not in old else str(expert) for expert in experts]
+    every = ceil(len(experts) / 40)
+    axes.set_yticks(np.arange(0, len(experts), every) + 0.5, names[::every], fontsize=7)
+    labels = [str(name) for name in classes]
+    every = ceil(len(labels) / 34)
+    upright = len(labels) > 25 or max(map(len, labels)) > 3
+    axes.set_xticks(np.arange(0, len(labels), every) + 0.5, labels[::every], fontsize=7, rotation=90 if upright else 0)
+    axes.invert_yaxis()
+    axes.tick_params(length=0)
+    axes.set(xlabel="class", ylabel="expert")
+    return mesh
+
+
+def _dot(
+    axes: Axes, y: float, value: tuple[float, float, float], colour: str, marker: str, strong: bool = False
+) -> None:
+    """A mean with its interval, (mean, lo, hi); without an interval just the mean; blanks aren't drawn."""
+    mean, lo, hi = value
+    if isfinite(lo) and isfinite(hi):
+        axes.hlines(y, lo, hi, color=colour, linewidth=2.5 if strong else 1.3)
+    if isfinite(mean):
+        axes.plot(mean, y, marker, color=colour, markersize=9 if strong else 6)
+
+
+def _name_rows(axes: Axes, rows: pd.DataFrame, xlabel: str) -> None:
+    axes.set_yticks(range(len(rows)), list(rows["candidate"]))
+    for label, chosen in zip(axes.get_yticklabels(), rows["chosen"], strict=True):
+        label.set_fontweight("bold" if chosen else "normal")
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.set_xlabel(xlabel)
+    axes.grid(axis="y", linewidth=0.4, color="#dddddd")
+    axes.set_axisbelow(True)
+
+
+def _ranking(search: pd.DataFrame, best: Any) -> str:
+    """What the search found: the chosen candidate, its accuracy, the distance to the best other one."""
+    text = f"{best.candidate} chosen at {interval(best.accuracy, best.accuracy_lo, best.accuracy_hi, 1)} %"
+    others = search[~search["chosen"].astype(bool)]
+    if others.empty:
+        return text
+    other = next(iter(rows_of(others)))
+    lead = best.accuracy - other.accuracy
+    return f"{text}, {number(abs(lead), 1)} pp {'ahead of' if lead >= 0 else 'behind'} {other.candidate}"

@@ -1,0 +1,264 @@
+"""Numbers as text: intervals, findings, and the tables of `reports/decisions.md` and the page.
+
+A finding is always made from the row it describes, so no sentence or title can contradict the table.
+"""
+
+from collections.abc import Mapping
+from math import inf, isfinite
+from typing import Any, NamedTuple
+
+import pandas as pd
+
+from phasegate.decisions import CONTROL, START
+from phasegate.errors import UserError
+
+MINUS = "\N{MINUS SIGN}"
+
+
+class Milestone(NamedTuple):
+    """What the published story did in a phase and what came out, on its author's own data."""
+
+    phase: str
+    label: str
+    done: str
+    accuracy: float | None  # percent
+    result: str
+
+
+STORY = (
+    Milestone("q1", "7a Q1", "search for the best training configuration", 70.15, ""),
+    Milestone("q2", "7a Q2", "optimise the MoE architecture", 70.73, ""),
+    Milestone("p7a", "7a", "baseline: 12 fixed routed experts", 69.80, ""),
+    Milestone("p7b1", "7b.1", "control head trained on random labels", 58.30, "NO-GO"),
+    Milestone("p7b2", "7b.2", "routing entropy as the signal", None, "broken: checkpoint loaded at 8.95 %"),
+    Milestone("p7b3", "7b.3", "fixed experts, multi-task learning", None, "the next step"),
+    Milestone("p7b4", "7b.4", "ground-truth signals", None, "the lesson"),
+)
+
+
+def phase_label(phase: str) -> str:
+    """The name people use: `p7b1` is 7b.1, `p7a` is 7a; other names stay."""
+    if not phase.startswith("p7"):
+        return phase
+    return f"{phase[1:3]}.{phase[3:]}" if phase[3:] else phase[1:]
+
+
+def number(value: float, digits: int = 2, signed: bool = False) -> str:
+    """A number with a real minus sign and thousands separators; blank for a blank."""
+    if pd.isna(value):
+        return ""
+    text = f"{float(value):{'+' if signed else ''},.{digits}f}"
+    return text.replace("-", MINUS) if float(text.replace(",", "")) else text.lstrip("+-")
+
+
+def interval(mean: float, lo: float, hi: float, digits: int = 2, signed: bool = False) -> str:
+    """`−0.42 [−0.91, +0.07]`; says so where one seed gives no interval."""
+    if pd.isna(mean):
+        return ""
+    if not (isfinite(lo) and isfinite(hi)):
+        return f"{number(mean, digits, signed)} [no interval]"
+    return f"{number(mean, digits, signed)} [{number(lo, digits, signed)}, {number(hi, digits, signed)}]"
+
+
+def p_text(p: float) -> str:
+    """A p-value for a table: three decimals, `< 0.001` below them, blank for a blank."""
+    return "" if pd.isna(p) else "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def finding(row: Any, margin_pp: float, control: str = CONTROL) -> str:
+    """What a row of the decisions says in a few words: verdict, arm, difference with interval."""
+    margin = f"{margin_pp:g} pp"
+    signed = interval(row.delta_pp, row.delta_lo, row.delta_hi, signed=True)
+    if row.verdict == "CONTROL":
+        return f"{row.arm}: the control"
+    if row.verdict == "NO-GO":
+        loss = interval(-row.delta_pp, -row.delta_hi, -row.delta_lo)
+        said = f"loses {loss.replace(' [', ' pp [')} against {control}"
+    elif row.verdict == "GO" and row.delta_lo > 0:
+        said = f"gains {signed.replace(' [', ' pp [')} over {control}"
+    elif row.verdict == "GO":
+        said = f"stays within {margin} of {control}, {signed.replace(' [', ' pp [')}"
+    elif row.verdict == "INCONCLUSIVE":
+        said = f"may or may not stay within {margin} of {control}, {signed.replace(' [', ' pp [')}"
+    else:
+        said = f"stands at {signed.replace(' [', ' pp [')} against {control}"
+    return f"{row.verdict}: {row.arm} {said}"
+
+
+def outcome(row: Any, margin_pp: float, control: str = CONTROL) -> str:
+    """The finding as a sentence, with the number of seeds behind it and the number that would decide."""
+    seeds = f"{row.n_seeds} seed{'s' if row.n_seeds != 1 else ''}"
+    if row.verdict != "INCONCLUSIVE":
+        return f"{finding(row, margin_pp, control)} ({seeds})."
+    if not pd.isna(row.seeds_needed):
+        more = f"about {int(row.seeds_needed):,} would decide"
+    else:
+        more = "no realistic number would decide" if row.n_seeds > 1 else "one can't decide"
+    return f"{finding(row, margin_pp, control)} ({seeds}; {more})."
+
+
+def rows_of(table: pd.DataFrame) -> list[Any]:
+    """The table's rows with columns as attributes (Any: the stubs take a cell for any scalar)."""
+    return list(table.itertuples(index=False))
+
+
+def headline_rows(decisions: pd.DataFrame) -> list[Any]:
+    """The rows that decide a phase, in the table's order: the primary arms without the 7a baseline."""
+    return [row for row in rows_of(decisions) if row.primary and row.phase != START]
+
+
+def decision_cells(decisions: pd.DataFrame) -> list[dict[str, str]]:
+    """The decisions as people read them: one dict of column title and text per row."""
+    return [
+        {
+            "phase": phase_label(row.phase),
+            "arm": row.arm,
+            "verdict": row.verdict,
+            "accuracy, %": interval(row.accuracy, row.accuracy_lo, row.accuracy_hi),
+            "difference, pp": ""
+            if row.verdict == "CONTROL"
+            else interval(row.delta_pp, row.delta_lo, row.delta_hi, signed=True),
+            "p": p_text(row.p_value),
+            "p (Holm)": p_text(row.p_holm),
+            "seeds": str(row.n_seeds),
+            "seeds needed": "" if pd.isna(row.seeds_needed) else f"{int(row.seeds_needed):,}",
+            "experts": f"{row.n_routed_start:g} → {row.n_routed_end:g}",
+            "parameters (active)": f"{row.params_total:,.0f} ({row.params_active:,.0f})",
+            "train, s": f"{row.train_seconds:,.0f}",
+        }
+        for row in rows_of(decisions)
+    ]
+
+
+def rule(margin_pp: float, confidence: float = 0.95, control: str = CONTROL) -> str:
+    """One sentence on what is compared with what, and what the verdicts mean."""
+    bound = f"{MINUS}{margin_pp:g} pp"
+    return (
+        f"Every arm is compared seed by seed with `{control}`, the same 7a checkpoints trained for as many "
+        f"steps without control head or surgery: GO if the {100 * confidence:g} % interval of the difference "
+        f"lies at or above {bound} (the margin), NO-GO if it lies below, else INCONCLUSIVE; only the primary "
+        "arm decides its phase, the others are exploratory and also have to pass Holm's correction."
+    )
+
+
+def decisions_markdown(
+    decisions: pd.DataFrame,
+    hypotheses: Mapping[str, str],
+    margin_pp: float,
+    control: str = CONTROL,
+    confidence: float = 0.95,
+) -> str:
+    """The text of `reports/decisions.md`: the rule, one line per phase, and the table with primary arms in
+    bold.
+
+    Raises UserError for a phase without a hypothesis.
+    """
+    lines = ["# Decisions", "", rule(margin_pp, confidence, control), ""]
+    for row in headline_rows(decisions):
+        said = hypothesis(hypotheses, row.phase)
+        lines.append(f"- **{phase_label(row.phase)}** {said} **{outcome(row, margin_pp, control)}**")
+    cells = decision_cells(decisions)
+    lines += [
+        "",
+        "Primary arms in bold; intervals over seeds.",
+        "",
+        "| " + " | ".join(cells[0]) + " |",
+        "|" + " --- |" * len(cells[0]),
+    ]
+    for row, primary in zip(cells, decisions["primary"], strict=True):
+        bold = {"arm", "verdict", "difference, pp"} if primary else set()
+        texts = (f"**{text}**" if name in bold and text else text for name, text in row.items())
+        lines.append("| " + " | ".join(_escaped(text) for text in texts) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _escaped(text: str) -> str:
+    return text.replace("|", "\\|").replace("_", "\\_")
+
+
+def hypothesis(hypotheses: Mapping[str, str], phase: str) -> str:
+    """The phase's hypothesis, ending in a full stop; UserError if there is none."""
+    text = " ".join(hypotheses.get(phase, "").split())
+    if not text:
+        raise UserError(f"phase {phase} has no hypothesis: state one before the phase runs")
+    return text if text.endswith((".", "?", "!")) else f"{text}."
+
+
+def leaderboard_cells(table: pd.DataFrame) -> list[dict[str, str]]:
+    """A leaderboard as people read it: one dict of column title and text per row."""
+    return [
+        {
+            "rank": "" if pd.isna(row.rank) else str(row.rank),
+            "candidate": f"{row.candidate} (chosen)" if row.chosen else row.candidate,
+            "gate accuracy, %": interval(row.accuracy, row.accuracy_lo, row.accuracy_hi),
+            "test accuracy, %": interval(row.test_accuracy, row.test_lo, row.test_hi),
+            "published, %": number(row.published_accuracy),
+            "seeds": str(row.n_seeds),
+            "parameters (active)": f"{row.params_total:,.0f} ({row.params_active:,.0f})",
+            "FLOPs/example": f"{row.flops_per_example:,.0f}",
+            "train, s": f"{row.train_seconds:,.0f}",
+            "settings": row.settings,
+        }
+        for row in rows_of(table)
+    ]
+
+
+def surgery_summary(surgeries: pd.DataFrame) -> pd.DataFrame:
+    """Surgeries by phase, arm and operation.
+
+    Columns: surgeries (count), output_change (mean, relative), accuracy_lost (mean, pp), recovery_steps
+    (median, where one that never recovered counts as inf), recovered (share, 0-1).
+    """
+    rows = surgeries.assign(
+        accuracy_lost=surgeries["accuracy_before"] - surgeries["accuracy_after"],
+        recovered=surgeries["recovery_steps"].notna(),
+        recovery_steps=surgeries["recovery_steps"].astype(float).fillna(inf),
+    )
+    return rows.groupby(["phase", "arm", "operation"], as_index=False, sort=True).agg(
+        surgeries=("step", "size"),
+        output_change=("output_change", "mean"),
+        accuracy_lost=("accuracy_lost", "mean"),
+        recovery_steps=("recovery_steps", "median"),
+        recovered=("recovered", "mean"),
+    )
+
+
+def surgery_cells(surgeries: pd.DataFrame) -> list[dict[str, str]]:
+    """The summary of the surgeries as people read it: one dict of column title and text per row."""
+    return [
+        {
+            "phase": phase_label(row.phase),
+            "arm": row.arm,
+            "operation": row.operation,
+            "surgeries": str(row.surgeries),
+            "output change": f"{row.output_change:.1e}" if row.output_change < 1e-3 else f"{row.output_change:.3f}",
+            "accuracy lost at once, pp": number(row.accuracy_lost),
+            "median recovery, steps": f"{row.recovery_steps:g}" if isfinite(row.recovery_steps) else "never",
+            "recovered": f"{row.recovered:.0%}".replace("%", " %"),
+        }
+        for row in rows_of(surgery_summary(surgeries))
+    ]
+
+
+def story_cells(decisions: pd.DataFrame, leaderboards: Mapping[str, pd.DataFrame]) -> list[dict[str, str]]:
+    """The published story beside ours; leaderboards keyed `q1`, `q2` give the winners' gate accuracies."""
+    ours = {
+        phase: f"{interval(best.accuracy, best.accuracy_lo, best.accuracy_hi)} (gate split)"
+        for phase, table in leaderboards.items()
+        for best in rows_of(table[table["chosen"].astype(bool)])
+    }
+    verdicts: dict[str, str] = {}
+    for row in rows_of(decisions[decisions["primary"].astype(bool)]):
+        ours[row.phase] = interval(row.accuracy, row.accuracy_lo, row.accuracy_hi)
+        verdicts[row.phase] = "" if row.phase == START else f"{row.verdict} ({row.arm})"
+    return [
+        {
+            "phase": step.label,
+            "what was done": step.done,
+            "story, %": "" if step.accuracy is None else f"{step.accuracy:.2f}",
+            "story's result": step.result,
+            "here, %": ours.get(step.phase, ""),
+            "verdict here": verdicts.get(step.phase, ""),
+        }
+        for step in STORY
+    ]

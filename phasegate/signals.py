@@ -1,0 +1,76 @@
+"""What a layer's routing says about its experts: the features and signals that controllers read.
+
+Shapes: N tokens, D width, E experts, F families, K chosen.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from phasegate.moe import Routing
+
+N_SCALARS = 3  # features of an expert besides its mean token
+
+
+class ExpertSignals(NamedTuple):
+    """Per-expert statistics of one routed batch. They hold the graph unless computed without one."""
+
+    load: Tensor  # (E,) share of the N*K token slots
+    gate: Tensor  # (E,) mean mixture weight over the expert's tokens
+    entropy: Tensor  # (E,) mean routing entropy of the expert's tokens, 0 to 1
+    token: Tensor  # (E, D) mean of the expert's tokens
+    batch_entropy: Tensor  # () mean routing entropy of all tokens, 0 to 1
+
+
+def routing_entropy(probs: Tensor) -> Tensor:
+    """Entropy of routing distributions (..., F), normalised by log F to 0..1 -> (...)."""
+    families = probs.shape[-1]
+    if families == 1:
+        return probs.new_zeros(probs.shape[:-1])
+    entropy: Tensor = torch.special.entr(probs).sum(-1)
+    return entropy / torch.log(torch.tensor(float(families), device=probs.device))
+
+
+def expert_signals(routing: Routing, n_routed: int) -> ExpertSignals:
+    """Statistics of the first gate's routing; an expert without tokens has zeros."""
+    experts, gates, tokens = routing.experts[0], routing.gates[0], routing.tokens[0]
+    entropy = routing_entropy(routing.probs[0])  # (N,)
+    visits = torch.zeros(len(tokens), n_routed, device=tokens.device, dtype=tokens.dtype)
+    visits = visits.scatter(1, experts, 1.0)  # (N, E) 1 where the token runs the expert
+    weights = torch.zeros_like(visits).scatter(1, experts, gates)
+    count = visits.sum(0)  # (E,)
+    safe = count.clamp(min=1)
+    return ExpertSignals(
+        load=count / experts.numel(),
+        gate=weights.sum(0) / safe,
+        entropy=visits.T @ entropy / safe,
+        token=visits.T @ tokens / safe[:, None],
+        batch_entropy=entropy.mean(),
+    )
+
+
+def features(signals: ExpertSignals) -> Tensor:
+    """What a control head reads of each expert: (E, D + N_SCALARS). Load counts relative to an even share."""
+    scalars = torch.stack([signals.load * len(signals.load), signals.gate, signals.entropy], dim=1)
+    return torch.cat([signals.token, scalars], dim=1)
+
+
+def routing_kl(before: Tensor, after: Tensor, family_source: tuple[int, ...]) -> float:
+    """Mean KL divergence (nats) between the routing distributions before and after a surgery.
+
+    Args:
+        before: (N, F) probabilities before.
+        after: (N, F') probabilities after, on the same tokens.
+        family_source: for each family after, its index before, or -1 if it is new.
+
+    The distribution with the smaller support comes first, so that the divergence is finite: KL(before | after)
+    when families came, KL(after | before) when they went.
+    """
+    kept = [(new, old) for new, old in enumerate(family_source) if old >= 0]
+    p, q = before[:, [old for _, old in kept]], after[:, [new for new, _ in kept]]
+    if before.shape[1] > after.shape[1]:
+        p, q = q, p
+    # the tails of a softmax can underflow to zero on either side; such mass carries no divergence
+    tiny = torch.finfo(p.dtype).tiny
+    return float((p * (p.clamp(min=tiny) / q.clamp(min=tiny)).log()).sum(-1).mean().clamp(min=0))

@@ -1,0 +1,79 @@
+"""A user's own data set, in an .npz file of plain arrays."""
+
+from pathlib import Path
+
+import numpy as np
+
+from phasegate.data import Array, Split
+from phasegate.errors import UserError
+from phasegate.sources.raw import Raw
+
+KEYS = ("x_train", "y_train", "x_test", "y_test")
+
+
+def load_npz(path: Path) -> Raw:
+    """Load x_train, y_train, x_test and y_test; a (N, F) array of features becomes (N, 1, F).
+
+    x is an integer or float array (N, F), (N, C, L) or (N, C, H, W); channels-last is not guessed. y (N,) is
+    integer, with the labels 0..n-1, each of them in y_train. Raises UserError for anything else.
+    """
+    arrays = _read(path)
+    for key, array in arrays.items():
+        _check_array(f"{key} in {path}", array, labels=key.startswith("y"))
+    x_train, y_train, x_test, y_test = (arrays[key] for key in KEYS)
+    for part, x, y in (("train", x_train, y_train), ("test", x_test, y_test)):
+        if len(x) != len(y):
+            raise UserError(f"{path} has {len(x)} rows in x_{part} but {len(y)} in y_{part}: both need the same")
+    if x_train.shape[1:] != x_test.shape[1:]:
+        raise UserError(
+            f"{path} has examples of shape {x_train.shape[1:]} in x_train but {x_test.shape[1:]} in x_test:"
+            " both need the same"
+        )
+    _check_labels(path, y_train, y_test)
+    return Raw(_split(x_train, y_train), _split(x_test, y_test))
+
+
+def _split(x: Array, y: Array) -> Split:
+    return Split(x[:, None] if x.ndim == 2 else x, y.astype(np.int64))
+
+
+def _read(path: Path) -> dict[str, Array]:
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+            missing = [key for key in KEYS if key not in archive.files]
+            arrays = {} if missing else {key: archive[key] for key in KEYS}
+    except Exception as error:  # numpy, zipfile and zlib share no base class for what a damaged file raises
+        raise UserError(
+            f"{path} is no complete .npz file of plain, non-object arrays ({type(error).__name__}):"
+            " save it again with numpy.savez"
+        ) from error
+    if missing:
+        raise UserError(f"{path} lacks {', '.join(missing)}: it must hold {', '.join(KEYS)}")
+    return arrays
+
+
+def _check_array(name: str, array: Array, labels: bool) -> None:
+    kinds, axes = ("iu", (1,)) if labels else ("iuf", (2, 3, 4))
+    if array.dtype.kind not in kinds:
+        raise UserError(f"{name} has dtype {array.dtype}: it must be {'integer' if labels else 'integer or float'}")
+    if array.ndim not in axes or array.size == 0:
+        right = "(N,)" if labels else "(N, F), (N, C, L) or (N, C, H, W)"
+        raise UserError(f"{name} has shape {array.shape}: it must be {right} and not empty")
+    with np.errstate(over="ignore"):
+        bad = np.flatnonzero(~np.isfinite(array.astype(np.float32)))
+    if len(bad):
+        raise UserError(f"{name} has {len(bad)} values like {array.flat[bad[0]]}: all must be finite in float32")
+
+
+def _check_labels(path: Path, y_train: Array, y_test: Array) -> None:
+    present = np.unique(y_train)
+    if len(present) < 2 or not np.array_equal(present, np.arange(len(present))):
+        raise UserError(
+            f"y_train in {path} has {len(present)} different labels from {present[0]} to {present[-1]}:"
+            " n classes, at least two, must have the labels 0..n-1"
+        )
+    if y_test.min() < 0 or y_test.max() >= len(present):
+        raise UserError(
+            f"y_test in {path} has labels from {y_test.min()} to {y_test.max()}:"
+            f" they must be in 0..{len(present) - 1}, as in y_train"
+        )

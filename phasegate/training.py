@@ -1,0 +1,202 @@
+"""The training loop's parts: batches, augmentation, losses, one optimizer step, and accuracy.
+
+Everything random is drawn from `randomness.generator`, so a step depends on the seed and its number alone.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+
+from phasegate import data
+from phasegate.model import Model, Output
+from phasegate.moe import MoE, Routing
+from phasegate.params import Architecture, Training
+from phasegate.randomness import derived_seed, generator
+
+EVALUATION_BATCH = 2048
+
+
+@dataclass(frozen=True, eq=False)
+class Examples:
+    """A split in memory: inputs x (N, channels, ...) float32, labels y (N,) int64."""
+
+    x: Tensor
+    y: Tensor
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+
+@lru_cache(maxsize=1)
+def load_examples(prepared: Path, device: torch.device) -> tuple[Examples, Examples, Examples]:
+    """The train, signal and gate splits on a device; loaded and verified once per process."""
+    fit = data.load_fit(prepared)
+    train, signal, gate = (
+        Examples(torch.from_numpy(split.x).to(device), torch.from_numpy(split.y).to(device))
+        for split in (fit.train, fit.signal, fit.gate)
+    )
+    return train, signal, gate
+
+
+Objective = Callable[[Tensor, Tensor, int], Tensor]
+"""Inputs x (B, ...), labels y (B,), step -> loss."""
+
+
+def make_optimizer(parameters: Iterable[nn.Parameter], training: Training) -> AdamW:
+    """AdamW, with weight decay on matrices only. Frozen hyperplanes get no gradient, and so no update."""
+    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for parameter in parameters:
+        groups[parameter.dim() > 1].append(parameter)
+    return AdamW(
+        [
+            {"params": groups[True], "weight_decay": training.weight_decay},
+            {"params": groups[False], "weight_decay": 0.0},
+        ],
+        lr=training.lr,
+        fused=True,
+    )
+
+
+def cosine(peak: float, steps: int, warmup: int = 0) -> list[float]:
+    """Learning rates of all steps: linear warm-up, then half a cosine to zero."""
+    rising = [peak * (step + 1) / warmup for step in range(warmup)]
+    falling = steps - warmup
+    return rising + [peak * 0.5 * (1 + math.cos(math.pi * step / falling)) for step in range(falling)]
+
+
+class Batches:
+    """Shuffled batches without replacement: batch of step s is the same for every trial with this seed."""
+
+    def __init__(self, examples: Examples, size: int, seed: int, training: Training) -> None:
+        self.examples, self.size, self.seed, self.training = (
+            examples,
+            min(size, len(examples)),
+            seed,
+            training,
+        )
+        self._epoch, self._order = -1, torch.empty(0)
+
+    def __call__(self, step: int) -> tuple[Tensor, Tensor]:
+        """The augmented batch of a step (from one)."""
+        epoch, position = divmod(step - 1, len(self.examples) // self.size)
+        if epoch != self._epoch:
+            self._epoch = epoch
+            order = torch.randperm(len(self.examples), generator=generator(self.seed, "batches", epoch))
+            self._order = order.to(self.examples.y.device)
+        rows = self._order[position * self.size : (position + 1) * self.size]
+        draws = generator(self.seed, "augmentation", step)
+        x = augment(self.examples.x[rows], self.training.shift, self.training.noise, draws)
+        return x, self.examples.y[rows]
+
+
+def augment(x: Tensor, shift: int, noise: float, draws: torch.Generator) -> Tensor:
+    """Shift each example (B, channels, ...) circularly by up to `shift` per axis, then add Gaussian noise."""
+    for axis in range(2, x.dim()):
+        if shift:
+            size = x.shape[axis]
+            by = torch.randint(-shift, shift + 1, (len(x), 1), generator=draws)
+            index = (torch.arange(size) + by) % size  # (B, size)
+            shape = [len(x), *(size if dim == axis else 1 for dim in range(1, x.dim()))]
+            x = x.gather(axis, index.view(shape).expand_as(x).to(x.device))
+    if noise:
+        x = x + noise * torch.randn(x.shape, generator=draws).to(x.device)
+    return x
+
+
+def load_balance(routing: Routing) -> Tensor:
+    """Switch's auxiliary loss: F * sum over families of (share of slots) * (mean probability); one if even."""
+    return routing.probs.shape[-1] * (shares(routing) * routing.probs.mean(1)).sum(-1).mean()
+
+
+def router_z(routing: Routing) -> Tensor:
+    """ST-MoE's z-loss: mean squared log-partition of the router's scores (arXiv 2202.08906)."""
+    return routing.logits.logsumexp(-1).square().mean()
+
+
+def shares(routing: Routing) -> Tensor:
+    """Share of the token slots that each family got, (G, F)."""
+    chosen = routing.families.flatten(1)
+    slots = torch.zeros(len(chosen), routing.probs.shape[-1], device=chosen.device)
+    return slots.scatter_add(1, chosen, torch.ones_like(chosen, dtype=slots.dtype)) / chosen.shape[1]
+
+
+def routing_penalty(routings: Iterable[Routing], arch: Architecture) -> Tensor | float:
+    """The balancing terms of the loss, over all blocks."""
+    penalty: Tensor | float = 0.0
+    for routing in routings:
+        if arch.balance_loss:
+            penalty = penalty + arch.balance_loss * load_balance(routing)
+        if arch.z_loss:
+            penalty = penalty + arch.z_loss * router_z(routing)
+    return penalty
+
+
+@torch.no_grad()
+def nudge_selection(moe: MoE, routing: Routing, step: float) -> None:
+    """Loss-free balancing: raise the selection bias of families below an even share, lower that of others.
+
+    Source: arXiv 2408.15664.
+    """
+    share = shares(routing)
+    moe.selection_bias[: len(share)] += step * (1 / share.shape[-1] - share).sign()
+
+
+def main_loss(model: nn.Module, output: Output, y: Tensor, label_smoothing: float) -> Tensor:
+    """The first task's cross-entropy (nats) and, for a mixture of experts, the balancing of its load."""
+    loss = F.cross_entropy(output.logits[0], y, label_smoothing=label_smoothing)
+    if not isinstance(model, Model):
+        return loss
+    arch = model.spec.architecture
+    if arch.balance_bias:
+        for moe, routing in zip(model.layers, output.routings, strict=True):
+            nudge_selection(moe, routing, arch.balance_bias)
+    return loss + routing_penalty(output.routings, arch)
+
+
+def fit(
+    model: nn.Module,
+    optimizer: Optimizer,
+    batches: Batches,
+    objective: Objective,
+    rates: Iterable[float],
+    after_step: Callable[[int, Tensor], None],
+) -> None:
+    """The training loop: one step per learning rate; `after_step` gets the step (from one) and its loss.
+
+    A parameter group may carry an "lr_factor" of its own. The model may change in `after_step`.
+
+    Raises:
+        FloatingPointError: when the loss stops being finite, at the step where it does.
+    """
+    for step, rate in enumerate(rates, start=1):
+        for group in optimizer.param_groups:
+            group["lr"] = rate * group.get("lr_factor", 1.0)
+        torch.manual_seed(derived_seed(batches.seed, "dropout", step))
+        model.train()
+        loss = objective(*batches(step), step)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        if not loss.isfinite():
+            raise FloatingPointError(f"the loss is {loss.item()} at step {step}")
+        after_step(step, loss.detach())
+
+
+@torch.no_grad()
+def predict(model: nn.Module, x: Tensor) -> list[Output]:
+    """Outputs in evaluation mode for all of x, in large batches."""
+    model.eval()
+    return [model(rows) for rows in torch.split(x, EVALUATION_BATCH)]
+
+
+def correct(model: nn.Module, examples: Examples) -> int:
+    """How many examples the first task's head gets right."""
+    logits = torch.cat([output.logits[0] for output in predict(model, examples.x)])
+    return int((logits.argmax(-1) == examples.y).sum())

@@ -1,0 +1,61 @@
+"""Collect the evaluations of all phases, reach verdicts, and write the tables."""
+
+import pandas as pd
+import yaml
+
+from phasegate.data import load_meta
+from phasegate.decisions import decide, leaderboard, relabel_control
+from phasegate.files import write_atomic
+from phasegate.params import ARMS, Params
+from phasegate.report.tables import decisions_markdown
+from phasegate.stage import EVALUATED, MODELS, PREPARED, REPORTS, run
+
+PHASES = ("references", "p7a", "continue", *ARMS)
+
+
+def main(params: Params) -> None:
+    """Write the tables of `reports/`."""
+    claims = params.decisions
+    tables = {name: collect(name) for name in ("trials", "classes", "routing", "curves", "surgeries")}
+    primary = {phase: claim.primary for phase, claim in claims.phases.items()}
+    decisions = decide(tables["trials"], claims.margin_pp, claims.confidence, primary)
+    hypotheses = {phase: claim.hypothesis for phase, claim in claims.phases.items()}
+    for name, table in tables.items():
+        write(name, relabel_control(table))
+    write("decisions", decisions)
+    write_atomic(REPORTS / "decisions.json", decisions.to_json(orient="records", indent=2) + "\n")
+    markdown = decisions_markdown(decisions, hypotheses, claims.margin_pp, confidence=claims.confidence)
+    write_atomic(REPORTS / "decisions.md", markdown)
+    references = params.references_of(load_meta(PREPARED).name)
+    published = {name: model.published for name, model in references.items() if model.published is not None}
+    write(
+        "leaderboard_q1",
+        leaderboard(results("q1"), chosen("q1"), results("references"), tables["trials"], published),
+    )
+    write("leaderboard_q2", leaderboard(results("q2"), chosen("q2")))
+
+
+def collect(name: str) -> pd.DataFrame:
+    """One table of all phases. Routing is kept for the first seed alone: it is for looking at."""
+    parts = [pd.read_csv(EVALUATED / phase / f"{name}.csv") for phase in PHASES]
+    table = pd.concat([part for part in parts if len(part)], ignore_index=True)
+    return table[table["seed"] == 0] if name == "routing" else table
+
+
+def results(search: str) -> pd.DataFrame:
+    """A search's trials."""
+    return pd.read_csv(MODELS / search / "search.csv")
+
+
+def chosen(search: str) -> str:
+    """The candidate that a search chose."""
+    return str(yaml.safe_load((MODELS / search / "best.yaml").read_text())["candidate"])
+
+
+def write(name: str, table: pd.DataFrame) -> None:
+    """A table of `reports/`, to ten significant digits."""
+    write_atomic(REPORTS / f"{name}.csv", table.to_csv(index=False, float_format="%.10g"))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,25 @@
+"""Phase 7b.2: routing entropy as the signal."""
+
+from phasegate.control import Control
+from phasegate.params import Params
+from phasegate.phase import Arm, continuations
+from phasegate.stage import BASELINES, MODELS, PREPARED, run
+from phasegate.trials import run_trials
+
+
+def main(params: Params) -> None:
+    """One controller with three kinds of growth, and the entropy as a regulariser without surgery."""
+    entropy = params.p7b2
+    control = Control(entropy, head=entropy.controller == "head", acts=True)
+    arms = [
+        Arm("split", control, grow="split"),
+        Arm("clone", control, grow="clone"),
+        Arm("reinit", control, grow="reinit"),
+        Arm("entropy_loss", entropy_weight=entropy.entropy_weight),
+    ]
+    trials = continuations(PREPARED, BASELINES, "p7b2", arms, params.seeds, params.p7b)
+    run_trials(trials, MODELS / "p7b2", "p7b2")
+
+
+if __name__ == "__main__":
+    run(main)

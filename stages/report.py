@@ -1,0 +1,61 @@
+"""Draw the figures and write the page, from the tables of `reports/` alone."""
+
+import json
+import platform
+from importlib.metadata import version
+
+import pandas as pd
+
+from phasegate.data import load_meta
+from phasegate.files import write_atomic
+from phasegate.params import Params
+from phasegate.report import html, plots
+from phasegate.stage import PREPARED, REPORTS, run
+
+LIBRARIES = ("torch", "numpy", "scipy", "pandas", "dvc")
+
+
+def main(params: Params) -> None:
+    """Write `reports/*.svg` and `reports/report.html`."""
+    claims = params.decisions
+    decisions, curves, surgeries, routing, q1, q2 = (
+        pd.read_csv(REPORTS / f"{name}.csv")
+        for name in ("decisions", "curves", "surgeries", "routing", "leaderboard_q1", "leaderboard_q2")
+    )
+    figures = {
+        "differences": plots.differences(decisions, claims.margin_pp),
+        "learning_curves": plots.learning_curves(curves, decisions, claims.margin_pp, surgeries),
+        "expert_routing": plots.expert_routing(routing, decisions),
+        "leaderboard_q1": plots.leaderboard(q1, "Q1"),
+        "leaderboard_q2": plots.leaderboard(q2, "Q2"),
+    }
+    for name, figure in figures.items():
+        plots.save(figure, REPORTS / f"{name}.svg")
+    page = html.render(
+        decisions,
+        {phase: claim.hypothesis for phase, claim in claims.phases.items()},
+        claims.margin_pp,
+        figures={name: (REPORTS / f"{name}.svg").read_text() for name in figures},
+        leaderboards={"q1": q1, "q2": q2},
+        surgeries=surgeries,
+        provenance=provenance(params),
+        confidence=claims.confidence,
+    )
+    write_atomic(REPORTS / "report.html", page)
+
+
+def provenance(params: Params) -> dict[str, object]:
+    """What the results came from: data hashes, parameters, versions."""
+    meta = load_meta(PREPARED)
+    hashes = {name: array.sha256 for name, array in meta.arrays.items()}
+    versions = {"python": platform.python_version()} | {name: version(name) for name in LIBRARIES}
+    return {
+        "command": "dvc repro",
+        "data": {"name": meta.name, "sha256": hashes},
+        "versions": versions,
+        "parameters": json.loads(params.model_dump_json(exclude={"data"})),
+    }
+
+
+if __name__ == "__main__":
+    run(main)

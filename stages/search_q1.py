@@ -1,0 +1,27 @@
+"""Phase 7a, Q1: which training configuration?"""
+
+import yaml
+
+from phasegate.data import load_meta
+from phasegate.decisions import winner
+from phasegate.files import write_atomic
+from phasegate.model import ModelSpec
+from phasegate.params import Params
+from phasegate.search import run_search, variants
+from phasegate.stage import MODELS, PREPARED, run
+
+
+def main(params: Params) -> None:
+    """Search over training configurations on the base architecture."""
+    meta = load_meta(PREPARED)
+    spec = ModelSpec(params.model, meta.input_shape, (meta.classes,))
+    trainings = variants(params.training, params.q1, "q1.candidates")
+    candidates = {name: (spec, training) for name, training in trainings.items()}
+    folder = MODELS / "q1"
+    best = winner(run_search("q1", candidates, params.q1.candidates, params.q1.seeds, PREPARED, folder))
+    content = {"candidate": best, "training": trainings[best].model_dump()}
+    write_atomic(folder / "best.yaml", yaml.safe_dump(content, sort_keys=False))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,34 @@
+"""Phase 7a, Q2: which MoE architecture?"""
+
+import yaml
+
+from phasegate.data import load_meta
+from phasegate.decisions import winner
+from phasegate.files import write_atomic
+from phasegate.model import ModelSpec
+from phasegate.params import Params, Training, load_section
+from phasegate.search import run_search, variants
+from phasegate.stage import MODELS, PREPARED, run
+
+
+def main(params: Params) -> None:
+    """Search over architectures with Q1's training configuration."""
+    meta = load_meta(PREPARED)
+    training = load_section(MODELS / "q1/best.yaml", "training", Training)
+    architectures = variants(params.model, params.q2, "q2.candidates")
+    candidates = {
+        name: (ModelSpec(architecture, meta.input_shape, (meta.classes,)), training)
+        for name, architecture in architectures.items()
+    }
+    folder = MODELS / "q2"
+    best = winner(run_search("q2", candidates, params.q2.candidates, params.q2.seeds, PREPARED, folder))
+    content = {
+        "candidate": best,
+        "training": training.model_dump(),
+        "model": architectures[best].model_dump(),
+    }
+    write_atomic(folder / "best.yaml", yaml.safe_dump(content, sort_keys=False))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,21 @@
+"""Published models trained by our loop, to see that it is sound."""
+
+from phasegate.data import load_meta
+from phasegate.params import Params
+from phasegate.references import ReferenceSpec
+from phasegate.search import run_search
+from phasegate.stage import MODELS, PREPARED, run
+
+
+def main(params: Params) -> None:
+    """Train each reference of this data set with every seed."""
+    meta = load_meta(PREPARED)
+    candidates = {
+        name: (ReferenceSpec(meta.input_shape, meta.classes, model.hidden, model.channels), model.training())
+        for name, model in params.references_of(meta.name).items()
+    }
+    run_search("references", candidates, {}, params.seeds, PREPARED, MODELS / "references")
+
+
+if __name__ == "__main__":
+    run(main)

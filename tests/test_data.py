@@ -1,0 +1,102 @@
+"""Prepared data are split fairly, come back as written, and are never silently damaged."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from phasegate.data import Split, load_fit, load_meta, load_test
+from phasegate.errors import UserError
+from phasegate.prepare import merge_tasks, prepare, split_validation, stratified
+from phasegate.sources import Raw
+
+
+def own_data(folder: Path, **changed: Any) -> Path:
+    """A small data set of a user: 60 train and 9 test examples (2, 7) of 3 classes."""
+    x, y = np.random.default_rng(0).normal(5, 3, (60, 2, 7)), np.arange(60) % 3
+    np.savez(folder / "own.npz", **({"x_train": x, "y_train": y, "x_test": x[:9], "y_test": y[:9]} | changed))
+    return folder / "own.npz"
+
+
+def prepared(folder: Path, **changed: Any) -> Path:
+    prepare("npz", folder / "out", folder, own_data(folder, **changed), 12, 0, {"first": [1, 0, 0]})
+    return folder / "out"
+
+
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=60), st.data())
+def test_a_stratified_draw_gives_every_class_its_share(labels: list[int], data: st.DataObject) -> None:
+    y, count = np.array(labels), data.draw(st.integers(1, len(labels)))
+    mask = stratified(y, count, np.random.default_rng(3))
+    share = np.bincount(y, minlength=5) * count / len(y)
+    assert mask.sum() == count and (np.abs(np.bincount(y[mask], minlength=5) - share) < 1).all()
+
+
+def test_splits_lose_no_example_share_none_and_follow_the_seed() -> None:
+    own = Split(np.arange(60)[:, None, None], np.arange(60) % 3)
+    one, same, other = (split_validation(Raw(own, own), 12, np.random.default_rng(s)) for s in (0, 0, 1))
+    assert [len(split) for split in one] == [48, 6, 6]
+    assert sorted(np.concatenate([split.x.ravel() for split in one])) == list(range(60))
+    assert all((a.x == b.x).all() for a, b in zip(one, same, strict=True)) and (one[1].x != other[1].x).any()
+    for wrong in (1, 60, 59):
+        with pytest.raises(UserError, match=f"validation is {wrong}: it must"):
+            split_validation(Raw(own, own), wrong, np.random.default_rng(0))
+
+
+def test_prepared_data_come_back_standardised_by_train(tmp_path: Path) -> None:
+    folder = prepared(tmp_path)
+    fit, test, meta = load_fit(folder), load_test(folder), load_meta(folder)
+    np.testing.assert_allclose([fit.train.x.mean((0, 2)), fit.train.x.std((0, 2))], [[0, 0], [1, 1]], atol=1e-6)
+    source = test.x * np.array(meta.std)[:, None] + np.array(meta.mean)[:, None]
+    np.testing.assert_allclose(source, np.load(tmp_path / "own.npz")["x_test"], rtol=1e-5, atol=1e-5)
+    assert meta.splits == {"train": 48, "signal": 6, "gate": 6, "test": 9}
+    assert (meta.input_shape, meta.class_names, meta.tasks) == ((2, 7), ("0", "1", "2"), {"first": (1, 0, 0)})
+    assert fit.train.x.dtype == np.float32 and fit.train.y.dtype == np.int64
+    before = [path.read_bytes() for path in sorted(folder.iterdir())]
+    assert before == [path.read_bytes() for path in sorted(prepared(tmp_path).iterdir())]
+
+
+@pytest.mark.parametrize("file", ["fit.safetensors", "dataset.json"])
+@pytest.mark.parametrize("end", [b"", b"12345678}"])
+def test_damaged_prepared_files_are_refused(tmp_path: Path, file: str, end: bytes) -> None:
+    path = prepared(tmp_path) / file
+    path.write_bytes(path.read_bytes()[:-9] + end)
+    with pytest.raises(UserError, match=rf"{file} is missing or damaged .*dvc repro prepare"):
+        load_fit(path.parent)
+    path.unlink()
+    with pytest.raises(UserError, match=rf"{file} is missing"):
+        load_fit(path.parent)
+
+
+@pytest.mark.parametrize(
+    ("message", "changed"),
+    [
+        (
+            r"x_train .* dtype complex128: it must be integer or float",
+            {"x_train": np.zeros((60, 2, 7), complex)},
+        ),
+        (r"840 values like 1e.300: all must be finite", {"x_train": np.full((60, 2, 7), 1e300)}),
+        (r"shape \(2, 7\) in x_train but \(7,\) in x_test", {"x_test": np.zeros((9, 7))}),
+        (r"x_test .* shape \(9,\): it must be", {"x_test": np.zeros(9)}),
+        (r"8 rows in x_test but 9 in y_test", {"x_test": np.zeros((8, 2, 7))}),
+        (r"3 different labels from 1 to 3: n classes", {"y_train": np.arange(60) % 3 + 1}),
+        (r"y_train .* dtype float64: it must be integer", {"y_train": np.zeros(60)}),
+        (r"labels from 3 to 3: they must be in 0\.\.2", {"y_test": np.full(9, 3)}),
+        (r"no complete .npz file of plain, non-object arrays", {"y_test": np.array([None] * 9)}),
+    ],
+)
+def test_unusable_arrays_are_refused(tmp_path: Path, message: str, changed: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=message):
+        prepared(tmp_path, **changed)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("wrong", [[0, 1], [0, 2, 2], [1, 1, 2], [0, 0, 1, 1]])
+def test_task_maps_must_cover_every_class(wrong: list[int]) -> None:
+    assert merge_tasks({"half": [0, 0, 1]}, {"own": [1, 0, 1]}, 3) == {"half": (0, 0, 1), "own": (1, 0, 1)}
+    with pytest.raises(UserError, match=r"task half maps .* each of the 3 classes"):
+        merge_tasks({"half": wrong}, {}, 3)
+    with pytest.raises(UserError, match="task own differs"):
+        merge_tasks({"own": [0, 0, 1]}, {"own": [1, 0, 1]}, 3)

@@ -1,0 +1,74 @@
+"""The statistics keep their promises: coverage, correction, power, and no silent NaN."""
+
+from math import inf, nan
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from phasegate.errors import UserError
+from phasegate.statistics import holm, margin_p_value, mean_interval, paired_difference, seeds_needed
+
+VALUES = st.lists(st.floats(-100, 100).map(lambda x: round(x, 3)), min_size=2, max_size=12)
+
+
+def test_a_95_percent_interval_covers_the_mean_95_percent_of_the_time() -> None:
+    draws = np.random.default_rng(0).normal(3, 2, size=(2000, 5))
+    covered = np.mean([lo <= 3 <= hi for _, lo, hi in map(mean_interval, draws)])
+    assert abs(covered - 0.95) < 3 * np.sqrt(0.95 * 0.05 / 2000)
+
+
+@given(VALUES, st.floats(0, 10))
+def test_the_test_rejects_exactly_when_the_interval_leaves_the_margin_out(values: list[float], margin: float) -> None:
+    _, lo, hi = mean_interval(values)
+    p = margin_p_value(values, margin)
+    if abs(p - 0.05) > 1e-6 and hi - lo > 1e-6:
+        assert (p < 0.05) == (not lo <= -margin <= hi)
+
+
+def test_one_seed_and_equal_seeds_are_said_in_numbers_not_nan() -> None:
+    assert mean_interval([70.0]) == (70.0, -inf, inf)
+    assert margin_p_value([-9.0], 1.0) == 1.0
+    assert mean_interval([0.1] * 3) == (0.1, 0.1, 0.1)
+    assert (margin_p_value([-1.0] * 3, 1.0), margin_p_value([0.1] * 3, 1.0)) == (1.0, 0.0)
+    assert mean_interval(paired_difference([70.3, 0.3], [70.1, 0.1])) == (0.2, 0.2, 0.2)
+
+
+@pytest.mark.parametrize("values", [[], [1.0, nan], [inf, 1.0], [[1.0, 2.0]]])
+def test_values_that_are_no_numbers_by_seed_are_refused(values: list[float]) -> None:
+    with pytest.raises(UserError):
+        mean_interval(values)
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=8))
+def test_holm_is_never_below_the_raw_value_nor_above_bonferroni_and_keeps_the_order(ps: list[float]) -> None:
+    raw, adjusted = np.array(ps), holm(ps)
+    assert (adjusted >= raw).all() and (adjusted <= np.minimum(1, raw * len(raw))).all()
+    assert (np.diff(adjusted[np.argsort(raw)]) >= 0).all()
+
+
+def test_holm_keeps_false_rejections_at_5_percent_where_raw_values_do_not() -> None:
+    draws = np.random.default_rng(1).uniform(size=(2000, 6))
+    false = np.mean([(holm(p) < 0.05).any() for p in draws])
+    assert np.mean((draws < 0.05).any(axis=1)) > 0.2
+    assert abs(false - 0.05) < 3 * np.sqrt(0.05 * 0.95 / 2000)
+    assert holm([0.01, 0.04, 0.03]).tolist() == pytest.approx([0.03, 0.06, 0.06])
+
+
+def test_the_seeds_needed_give_the_power_they_promise() -> None:
+    n = seeds_needed(mean=0.0, sd=1.0, margin=1.0)
+    assert n == 10  # G*Power, two-sided one-sample t-test, d = 1
+    draws = np.random.default_rng(2).normal(0, 1, size=(2000, n))
+    assert abs(np.mean([margin_p_value(d, 1.0) < 0.05 for d in draws]) - 0.8) < 0.04
+
+
+@given(st.floats(-5, 5), st.floats(0, 20), st.floats(0, 3))
+def test_more_spread_never_needs_fewer_seeds(mean: float, sd: float, margin: float) -> None:
+    few, many = seeds_needed(mean, sd, margin), seeds_needed(mean, 2 * sd, margin)
+    assert many is None or (few is not None and 2 <= few <= many)
+
+
+def test_no_number_of_seeds_decides_a_difference_of_exactly_the_margin() -> None:
+    assert seeds_needed(-1.0, 0.5, 1.0) is None
+    assert seeds_needed(-1.0 + 1e-6, 0.5, 1.0) is None
