@@ -61,6 +61,8 @@ class MoE(nn.Module):
     family_of: Tensor  # (E,)
     path: Tensor  # (E, L) the side (+1, -1) of each node that leads to the expert; 0 where not on its path
     selection_bias: Tensor  # (G, F) added for selection only (DeepSeek-V3, arXiv 2412.19437)
+    _root: Tensor
+    _child: Tensor
 
     def __init__(
         self, width: int, n_routed: int, expert_width: int, top_k: int, n_shared: int = 0, n_gates: int = 1
@@ -83,6 +85,8 @@ class MoE(nn.Module):
         self.register_buffer("family_of", torch.arange(n_routed))
         self.register_buffer("path", torch.zeros(n_routed, 0, dtype=torch.int8))
         self.register_buffer("selection_bias", torch.zeros(n_gates, n_routed))
+        for derived in ("_root", "_child"):
+            self.register_buffer(derived, torch.empty(0), persistent=False)
         self.refresh()
 
     @property

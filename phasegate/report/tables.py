@@ -3,7 +3,7 @@
 A finding is always made from the row it describes, so no sentence or title can contradict the table.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import inf, isfinite
 from typing import Any, NamedTuple
 
@@ -157,19 +157,20 @@ def decisions_markdown(
     for row in headline_rows(decisions):
         said = hypothesis(hypotheses, row.phase)
         lines.append(f"- **{phase_label(row.phase)}** {said} **{outcome(row, margin_pp, control)}**")
+    lines += ["", "Primary arms in bold; intervals over seeds.", "", *markdown_rows(decisions)]
+    return "\n".join(lines) + "\n"
+
+
+def markdown_rows(decisions: pd.DataFrame, columns: Sequence[str] | None = None) -> list[str]:
+    """The decisions as a Markdown table, all columns of `decision_cells` or some, primary arms in bold."""
     cells = decision_cells(decisions)
-    lines += [
-        "",
-        "Primary arms in bold; intervals over seeds.",
-        "",
-        "| " + " | ".join(cells[0]) + " |",
-        "|" + " --- |" * len(cells[0]),
-    ]
+    titles = list(columns or cells[0])
+    lines = ["| " + " | ".join(titles) + " |", "|" + " --- |" * len(titles)]
     for row, primary in zip(cells, decisions["primary"], strict=True):
         bold = {"arm", "verdict", "difference, pp"} if primary else set()
-        texts = (f"**{text}**" if name in bold and text else text for name, text in row.items())
+        texts = (f"**{row[title]}**" if title in bold and row[title] else row[title] for title in titles)
         lines.append("| " + " | ".join(_escaped(text) for text in texts) + " |")
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def _escaped(text: str) -> str:

@@ -1,0 +1,38 @@
+# The environment lives in .venv; it is made when missing, and again when the lock file has changed.
+PYTHON ?= python3
+VENV := .venv
+READY := $(VENV)/.ready
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+
+.PHONY: help repro test lint lock clean
+
+help: ## this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
+
+repro: $(READY) ## the whole study: dvc repro
+	dvc repro
+
+test: lint ## all checks: format, lint, types, tests
+	pytest
+
+lint: $(READY) ## format, lint and types
+	ruff format --check .
+	ruff check .
+	mypy
+
+lock: ## write requirements.lock anew from pyproject.toml
+	rm -rf .lock-venv && $(PYTHON) -m venv .lock-venv
+	.lock-venv/bin/pip install --quiet torch==2.13.0 '.[dev]'
+	.lock-venv/bin/pip freeze --exclude phasegate | sed 's/+cpu$$//' > requirements.lock
+	rm -rf .lock-venv
+
+clean: ## remove the environment, kept trials and caches (data, models and reports stay)
+	rm -rf $(VENV) .phasegate .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(READY): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "phasegate needs Python 3.11 or newer, and $(PYTHON) is %d.%d: set PYTHON" % sys.version_info[:2])'
+	$(PYTHON) -m venv --clear $(VENV)
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $@

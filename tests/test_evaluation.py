@@ -1,0 +1,114 @@
+"""What is reported of a model is what one would count by hand."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from phasegate.checkpoint import load
+from phasegate.errors import UserError
+from phasegate.evaluation import calibration_error, class_usage, evaluate, evaluate_phase, mutual_information
+from phasegate.expert_manager import ExpertManager
+from phasegate.model import Cost, Model, ModelSpec, cost
+from phasegate.multitask import add_tasks
+from phasegate.params import Architecture, override
+from phasegate.references import Reference, ReferenceSpec
+from phasegate.training import Examples, correct, predict
+
+
+def test_calibration_error_is_the_weighted_gap_between_confidence_and_accuracy() -> None:
+    confidence = np.array([0.9, 0.9, 0.9, 0.9, 0.55, 0.55])
+    right = np.array([True, True, True, False, False, False])
+    by_hand = 100 * (4 / 6 * abs(0.75 - 0.9) + 2 / 6 * 0.55)
+    assert calibration_error(confidence, right, bins=10) == pytest.approx(by_hand)
+    assert calibration_error(np.ones(5), np.ones(5, bool)) == 0
+    assert calibration_error(np.ones(5), np.zeros(5, bool)) == 100
+    assert calibration_error(np.full(4, 0.75), np.array([True, True, True, False])) == pytest.approx(0)
+
+
+def test_mutual_information_of_tables_made_by_hand() -> None:
+    assert mutual_information(np.diag([5, 5, 5])) == pytest.approx(math.log(3))
+    assert mutual_information(np.outer([1, 2, 3], [4, 5])) == pytest.approx(0, abs=1e-12)
+    assert mutual_information(np.array([[2, 0], [1, 1], [0, 0]])) == pytest.approx(
+        0.5 * math.log(4 / 3) + 0.25 * math.log(2 / 3) + 0.25 * math.log(2)
+    )
+
+
+@given(st.lists(st.lists(st.integers(0, 9), min_size=3, max_size=3), min_size=2, max_size=5).filter(np.any))
+def test_mutual_information_is_symmetric_and_bounded_by_both_entropies(rows: list[list[int]]) -> None:
+    table = np.array(rows)
+    found = mutual_information(table)
+    assert found == pytest.approx(mutual_information(table.T), abs=1e-12)
+    assert -1e-12 <= found <= math.log(min(table.shape)) + 1e-12
+
+
+@pytest.mark.parametrize(("stem", "shape"), [("mlp", (1, 8)), ("conv", (2, 12))])
+def test_the_usage_of_experts_by_classes_sums_to_every_tokens_k_experts(
+    architecture: Architecture, stem: str, shape: tuple[int, ...]
+) -> None:
+    torch.manual_seed(0)
+    model = Model(ModelSpec(override(architecture, {"stem": stem}, ""), shape, (4,)))
+    ExpertManager(model.layers[0]).split(2, torch.randn(16), 0.0)
+    ExpertManager(model.layers[1]).remove(0)
+    y = torch.tensor([0, 0, 0, 1, 1, 3])
+    outputs = predict(model, torch.randn(6, *shape))
+    usage = class_usage(model, outputs, y)
+    tokens = 1 if stem == "mlp" else 3
+    for block, ids in enumerate([{0, 1, 2, 3, 4, 5}, {1, 2, 3, 4}]):
+        assert {expert for b, expert in usage if b == block} == ids
+        total = sum(counts for (b, _), counts in usage.items() if b == block)
+        assert np.array_equal(total, np.array([3, 2, 0, 1]) * tokens * 2)
+    experts = outputs[0].routings[0].experts[0].view(6, -1)
+    assert usage[0, 5][0] == int((experts[:3] == 5).sum())
+
+
+def test_cost_is_what_one_counts_by_hand(architecture: Architecture) -> None:
+    changes = {"width": 6, "blocks": 1, "n_routed": 5, "top_k": 2, "expert_width": 3, "n_shared": 1}
+    model = Model(ModelSpec(override(architecture, changes, ""), (1, 8), (4,)))
+    stem, norms, router, expert, head = 8 * 6 + 6, 2 * 2 * 6, 5 * 6, 2 * 6 * 3, 6 * 4 + 4
+    total, active = stem + norms + router + 6 * expert + head, stem + norms + router + 3 * expert + head
+    flops = 2 * (8 * 6 + 5 * 6 + 3 * expert + 6 * 4)
+    assert cost(model, (1, 8)) == Cost(total, active, flops)
+    ExpertManager(model.layers[0]).split(0, torch.randn(6), 0.0)  # its hyperplane is all that it costs
+    assert cost(model, (1, 8)) == Cost(total + expert + 7, active + 7, flops + 2 * 6)
+    optimizer = torch.optim.AdamW(model.parameters())
+    add_tasks(model, optimizer, [2, 3], own_gates=True)  # what other tasks need is not active in the first
+    grown = total + expert + 7 + 2 * router + 7 * 2 + 7 * 3
+    assert cost(model, (1, 8)) == Cost(grown, active + 7, flops + 2 * 6)
+
+
+def test_the_published_sizes_of_the_reference_models() -> None:
+    for hidden, channels, size in (((100, 100), None, 15_210), (None, (25, 25, 25), 5_210)):
+        assert cost(Reference(ReferenceSpec((1, 40), 10, hidden, channels)), (1, 40)).params_total == size
+
+
+def test_a_trials_row_is_consistent_with_its_predictions(baselines: Path, gate: Examples) -> None:
+    trial = load(baselines / "seed-0", gate)
+    found = evaluate(trial, gate)
+    assert found.trial["accuracy"] == pytest.approx(100 * correct(trial.model, gate) / 200)
+    assert found.trial["accuracy"] == pytest.approx(100 * (found.predictions == gate.y.numpy()).mean())
+    assert found.classes["accuracy"].mean() == pytest.approx(found.trial["accuracy"])  # classes are even
+    logits = predict(trial.model, gate.x)[0].logits[0]
+    assert found.trial["nll"] == pytest.approx(torch.nn.functional.cross_entropy(logits, gate.y).item(), rel=1e-5)
+    assert found.routing["tokens"].sum() == 200 * 2 * 2
+    assert (found.trial["n_routed_start"], found.trial["n_routed_end"]) == (10, 10)
+    assert 0 <= found.trial["routing_entropy"] <= 1 and 0 <= found.trial["calibration_error"] <= 100
+
+
+def test_a_phase_is_evaluated_on_test_alone_and_an_empty_one_is_refused(
+    baselines: Path, prepared: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "p7a").mkdir()
+    (tmp_path / "p7a/baseline").symlink_to(baselines, target_is_directory=True)
+    evaluate_phase(tmp_path / "p7a", prepared, tmp_path / "out")
+    trials, routing = (pd.read_csv(tmp_path / f"out/{name}.csv") for name in ("trials", "routing"))
+    assert trials[["phase", "arm", "seed"]].values.tolist() == [["p7a", "baseline", 0]]
+    assert routing["tokens"].sum() == 100 * 2 * 2
+    assert len(pd.read_csv(tmp_path / "out/curves.csv")) == 21
+    with pytest.raises(UserError, match="holds no checkpoints"):
+        evaluate_phase(tmp_path / "none", prepared, tmp_path / "out")

@@ -1,0 +1,191 @@
+"""The pipeline as a whole: its dependencies are true, it runs, and it reruns just what a change concerns."""
+
+import ast
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import yaml
+from dvc.utils.hydra import apply_overrides
+
+from phasegate.params import load_params
+
+ROOT = Path(__file__).parent.parent
+STAGES: dict[str, dict[str, Any]] = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+
+
+def imported(path: Path) -> set[Path]:
+    """The modules of the library that a file imports, packages on the way included."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    files = set()
+    for name in names:
+        parts = name.split(".")
+        for length in range(1, len(parts) + 1) if parts[0] in ("phasegate", "stages") else ():
+            module = ROOT.joinpath(*parts[:length])
+            files |= {f for f in (module.with_suffix(".py"), module / "__init__.py") if f.exists()}
+    return files
+
+
+def closure(path: Path) -> set[str]:
+    """A file and everything that it imports, transitively."""
+    found: set[Path] = set()
+    waiting = {path}
+    while waiting:
+        found |= waiting
+        waiting = {module for file in waiting for module in imported(file)} - found
+    return {str(file.relative_to(ROOT)) for file in found}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_depends_on_exactly_the_modules_that_its_script_imports(stage: str) -> None:
+    script = re.match(r"python -m stages\.(\w+)", STAGES[stage]["cmd"])
+    assert script
+    listed = {dep for dep in STAGES[stage]["deps"] if dep.endswith(".py")}
+    assert listed == closure(ROOT / f"stages/{script[1]}.py")
+
+
+def test_only_evaluation_depends_on_the_test_split() -> None:
+    readers = {name for name, stage in STAGES.items() if "data/prepared/test.safetensors" in stage["deps"]}
+    assert readers == {"evaluate"}
+
+
+def test_tables_and_figures_are_made_without_torch() -> None:
+    code = "import sys, stages.decide, stages.report, stages.headline; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def leaves(value: Any, path: str = "") -> list[tuple[str, Any]]:
+    if isinstance(value, dict):
+        return [leaf for key, below in value.items() for leaf in leaves(below, f"{path}.{key}" if path else key)]
+    return [(path, value)]
+
+
+def test_every_leaf_of_the_parameters_can_be_set_from_the_command_line(tmp_path: Path) -> None:
+    path = tmp_path / "params.yaml"
+    shutil.copy(ROOT / "params.yaml", path)
+    before = load_params(path)
+    for key, value in leaves(yaml.safe_load(path.read_text())):
+        apply_overrides(path, [f"{key}={json.dumps(value)}"])
+    assert load_params(path) == before
+
+
+class Checkout:
+    """A temporary copy of the project under the small profile."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        for name in ("phasegate", "stages"):
+            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        for name in ("dvc.yaml", "params.yaml", ".dvcignore", ".gitignore"):
+            shutil.copy(ROOT / name, folder / name)
+        self.change(yaml.safe_load((ROOT / "tests/small.yaml").read_text()))
+        self.command("git", "init", "-q")
+        self.command("dvc", "init", "-q")
+        self.command("git", "add", "-A")
+        self.command("git", "-c", "user.name=t", "-c", "user.email=t@t", "commit", "-qm", "small profile")
+
+    def command(self, *words: str, ok: bool = True) -> str:
+        environment = os.environ | {
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+            "DVC_NO_ANALYTICS": "1",
+        }
+        done = subprocess.run(words, cwd=self.folder, env=environment, capture_output=True, text=True, check=False)
+        output = done.stdout + done.stderr
+        assert (done.returncode == 0) == ok, f"{' '.join(words)} ended with {done.returncode}:\n{output}"
+        return output
+
+    def change(self, changes: dict[str, Any]) -> None:
+        path = self.folder / "params.yaml"
+        path.write_text(yaml.safe_dump(merge(yaml.safe_load(path.read_text()), changes), sort_keys=False))
+
+    def repro(self) -> set[str]:
+        """Run the pipeline; returns the stages that ran."""
+        return set(re.findall(r"Running stage '([^']+)'", self.command("dvc", "repro")))
+
+    def table(self, name: str) -> pd.DataFrame:
+        return pd.read_csv(self.folder / f"reports/{name}.csv")
+
+
+def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """`base` with `changes` merged in; the searches' candidates and a data set's references are replaced."""
+    merged = dict(base)
+    for key, value in changes.items():
+        deeper = isinstance(value, dict) and isinstance(base.get(key), dict) and key not in ("candidates", "mnist1d")
+        merged[key] = merge(base[key], value) if deeper else value
+    return merged
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Checkout:
+    """The small profile, run once from nothing."""
+    checkout = Checkout(tmp_path_factory.mktemp("checkout"))
+    ran = checkout.repro()
+    assert {stage.split("@")[0] for stage in ran} == set(STAGES)
+    return checkout
+
+
+def test_a_second_run_runs_nothing(checkout: Checkout) -> None:
+    assert checkout.repro() == set()
+
+
+def test_every_phase_and_arm_gets_a_verdict(checkout: Checkout) -> None:
+    decisions = checkout.table("decisions")
+    verdicts = dict(zip(zip(decisions["phase"], decisions["arm"], strict=True), decisions["verdict"], strict=True))
+    assert verdicts["p7a", "baseline"] == "BASELINE"
+    assert verdicts["p7a", "continue"] == "CONTROL"
+    assert len(verdicts) == 13
+    assert set(verdicts.values()) <= {"BASELINE", "CONTROL", "GO", "NO-GO", "INCONCLUSIVE"}
+    assert decisions.groupby("phase")["primary"].sum().drop("p7a").eq(1).all()
+    assert (checkout.table("trials").groupby(["phase", "arm"]).size() == 2).all()
+    assert not checkout.table("surgeries").empty
+
+
+def test_the_headline_is_a_row_of_the_decisions(checkout: Checkout) -> None:
+    metrics = json.loads((checkout.folder / "metrics.json").read_text())
+    row = checkout.table("decisions").query("phase == @metrics['phase'] and primary").iloc[0]
+    assert metrics["phase"] == "p7b2"
+    assert metrics["accuracy"] == pytest.approx(row["accuracy"])
+
+
+def test_changing_a_phase_reruns_that_phase_and_what_depends_on_it(checkout: Checkout) -> None:
+    before = checkout.table("decisions").set_index(["phase", "arm"])["accuracy"]
+    checkout.change({"p7b2": {"entropy_weight": 5.0}})
+    assert checkout.repro() == {"check", "p7b2", "evaluate@p7b2", "decide", "report", "headline"}
+    after = checkout.table("decisions").set_index(["phase", "arm"])["accuracy"]
+    changed = before.index[before != after]
+    assert list(changed) == [("p7b2", "entropy_loss")]
+
+
+def test_a_wrong_parameter_stops_before_any_result_is_touched(checkout: Checkout) -> None:
+    results = {path: path.stat().st_mtime_ns for path in (checkout.folder / "reports").iterdir()}
+    for override, sentence in {
+        "p7b1.head_lr=-1": "check: p7b1.head_lr is -1: input should be greater than 0",
+        "q2.candidates.top_1.top_k=99": "check: q2.candidates.top_1: top_k is 99: it must be at most n_routed = 12",
+        "+p7b2.growbelow=1": "check: p7b2.growbelow is not a parameter; did you mean grow_below?",
+    }.items():
+        output = checkout.command("dvc", "exp", "run", "-S", override, ok=False)
+        assert sentence in output
+        assert "Traceback" not in output
+        assert re.findall(r"Running stage '([^']+)'", output) == ["check"]
+        checkout.command("git", "checkout", "-q", "params.yaml")
+    assert {path: path.stat().st_mtime_ns for path in (checkout.folder / "reports").iterdir()} == results
+
+
+def test_the_dvc_commands_work(checkout: Checkout) -> None:
+    assert "p7b2" in checkout.command("dvc", "dag")
+    assert "metrics.json" in checkout.command("dvc", "metrics", "diff", "--all")
+    assert "accuracy" in checkout.command("dvc", "exp", "show", "--csv")
+    checkout.command("dvc", "plots", "show")
+    assert (checkout.folder / "dvc_plots/index.html").exists()
