@@ -36,7 +36,6 @@ class Record:
     seed: int
     training: Training  # the 7a configuration
     n_routed_start: int  # routed experts when the trial began
-    train_seconds: float
 
 
 @dataclass(frozen=True)
@@ -89,23 +88,20 @@ def load(folder: Path, gate: Examples, device: torch.device | str = "cpu") -> Ch
     tensors = _read_weights(folder / WEIGHTS)
     try:
         record = _parse_record(content, folder)
+        expected, total = content["gate"]["correct"], content["gate"]["total"]
+        digest, with_optimizer = content["weights"]["sha256"], content["weights"]["optimizer"]
         model = _build(content["model"])
-        expected, total, digest = (
-            content["gate"]["correct"],
-            content["gate"]["total"],
-            content["weights"]["sha256"],
-        )
-        with_optimizer = content["weights"]["optimizer"]
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{folder / RECORD} does not describe a checkpoint: {error}") from None
-    _fill(model, tensors, folder / WEIGHTS)
-    model.to(device)
-    if total != len(gate):
-        raise UserError(f"{folder} was verified on {total:,} gate examples, but this data set has {len(gate):,}")
-    got = correct(model, gate)
-    if got != expected:
+        _fill(model, tensors, folder / WEIGHTS)
+        model.to(device)
+        got = correct(model, gate)
+    except UserError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, StopIteration, RuntimeError) as error:
+        raise UserError(f"{folder} does not describe a model that runs on this data: {error}") from None
+    if (got, len(gate)) != (expected, total):
         raise UserError(
-            f"{folder} does not hold the model that was saved: expected {expected:,} of {total:,} correct, got {got:,}"
+            f"{folder} does not hold the model that was saved: expected {expected:,} of {total:,} correct, "
+            f"got {got:,} of {len(gate):,}"
         )
     if sha256(folder / WEIGHTS) != digest:
         raise UserError(f"{folder / WEIGHTS} was altered: its sha256 is not the recorded {digest}")
@@ -134,15 +130,16 @@ def _build(values: dict[str, Any]) -> Model | Reference:
 
 
 def _fill(model: Model | Reference, tensors: dict[str, Tensor], path: Path) -> None:
-    """Load the weights; what surgery has resized takes its size from them."""
+    """Load the weights. What surgery resizes, and nothing else, takes its size from them."""
     state = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
     layers = model.layers if isinstance(model, Model) else []
     for block, moe in enumerate(layers):
-        for name in AXES:
-            stored, own = state.get(f"blocks.{block}.moe.{name}"), getattr(moe, name)
-            if stored is not None and stored.dim() == own.dim():
-                empty = own.new_empty(stored.shape)
-                setattr(moe, name, nn.Parameter(empty) if isinstance(own, nn.Parameter) else empty)
+        sizes = _axis_sizes(state, f"blocks.{block}.moe.")
+        for name, axes in AXES.items():
+            old = getattr(moe, name)
+            shape = [sizes.get(axis or "", size) for axis, size in zip(axes, old.shape, strict=True)]
+            new = old.new_empty(shape)
+            setattr(moe, name, nn.Parameter(new) if isinstance(old, nn.Parameter) else new)
     wanted = model.state_dict()
     for name in sorted(wanted.keys() | state.keys()):
         shapes = [tuple(part[name].shape) if name in part else None for part in (wanted, state)]
@@ -151,6 +148,18 @@ def _fill(model: Model | Reference, tensors: dict[str, Tensor], path: Path) -> N
     model.load_state_dict(state)
     for moe in layers:
         moe.refresh()
+
+
+def _axis_sizes(state: dict[str, Tensor], prefix: str) -> dict[str, int]:
+    """The size of each axis that surgery resizes, as the first stored tensor with that axis has it."""
+    sizes: dict[str, int] = {}
+    for name, axes in AXES.items():
+        stored = state.get(prefix + name)
+        if stored is not None and stored.dim() == len(axes):
+            for axis, size in zip(axes, stored.shape, strict=True):
+                sizes.setdefault(axis or "", size)
+    sizes.pop("", None)
+    return sizes
 
 
 def _restore(model: nn.Module, training: Training, tensors: dict[str, Tensor]) -> AdamW:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from phasegate.params import RandomLabels, RoutingEntropy
+from phasegate.params import EntropyLabels, RandomLabels
 from phasegate.signals import N_SCALARS, ExpertSignals, features
 
 GROW, PRUNE, KEEP = range(3)
@@ -89,7 +89,7 @@ class Control:
         detach: whether the head's gradient is kept out of the trunk.
     """
 
-    labels: RandomLabels | RoutingEntropy
+    labels: RandomLabels | EntropyLabels
     head: bool
     acts: bool
     detach: bool = True

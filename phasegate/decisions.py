@@ -159,19 +159,18 @@ def winner(search: pd.DataFrame) -> str:
 
 def leaderboard(
     search: pd.DataFrame,
-    chosen: str | None = None,
+    chosen: str,
+    confidence: float,
     references: pd.DataFrame | None = None,
     trials: pd.DataFrame | None = None,
     published: Mapping[str, float] | None = None,
-    confidence: float = 0.95,
 ) -> pd.DataFrame:
     """Candidates by mean gate accuracy (percent), then the references in the same order, without a rank.
 
-    `search` and `references` hold one row per candidate and seed. `chosen` is the winner unless given. A
+    `search` and `references` hold one row per candidate and seed. `chosen` is the candidate that goes on. A
     reference's test accuracy comes from the phase `references` of `trials`, its `published` accuracy
     (percent) from the literature. Bounds are those of the interval over seeds.
     """
-    chosen = winner(search) if chosen is None else chosen
     if chosen not in set(search["candidate"]):
         raise UserError(f"the chosen candidate {chosen} isn't in the search")
     rows = []

@@ -16,11 +16,11 @@ from phasegate.checkpoint import RECORD, Checkpoint
 from phasegate.data import Array
 from phasegate.errors import UserError
 from phasegate.files import write_atomic
+from phasegate.logs import CURVE, SURGERIES, SURGERY_COLUMNS
 from phasegate.model import Model, Output, cost
-from phasegate.phase import SURGERIES
-from phasegate.pretraining import CURVE
-from phasegate.signals import routing_entropy
+from phasegate.moe import routing_entropy
 from phasegate.training import Examples, load_examples, predict
+from phasegate.trials import seconds
 
 CALIBRATION_BINS = 15
 
@@ -48,9 +48,10 @@ def evaluate_phase(models: Path, prepared: Path, output: Path) -> None:
     if not folders:
         raise UserError(f"{models} holds no checkpoints: run `dvc repro` for the stage that writes it")
     results = {folder: evaluate(checkpoint.load(folder, gate, device), test) for folder in folders}
+    trials = [result.trial | {"train_seconds": seconds(folder)} for folder, result in results.items()]
     output.mkdir(parents=True, exist_ok=True)
     tables = {
-        "trials": pd.DataFrame([result.trial for result in results.values()]),
+        "trials": pd.DataFrame(trials),
         "classes": pd.concat([result.classes for result in results.values()]),
         "routing": pd.concat([result.routing for result in results.values()]),
         "curves": pd.concat([_of_trial(f / CURVE, result.trial) for f, result in results.items()]),
@@ -81,7 +82,6 @@ def evaluate(trial: Checkpoint, test: Examples) -> Evaluation:
         "n_routed_start": record.n_routed_start,
         "n_routed_end": trial.model.n_routed if isinstance(trial.model, Model) else 0,
         **cost(trial.model, tuple(test.x.shape[1:]))._asdict(),
-        "train_seconds": record.train_seconds,
     }
     classes = pd.DataFrame({"class": (c := np.unique(y)), "accuracy": [100 * right[y == k].mean() for k in c]})
     return Evaluation(row, _with(key, classes), _with(key, _long(usage)), predicted)
@@ -145,8 +145,8 @@ def _long(usage: dict[tuple[int, int], Array]) -> pd.DataFrame:
 
 
 def _of_trial(path: Path, trial: dict[str, Any]) -> pd.DataFrame:
-    """A table that a trial left in its folder, if it did, under the trial's key."""
-    table = pd.read_csv(path) if path.exists() else pd.DataFrame()
+    """A table that a trial left in its folder (only 7b trials log surgeries), under the trial's key."""
+    table = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=SURGERY_COLUMNS)
     return _with({name: trial[name] for name in ("phase", "arm", "seed")}, table)
 
 

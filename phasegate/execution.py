@@ -31,6 +31,7 @@ def device() -> torch.device:
     available = torch.cuda.is_available()
     if value == "cuda" and not available:
         raise UserError("PHASEGATE_DEVICE is cuda, but torch finds no GPU here: use auto or cpu")
+    torch.backends.cudnn.allow_tf32 = False  # a checkpoint made here must count the same on a CPU
     return torch.device("cuda" if available and value != "cpu" else "cpu")
 
 

@@ -185,6 +185,15 @@ def grouped_mm(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
     return torch.cat([rows @ weight for rows, weight in zip(torch.split(x, sizes), weights, strict=True)])
 
 
+def routing_entropy(probs: Tensor) -> Tensor:
+    """Entropy of routing distributions (..., F), normalised by log F to 0..1 -> (...)."""
+    families = probs.shape[-1]
+    if families == 1:
+        return probs.new_zeros(probs.shape[:-1])
+    entropy: Tensor = torch.special.entr(probs).sum(-1)
+    return entropy / math.log(families)
+
+
 def uniform(shape: tuple[int, ...], fan_in: int, generator: torch.Generator | None = None) -> Tensor:
     """A fresh weight: uniform with variance 1 / fan_in (LeCun)."""
     bound = math.sqrt(3 / fan_in)

@@ -10,24 +10,39 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from phasegate.errors import UserError
 
+
+def _no_bool(value: object) -> object:
+    """Python takes True for 1; a parameter file must not."""
+    if isinstance(value, bool):
+        raise ValueError(f"{value} is not a number")
+    return value
+
+
 Count = Annotated[int, Field(ge=1, strict=True)]
 Index = Annotated[int, Field(ge=0, strict=True)]
-Fraction = Annotated[float, Field(ge=0, lt=1)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Number = Annotated[float, BeforeValidator(_no_bool), Field(allow_inf_nan=False)]
+Fraction = Annotated[Number, Field(ge=0, lt=1)]
+Probability = Annotated[Number, Field(ge=0, le=1)]
+Positive = Annotated[Number, Field(gt=0)]
+NonNegative = Annotated[Number, Field(ge=0)]
+Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
+Text = Annotated[str, Field(min_length=1)]
+BASE = "base"  # a search's own base configuration, as a candidate
 Scalar = bool | int | float | str
 Phase = Literal["p7a", "p7b1", "p7b2", "p7b3"]
 
 ARMS: dict[str, tuple[str, ...]] = {
     "p7b1": ("noise_acting", "noise", "noise_detached", "random_acting"),
-    "p7b2": ("split", "clone", "reinit", "entropy_loss"),
+    "p7b2": ("split", "clone", "reinit", "split_thresholds", "entropy_loss"),
     "p7b3": ("task_gates", "heads", "single"),
 }
 """The arms of each phase that is decided on."""
+EVALUATED_PHASES = ("references", "p7a", "continue", *ARMS)
+"""Everything that leaves checkpoints to be evaluated."""
 
 
 class Section(BaseModel):
@@ -102,7 +117,7 @@ class Reference(Section):
     batch: Count
     lr: Positive
     weight_decay: NonNegative
-    published: Annotated[float, Field(ge=0, le=100)] | None = None
+    published: Annotated[Number, Field(ge=0, le=100)] | None = None
 
     @model_validator(mode="after")
     def _check(self) -> "Reference":
@@ -128,7 +143,13 @@ class Search(Section):
     """A search: named overrides of a base configuration, each over several seeds."""
 
     seeds: Count
-    candidates: Annotated[dict[str, dict[str, Scalar]], Field(min_length=1)]
+    candidates: dict[Name, dict[str, Scalar]]
+
+    @model_validator(mode="after")
+    def _check(self) -> "Search":
+        if BASE in self.candidates:
+            raise ValueError(f"a candidate is named {BASE}: that is the base configuration itself, always a candidate")
+        return self
 
 
 class Baseline(Section):
@@ -166,8 +187,8 @@ class Schedule(Section):
 class RandomLabels(Section):
     """Phase 7b.1."""
 
-    grow: Annotated[float, Field(ge=0, le=1)]
-    prune: Annotated[float, Field(ge=0, le=1)]
+    grow: Probability
+    prune: Probability
     loss_weight: NonNegative
     head_lr: Positive
 
@@ -178,20 +199,25 @@ class RandomLabels(Section):
         return self
 
 
-class RoutingEntropy(Section):
-    """Phase 7b.2."""
+class EntropyLabels(Section):
+    """When routing entropy, as a multiple of the batch's, says grow or prune; and the head that learns it."""
 
-    controller: Literal["head", "thresholds"]
     grow_below: NonNegative
     prune_above: NonNegative
     head_lr: Positive
-    entropy_weight: float
 
     @model_validator(mode="after")
-    def _check(self) -> "RoutingEntropy":
+    def _check(self) -> "EntropyLabels":
         if self.grow_below > self.prune_above:
             raise ValueError(f"grow_below is {self.grow_below}: it must be at most prune_above = {self.prune_above}")
         return self
+
+
+class RoutingEntropy(Section):
+    """Phase 7b.2."""
+
+    labels: EntropyLabels
+    entropy_weight: Number
 
 
 class MultiTask(Section):
@@ -203,15 +229,15 @@ class MultiTask(Section):
 class Claim(Section):
     """What a phase claims, written before it runs."""
 
-    primary: str
-    hypothesis: str
+    primary: Text
+    hypothesis: Text
 
 
 class Decisions(Section):
     """How verdicts are reached."""
 
     margin_pp: NonNegative
-    confidence: Annotated[float, Field(gt=0.5, lt=1)]
+    confidence: Annotated[Number, Field(gt=0.5, lt=1)]
     phases: dict[str, Claim]
 
     @model_validator(mode="after")
@@ -239,7 +265,7 @@ class Params(Section):
     data: Data
     training: Training
     model: Architecture
-    references: dict[str, dict[str, Reference]]
+    references: dict[Name, Annotated[dict[Name, Reference], Field(min_length=1)]]
     q1: Search
     q2: Search
     p7a: Baseline
@@ -254,11 +280,15 @@ class Params(Section):
     def _check(self) -> "Params":
         for name, changes in self.q1.candidates.items():
             override(self.training, changes, f"q1.candidates.{name}")
-        for name, changes in self.q2.candidates.items():
-            override(self.model, changes, f"q2.candidates.{name}")
+        architectures = [
+            override(self.model, changes, f"q2.candidates.{name}") for name, changes in self.q2.candidates.items()
+        ]
+        if self.p7a.n_routed not in {model.n_routed for model in (self.model, *architectures)}:
+            raise ValueError(
+                f"p7a.n_routed is {self.p7a.n_routed}, but no candidate of q2 has that many experts: give it one"
+            )
         if "default" not in self.references:
             raise ValueError("references.default is missing: the models of data sets that have none of their own")
-        override(self.model, {"n_routed": self.p7a.n_routed}, "p7a")
         return self
 
     def references_of(self, name: str) -> dict[str, Reference]:

@@ -5,7 +5,6 @@ added: a controller that may operate, a regulariser, further tasks. The arm that
 """
 
 import math
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,16 +16,15 @@ from torch import Tensor
 from phasegate import checkpoint, execution
 from phasegate.checkpoint import RECORD, WEIGHTS, Checkpoint, Record
 from phasegate.control import Allowed, Control, Controller, Proposal
-from phasegate.curve import Curve
 from phasegate.data import fit_file
 from phasegate.expert_manager import ExpertManager, Surgery, halving_plane
+from phasegate.logs import CURVE, SURGERIES, SURGERY_COLUMNS, Curve
 from phasegate.model import Model, Output
-from phasegate.moe import MoE, Routing
+from phasegate.moe import MoE, Routing, routing_entropy
 from phasegate.multitask import add_tasks, further_losses
 from phasegate.params import Schedule
-from phasegate.pretraining import CURVE
 from phasegate.randomness import derived_seed, generator
-from phasegate.signals import expert_signals, routing_entropy, routing_kl
+from phasegate.signals import expert_signals, routing_kl
 from phasegate.training import (
     EVALUATION_BATCH,
     Batches,
@@ -36,26 +34,12 @@ from phasegate.training import (
     fit,
     load_examples,
     main_loss,
+    nudge_selection,
     predict,
 )
 from phasegate.trials import Trial
 
-SURGERIES = "surgeries.csv"
 PROBE = 256  # signal examples on which the output's change is measured
-COLUMNS = [
-    "step",
-    "block",
-    "operation",
-    "expert",
-    "parent",
-    "n_routed_before",
-    "n_routed_after",
-    "output_change",
-    "accuracy_before",
-    "accuracy_after",
-    "routing_kl",
-    "recovery_steps",
-]
 
 
 @dataclass(frozen=True)
@@ -102,13 +86,11 @@ def run_arm(folder: Path, *, prepared: Path, start: Path, phase: str, arm: Arm, 
     batches = Batches(train, trial.training.batch, derived_seed(seed, "7b"), trial.training)
     rates = cosine(schedule.lr_scale * trial.training.lr, schedule.steps)
     trial.curve.measure(0)
-    begin = time.perf_counter()
     fit(trial.model, trial.optimizer, batches, trial.objective, rates, trial.after_step)
-    seconds = time.perf_counter() - begin
-    record = Record(phase, arm.name, seed, trial.training, trial.n_routed_start, seconds)
+    record = Record(phase, arm.name, seed, trial.training, trial.n_routed_start)
     checkpoint.save(folder, trial.model, None, record, gate)
     trial.curve.table().to_csv(folder / CURVE, index=False)
-    pd.DataFrame(trial.surgeries, columns=COLUMNS).to_csv(folder / SURGERIES, index=False)
+    pd.DataFrame(trial.surgeries, columns=SURGERY_COLUMNS).to_csv(folder / SURGERIES, index=False)
 
 
 class _Trial:
@@ -142,7 +124,7 @@ class _Trial:
         """One per block; their heads train with the model's optimizer, at a learning rate of their own."""
         control = self.arm.control
         if control is None:
-            return [Controller() for _ in self.model.layers]
+            return []
         torch.manual_seed(derived_seed(self.seed, "control head"))
         width = self.model.spec.architecture.width
         controllers = [control.build(width, self.device) for _ in self.model.layers]
@@ -155,6 +137,7 @@ class _Trial:
     def objective(self, x: Tensor, y: Tensor, step: int) -> Tensor:
         """The control arm's loss, plus what the arm adds to it."""
         output = self.model(x, n_tasks=1 + len(self._label_maps))
+        nudge_selection(self.model, output)
         loss = main_loss(self.model, output, y, self.training.label_smoothing)
         if self.arm.tasks:
             loss = loss + self.arm.tasks.weight * further_losses(output, y, self._label_maps)
@@ -171,7 +154,7 @@ class _Trial:
         """Operate where the controllers say so, and take a point of the learning curve."""
         self.curve.add_loss(loss)
         schedule = self.schedule
-        if self.arm.control and step % schedule.act_every == 0 and step <= schedule.steps - schedule.settle:
+        if step % schedule.act_every == 0 and step <= schedule.steps - schedule.settle:
             for block in range(len(self.controllers)):
                 self._act(block, step)
         if step % schedule.eval_every == 0 or step == schedule.steps:

@@ -34,6 +34,8 @@ def prepare(
     train, signal, gate = split_validation(raw, validation, np.random.default_rng(split_seed))
     class_names = raw.class_names or tuple(str(label) for label in np.unique(train.y))
     all_tasks = merge_tasks(tasks, raw.tasks, len(class_names))
+    if not all_tasks:
+        raise UserError(f"data.tasks has no label map for {name}: phase 7b.3 needs one, such as even: [0, 1, 0, …]")
     channels = train.x.shape[1]
     mean, std = channel_moments(train.x) if raw.standardise else ((0.0,) * channels, (1.0,) * channels)
     splits = {

@@ -1,6 +1,5 @@
 """Trials of phase 7a: train a model from scratch. The searches, the references and the baseline all run this."""
 
-import time
 from pathlib import Path
 
 import torch
@@ -8,16 +7,15 @@ from torch import Tensor
 
 from phasegate import checkpoint, execution
 from phasegate.checkpoint import Record
-from phasegate.curve import Curve
 from phasegate.data import fit_file
+from phasegate.logs import CURVE, Curve
 from phasegate.model import Model, ModelSpec
 from phasegate.params import Training
 from phasegate.randomness import derived_seed
 from phasegate.references import Reference, ReferenceSpec
-from phasegate.training import Batches, cosine, fit, load_examples, main_loss, make_optimizer
+from phasegate.training import Batches, cosine, fit, load_examples, main_loss, make_optimizer, nudge_selection
 from phasegate.trials import Trial
 
-CURVE = "curve.csv"
 CURVE_POINTS = 20
 
 
@@ -31,7 +29,15 @@ def pretraining(
     keep_optimizer: bool = False,
 ) -> Trial:
     """The trial of `pretrain` with these arguments."""
-    arguments = dict(locals())
+    arguments = {
+        "prepared": prepared,
+        "phase": phase,
+        "arm": arm,
+        "seed": seed,
+        "spec": spec,
+        "training": training,
+        "keep_optimizer": keep_optimizer,
+    }
     return Trial(f"{arm}/seed-{seed}", pretrain, arguments, (fit_file(prepared),))
 
 
@@ -62,14 +68,14 @@ def pretrain(
             curve.measure(step)
 
     def objective(x: Tensor, y: Tensor, step: int) -> Tensor:
-        return main_loss(model, model(x), y, training.label_smoothing)
+        output = model(x)
+        nudge_selection(model, output)
+        return main_loss(model, output, y, training.label_smoothing)
 
     batches = Batches(train, training.batch, seed, training)
     rates = cosine(training.lr, training.steps, training.warmup)
-    start = time.perf_counter()
     fit(model, optimizer, batches, objective, rates, after_step)
-    seconds = time.perf_counter() - start
     n_routed = model.n_routed if isinstance(model, Model) else 0
-    record = Record(phase, arm, seed, training, n_routed, seconds)
+    record = Record(phase, arm, seed, training, n_routed)
     checkpoint.save(folder, model, optimizer if keep_optimizer else None, record, gate)
     curve.table().to_csv(folder / CURVE, index=False)

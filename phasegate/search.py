@@ -8,12 +8,11 @@ import pandas as pd
 from phasegate import checkpoint
 from phasegate.files import write_atomic
 from phasegate.model import ModelSpec
-from phasegate.params import Scalar, Search, SectionT, Training, override
+from phasegate.params import BASE, Scalar, Search, SectionT, Training, override
 from phasegate.pretraining import pretraining
 from phasegate.references import ReferenceSpec
-from phasegate.trials import run_trials
+from phasegate.trials import run_trials, seconds
 
-BASE = "base"
 RESULTS = "search.csv"
 
 
@@ -27,7 +26,7 @@ def run_search(
     phase: str,
     candidates: Mapping[str, tuple[ModelSpec | ReferenceSpec, Training]],
     settings: Mapping[str, Mapping[str, Scalar]],
-    seeds: int,
+    n_seeds: int,
     prepared: Path,
     folder: Path,
 ) -> pd.DataFrame:
@@ -38,15 +37,16 @@ def run_search(
     trials = [
         pretraining(prepared, phase, name, seed, spec, training)
         for name, (spec, training) in candidates.items()
-        for seed in range(seeds)
+        for seed in range(n_seeds)
     ]
     run_trials(trials, folder, phase)
     rows = []
     for trial in trials:
         record, accuracy, cost = checkpoint.summary(folder / trial.name)
+        took = seconds(folder / trial.name)
         changes = ", ".join(f"{key}={value}" for key, value in settings.get(record.arm, {}).items())
         row = {"candidate": record.arm, "seed": record.seed, "accuracy": accuracy, **cost._asdict()}
-        rows.append(row | {"train_seconds": record.train_seconds, "settings": changes or BASE})
+        rows.append(row | {"train_seconds": took, "settings": changes or BASE})
     table = pd.DataFrame(rows)
     write_atomic(folder / RESULTS, table.to_csv(index=False))
     return table

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from phasegate.moe import Routing
+from phasegate.moe import Routing, routing_entropy
 
 N_SCALARS = 3  # features of an expert besides its mean token
 
@@ -21,15 +21,6 @@ class ExpertSignals(NamedTuple):
     entropy: Tensor  # (E,) mean routing entropy of the expert's tokens, 0 to 1
     token: Tensor  # (E, D) mean of the expert's tokens
     batch_entropy: Tensor  # () mean routing entropy of all tokens, 0 to 1
-
-
-def routing_entropy(probs: Tensor) -> Tensor:
-    """Entropy of routing distributions (..., F), normalised by log F to 0..1 -> (...)."""
-    families = probs.shape[-1]
-    if families == 1:
-        return probs.new_zeros(probs.shape[:-1])
-    entropy: Tensor = torch.special.entr(probs).sum(-1)
-    return entropy / torch.log(torch.tensor(float(families), device=probs.device))
 
 
 def expert_signals(routing: Routing, n_routed: int) -> ExpertSignals:
@@ -51,8 +42,12 @@ def expert_signals(routing: Routing, n_routed: int) -> ExpertSignals:
 
 
 def features(signals: ExpertSignals) -> Tensor:
-    """What a control head reads of each expert: (E, D + N_SCALARS). Load counts relative to an even share."""
-    scalars = torch.stack([signals.load * len(signals.load), signals.gate, signals.entropy], dim=1)
+    """What a control head reads of each expert: (E, D + N_SCALARS), all of order one.
+
+    Load counts relative to an even share, and entropy relative to the batch's, in tenths.
+    """
+    ratio = signals.entropy / signals.batch_entropy.clamp(min=1e-12)
+    scalars = torch.stack([signals.load * len(signals.load), signals.gate, 10 * (ratio - 1)], dim=1)
     return torch.cat([signals.token, scalars], dim=1)
 
 

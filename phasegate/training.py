@@ -16,7 +16,7 @@ from torch.optim import AdamW, Optimizer
 
 from phasegate import data
 from phasegate.model import Model, Output
-from phasegate.moe import MoE, Routing
+from phasegate.moe import Routing
 from phasegate.params import Architecture, Training
 from phasegate.randomness import derived_seed, generator
 
@@ -139,13 +139,16 @@ def routing_penalty(routings: Iterable[Routing], arch: Architecture) -> Tensor |
 
 
 @torch.no_grad()
-def nudge_selection(moe: MoE, routing: Routing, step: float) -> None:
+def nudge_selection(model: nn.Module, output: Output) -> None:
     """Loss-free balancing: raise the selection bias of families below an even share, lower that of others.
 
     Source: arXiv 2408.15664.
     """
-    share = shares(routing)
-    moe.selection_bias[: len(share)] += step * (1 / share.shape[-1] - share).sign()
+    if isinstance(model, Model) and model.spec.architecture.balance_bias:
+        for moe, routing in zip(model.layers, output.routings, strict=True):
+            share = shares(routing)
+            excess = share - 1 / share.shape[-1]
+            moe.selection_bias[: len(share)] -= model.spec.architecture.balance_bias * excess.sign()
 
 
 def main_loss(model: nn.Module, output: Output, y: Tensor, label_smoothing: float) -> Tensor:
@@ -153,11 +156,7 @@ def main_loss(model: nn.Module, output: Output, y: Tensor, label_smoothing: floa
     loss = F.cross_entropy(output.logits[0], y, label_smoothing=label_smoothing)
     if not isinstance(model, Model):
         return loss
-    arch = model.spec.architecture
-    if arch.balance_bias:
-        for moe, routing in zip(model.layers, output.routings, strict=True):
-            nudge_selection(moe, routing, arch.balance_bias)
-    return loss + routing_penalty(output.routings, arch)
+    return loss + routing_penalty(output.routings, model.spec.architecture)
 
 
 def fit(

@@ -7,6 +7,7 @@ number of seeds trains only the new ones, and a killed stage goes on with the tr
 
 import hashlib
 import importlib.metadata
+import os
 import shutil
 import sys
 import time
@@ -20,8 +21,10 @@ import torch
 from tqdm import tqdm
 
 from phasegate import execution
+from phasegate.errors import UserError
 from phasegate.files import sha256
 
+SECONDS = "seconds.txt"
 STORE = Path(".phasegate/trials")
 KEEP_DAYS = 30
 SECONDS_BETWEEN_LINES = 20
@@ -38,29 +41,52 @@ class Trial:
 
 
 def run_trials(trials: list[Trial], output: Path, label: str) -> None:
-    """Run all trials that are not kept already, then put every trial's folder below `output`."""
-    code = _code_hash()
-    content = {path: sha256(path) for path in {path for trial in trials for path in trial.inputs}}
-    kept = {trial.name: STORE / _fingerprint(trial, content, code) for trial in trials}
-    missing = [trial for trial in trials if not kept[trial.name].exists()]
+    """Run all trials that are not kept already, then put every trial's folder below `output`.
+
+    Raises:
+        UserError: if an input file is missing, or a trial fails for a reason that its user can mend.
+    """
+    kept = _folders(trials)
+    for folder in filter(Path.exists, kept.values()):
+        os.utime(folder)
     _forget_old()
+    missing = [trial for trial in trials if not kept[trial.name].exists()]
     parallel = joblib.Parallel(n_jobs=execution.workers(), return_as="generator_unordered", backend="loky")
-    jobs = parallel(joblib.delayed(_run)(trial, kept[trial.name]) for trial in missing)
+    jobs = parallel(joblib.delayed(_run)(trial, kept[trial.name], label) for trial in missing)
     for _ in _watch(jobs, len(missing), label):
         pass
     for trial in trials:
-        kept[trial.name].touch()
         shutil.copytree(kept[trial.name], output / trial.name, dirs_exist_ok=True)
 
 
-def _run(trial: Trial, destination: Path) -> None:
+def seconds(folder: Path) -> float:
+    """How long the trial that filled a folder took."""
+    return float((folder / SECONDS).read_text())
+
+
+def _run(trial: Trial, destination: Path, label: str) -> None:
     """In a worker: fill a temporary folder, and give it its name only when it is complete."""
     torch.set_num_threads(1)
     temporary = destination.with_suffix(".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    trial.run(temporary, **trial.arguments)
+    start = time.perf_counter()
+    try:
+        trial.run(temporary, **trial.arguments)
+    except FloatingPointError as error:
+        raise UserError(f"trial {trial.name} of {label}: {error}; a lower learning rate may help") from None
+    (temporary / SECONDS).write_text(f"{time.perf_counter() - start:.3f}\n")
     temporary.replace(destination)
+
+
+def _folders(trials: list[Trial]) -> dict[str, Path]:
+    """Where each trial is kept, by name."""
+    try:
+        content = {path: sha256(path) for path in {path for trial in trials for path in trial.inputs}}
+    except FileNotFoundError as error:
+        raise UserError(f"{error.filename} is missing: `dvc repro` runs the stage that writes it") from None
+    code = _code_hash()
+    return {trial.name: STORE / _fingerprint(trial, content, code) for trial in trials}
 
 
 def _fingerprint(trial: Trial, content: dict[Path, str], code: str) -> str:

@@ -6,11 +6,9 @@ import yaml
 from phasegate.data import load_meta
 from phasegate.decisions import decide, leaderboard, relabel_control
 from phasegate.files import write_atomic
-from phasegate.params import ARMS, Params
+from phasegate.params import EVALUATED_PHASES, Params
 from phasegate.report.tables import decisions_markdown
 from phasegate.stage import EVALUATED, MODELS, PREPARED, REPORTS, run
-
-PHASES = ("references", "p7a", "continue", *ARMS)
 
 
 def main(params: Params) -> None:
@@ -24,21 +22,21 @@ def main(params: Params) -> None:
         write(name, relabel_control(table))
     write("decisions", decisions)
     write_atomic(REPORTS / "decisions.json", decisions.to_json(orient="records", indent=2) + "\n")
-    markdown = decisions_markdown(decisions, hypotheses, claims.margin_pp, confidence=claims.confidence)
+    markdown = decisions_markdown(decisions, hypotheses, claims.margin_pp, claims.confidence)
     write_atomic(REPORTS / "decisions.md", markdown)
     references = params.references_of(load_meta(PREPARED).name)
     published = {name: model.published for name, model in references.items() if model.published is not None}
     write(
         "leaderboard_q1",
-        leaderboard(results("q1"), chosen("q1"), results("references"), tables["trials"], published),
+        leaderboard(results("q1"), chosen("q1"), claims.confidence, results("references"), tables["trials"], published),
     )
-    write("leaderboard_q2", leaderboard(results("q2"), chosen("q2")))
+    write("leaderboard_q2", leaderboard(results("q2"), chosen("q2"), claims.confidence))
 
 
 def collect(name: str) -> pd.DataFrame:
     """One table of all phases. Routing is kept for the first seed alone: it is for looking at."""
-    parts = [pd.read_csv(EVALUATED / phase / f"{name}.csv") for phase in PHASES]
-    table = pd.concat([part for part in parts if len(part)], ignore_index=True)
+    parts = [pd.read_csv(EVALUATED / phase / f"{name}.csv") for phase in EVALUATED_PHASES]
+    table = pd.concat([part for part in parts if len(part)] or parts[:1], ignore_index=True)
     return table[table["seed"] == 0] if name == "routing" else table
 
 

@@ -1,15 +1,17 @@
 """Evaluate one phase's checkpoints on the test split: `python -m stages.evaluate p7b2`."""
 
-import sys
+import argparse
 
 from phasegate.evaluation import evaluate_phase
-from phasegate.params import Params
+from phasegate.params import EVALUATED_PHASES, Params
 from phasegate.stage import EVALUATED, MODELS, PREPARED, run
 
 
 def main(params: Params) -> None:
     """Write the tables and predictions of the phase named on the command line."""
-    phase = sys.argv[1]
+    parser = argparse.ArgumentParser(description="Evaluate one phase on the test split.")
+    parser.add_argument("phase", choices=EVALUATED_PHASES)
+    phase = parser.parse_args().phase
     evaluate_phase(MODELS / phase, PREPARED, EVALUATED / phase)
 
 

@@ -8,13 +8,14 @@ from phasegate.trials import run_trials
 
 
 def main(params: Params) -> None:
-    """One controller with three kinds of growth, and the entropy as a regulariser without surgery."""
+    """One control head with three kinds of growth; the bare thresholds; the entropy as a regulariser."""
     entropy = params.p7b2
-    control = Control(entropy, head=entropy.controller == "head", acts=True)
+    control = Control(entropy.labels, head=True, acts=True)
     arms = [
         Arm("split", control, grow="split"),
         Arm("clone", control, grow="clone"),
         Arm("reinit", control, grow="reinit"),
+        Arm("split_thresholds", Control(entropy.labels, head=False, acts=True), grow="split"),
         Arm("entropy_loss", entropy_weight=entropy.entropy_weight),
     ]
     trials = continuations(PREPARED, BASELINES, "p7b2", arms, params.seeds, params.p7b)

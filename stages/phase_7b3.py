@@ -1,7 +1,6 @@
 """Phase 7b.3: the expert count fixed, several tasks with parameters of their own."""
 
 from phasegate.data import load_meta
-from phasegate.errors import UserError
 from phasegate.params import Params
 from phasegate.phase import Arm, Tasks, continuations
 from phasegate.stage import BASELINES, MODELS, PREPARED, run
@@ -11,10 +10,6 @@ from phasegate.trials import run_trials
 def main(params: Params) -> None:
     """Further tasks from the data set's label maps, with gates of their own or shared ones."""
     meta = load_meta(PREPARED)
-    if not meta.tasks:
-        raise UserError(
-            f"data.tasks has no label map for {meta.name}: phase 7b.3 needs one, as name: [task label of each class]"
-        )
     label_maps, weight = tuple(meta.tasks.values()), params.p7b3.task_weight
     arms = [
         Arm("task_gates", tasks=Tasks(label_maps, weight, own_gates=True)),

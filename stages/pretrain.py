@@ -2,19 +2,18 @@
 
 from phasegate.data import load_meta
 from phasegate.model import ModelSpec
-from phasegate.params import Architecture, Params, Training, load_section, override
+from phasegate.params import Architecture, Params, Training, load_section
 from phasegate.pretraining import pretraining
 from phasegate.stage import MODELS, PREPARED, run
 from phasegate.trials import run_trials
 
 
 def main(params: Params) -> None:
-    """Train Q2's winner, at the baseline's number of experts, with every seed."""
+    """Train what the searches chose, with every seed."""
     meta = load_meta(PREPARED)
     best = MODELS / "q2/best.yaml"
     training = load_section(best, "training", Training)
     architecture = load_section(best, "model", Architecture)
-    architecture = override(architecture, {"n_routed": params.p7a.n_routed}, "p7a")
     spec = ModelSpec(architecture, meta.input_shape, (meta.classes,))
     trials = [
         pretraining(PREPARED, "p7a", "baseline", seed, spec, training, keep_optimizer=True)

@@ -24,7 +24,7 @@ def main(params: Params) -> None:
     )
     figures = {
         "differences": plots.differences(decisions, claims.margin_pp),
-        "learning_curves": plots.learning_curves(curves, decisions, claims.margin_pp, surgeries),
+        "learning_curves": plots.learning_curves(curves, decisions, claims.margin_pp, claims.confidence, surgeries),
         "expert_routing": plots.expert_routing(routing, decisions),
         "leaderboard_q1": plots.leaderboard(q1, "Q1"),
         "leaderboard_q2": plots.leaderboard(q2, "Q2"),
@@ -53,7 +53,7 @@ def provenance(params: Params) -> dict[str, object]:
         "command": "dvc repro",
         "data": {"name": meta.name, "sha256": hashes},
         "versions": versions,
-        "parameters": json.loads(params.model_dump_json(exclude={"data"})),
+        "parameters": json.loads(params.model_dump_json(exclude={"headline"})),
     }
 
 

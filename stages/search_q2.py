@@ -12,7 +12,7 @@ from phasegate.stage import MODELS, PREPARED, run
 
 
 def main(params: Params) -> None:
-    """Search over architectures with Q1's training configuration."""
+    """Search over architectures with Q1's training; the best with the baseline's number of experts goes on."""
     meta = load_meta(PREPARED)
     training = load_section(MODELS / "q1/best.yaml", "training", Training)
     architectures = variants(params.model, params.q2, "q2.candidates")
@@ -21,7 +21,9 @@ def main(params: Params) -> None:
         for name, architecture in architectures.items()
     }
     folder = MODELS / "q2"
-    best = winner(run_search("q2", candidates, params.q2.candidates, params.q2.seeds, PREPARED, folder))
+    results = run_search("q2", candidates, params.q2.candidates, params.q2.seeds, PREPARED, folder)
+    eligible = {name for name, architecture in architectures.items() if architecture.n_routed == params.p7a.n_routed}
+    best = winner(results[results["candidate"].isin(eligible)])
     content = {
         "candidate": best,
         "training": training.model_dump(),

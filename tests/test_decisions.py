@@ -122,7 +122,7 @@ def test_the_winner_is_the_most_accurate_then_the_cheapest_then_the_first_by_nam
     assert winner(table) == "a"
     references = table[table["candidate"] == "z"].replace({"candidate": {"z": "mlp"}})
     tested = pd.DataFrame({"phase": "references", "arm": "mlp", "seed": [0, 1], "accuracy": [64.0, 66.0]})
-    board = leaderboard(table, references=references, trials=tested, published={"mlp": 68.0})
+    board = leaderboard(table, winner(table), 0.95, references=references, trials=tested, published={"mlp": 68.0})
     assert board["candidate"].tolist() == ["a", "b", "c", "z", "mlp"]
     assert board["chosen"].tolist() == [True, False, False, False, False]
     assert board.iloc[-1][["kind", "test_accuracy", "published_accuracy"]].tolist() == [
@@ -131,4 +131,4 @@ def test_the_winner_is_the_most_accurate_then_the_cheapest_then_the_first_by_nam
         68.0,
     ]
     with pytest.raises(UserError, match="chosen candidate nobody"):
-        leaderboard(table, chosen="nobody")
+        leaderboard(table, "nobody", 0.95)

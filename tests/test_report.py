@@ -43,7 +43,7 @@ def board(seeds: int = 2) -> pd.DataFrame:
         for seed in range(seeds)
     )
     reference = runs["candidate"] == "cnn"
-    return leaderboard(runs[~reference], references=runs[reference], published={"cnn": 94.0})
+    return leaderboard(runs[~reference], "wide", 0.95, references=runs[reference], published={"cnn": 94.0})
 
 
 def curves(seeds: int = 3) -> pd.DataFrame:

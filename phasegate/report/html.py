@@ -29,8 +29,8 @@ def render(
     leaderboards: Mapping[str, pd.DataFrame],
     surgeries: pd.DataFrame,
     provenance: Mapping[str, object],
+    confidence: float,
     control: str = CONTROL,
-    confidence: float = 0.95,
 ) -> str:
     """The whole page as HTML.
 

@@ -96,9 +96,9 @@ def learning_curves(
     curves: pd.DataFrame,
     decisions: pd.DataFrame,
     margin_pp: float,
+    confidence: float,
     surgeries: pd.DataFrame | None = None,
     control: str = CONTROL,
-    confidence: float = 0.95,
 ) -> Figure:
     """Gate accuracy (percent) over training steps, a panel per phase: mean and interval over seeds per arm.
 

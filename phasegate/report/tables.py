@@ -130,7 +130,7 @@ def decision_cells(decisions: pd.DataFrame) -> list[dict[str, str]]:
     ]
 
 
-def rule(margin_pp: float, confidence: float = 0.95, control: str = CONTROL) -> str:
+def rule(margin_pp: float, confidence: float, control: str = CONTROL) -> str:
     """One sentence on what is compared with what, and what the verdicts mean."""
     bound = f"{MINUS}{margin_pp:g} pp"
     return (
@@ -145,8 +145,8 @@ def decisions_markdown(
     decisions: pd.DataFrame,
     hypotheses: Mapping[str, str],
     margin_pp: float,
+    confidence: float,
     control: str = CONTROL,
-    confidence: float = 0.95,
 ) -> str:
     """The text of `reports/decisions.md`: the rule, one line per phase, and the table with primary arms in
     bold.

@@ -1,13 +1,20 @@
-"""Learning curves: what a trial looks like while it trains."""
+"""The tables that a trial leaves in its folder: its learning curve, and for 7b its surgeries."""
 
 import pandas as pd
 import torch
 from torch import Tensor
 
 from phasegate.model import Model
+from phasegate.moe import routing_entropy
 from phasegate.references import Reference
-from phasegate.signals import routing_entropy
 from phasegate.training import Examples, predict
+
+CURVE = "curve.csv"
+SURGERIES = "surgeries.csv"
+SURGERY_COLUMNS = [
+    *("step", "block", "operation", "expert", "parent", "n_routed_before", "n_routed_after"),
+    *("output_change", "accuracy_before", "accuracy_after", "routing_kl", "recovery_steps"),
+]
 
 
 class Curve:
