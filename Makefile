@@ -4,13 +4,25 @@ VENV := .venv
 READY := $(VENV)/.ready
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: help repro test lint lock clean
+.PHONY: help repro study readme test lint lock clean
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
 
 repro: $(READY) ## the whole study: dvc repro
 	dvc repro
+
+study: $(READY) ## the study on other data: make study DATA=fashion_mnist fills reports/fashion_mnist/
+	@test -n "$(DATA)" || { echo "study: DATA is empty: name a data set, as in make study DATA=fashion_mnist"; exit 2; }
+	dvc exp remove --quiet $(DATA) 2>/dev/null || true
+	dvc exp run --temp --name $(DATA) --set-param data.name=$(DATA)
+	rm -rf reports/$(DATA) && mkdir reports/$(DATA)
+	ref=$$(git for-each-ref --format='%(refname)' 'refs/exps/**/$(DATA)') && \
+	git archive $$ref:reports | tar -x --exclude='*/*' -C reports/$(DATA) && \
+	git archive $$ref metrics.json params.yaml dvc.lock | tar -x -C reports/$(DATA)
+
+readme: $(READY) ## the README's block of results, from the committed tables
+	python -m phasegate.report.readme
 
 test: lint ## all checks: format, lint, types, tests
 	pytest

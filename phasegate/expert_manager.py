@@ -8,6 +8,7 @@ Fresh rows begin with zero momentum and with the second moment of their peers. Z
 large step count would make Adam's first update about 0.1 / sqrt(0.001) = 3.2 times the learning rate.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -78,11 +79,13 @@ def carry_state(optimizer: Optimizer, old: nn.Parameter, new: nn.Parameter, sour
     if old not in optimizer.state:
         return
     state = optimizer.state.pop(old)
+    if any(set(source) <= {FRESH} for source in sources.values()):
+        return  # no row is left to learn from: the parameter starts anew, step count included
     for dim, source in sources.items():
         state = {key: value if value.dim() == 0 else take(value, dim, source) for key, value in state.items()}
         rows = state["exp_avg_sq"].movedim(dim, 0)
         fresh = torch.tensor(source, device=rows.device) == FRESH
-        if fresh.any() and not fresh.all():
+        if fresh.any():
             rows[fresh] = rows[~fresh].mean(0)
     optimizer.state[new] = state
 
@@ -105,9 +108,10 @@ class ExpertManager:
             offset: minus the median of u.x over the expert's tokens halves them.
         """
         e = self._index(expert)
-        if direction.shape != (self.moe.w_in.shape[1],) or not bool(direction.isfinite().all()):
+        width = self.moe.w_in.shape[1]
+        if direction.shape != (width,) or not bool(direction.isfinite().all()) or not math.isfinite(offset):
             raise SurgeryRefused(
-                f"split of expert {expert}: the direction must be {self.moe.w_in.shape[1]} finite numbers"
+                f"split of expert {expert}: the direction must be {width} finite numbers, and the offset finite"
             )
         surgery = self._grow("split", e, family=None)
         with torch.no_grad():

@@ -180,11 +180,11 @@ def fit(
         torch.manual_seed(derived_seed(batches.seed, "dropout", step))
         model.train()
         loss = objective(*batches(step), step)
+        if not loss.isfinite():
+            raise FloatingPointError(f"the loss is {loss.item()} at step {step}")
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
-        if not loss.isfinite():
-            raise FloatingPointError(f"the loss is {loss.item()} at step {step}")
         after_step(step, loss.detach())
 
 

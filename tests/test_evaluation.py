@@ -94,10 +94,12 @@ def test_a_trials_row_is_consistent_with_its_predictions(baselines: Path, gate: 
     assert found.trial["accuracy"] == pytest.approx(100 * (found.predictions == gate.y.numpy()).mean())
     assert found.classes["accuracy"].mean() == pytest.approx(found.trial["accuracy"])  # classes are even
     logits = predict(trial.model, gate.x)[0].logits[0]
+    confidence, predicted = (value.numpy() for value in logits.double().softmax(-1).max(-1))
+    assert found.trial["calibration_error"] == calibration_error(confidence, predicted == gate.y.numpy())
     assert found.trial["nll"] == pytest.approx(torch.nn.functional.cross_entropy(logits, gate.y).item(), rel=1e-5)
     assert found.routing["tokens"].sum() == 200 * 2 * 2
     assert (found.trial["n_routed_start"], found.trial["n_routed_end"]) == (10, 10)
-    assert 0 <= found.trial["routing_entropy"] <= 1 and 0 <= found.trial["calibration_error"] <= 100
+    assert 0 < found.trial["routing_entropy"] < 1 and found.trial["mutual_information"] > 0
 
 
 def test_a_phase_is_evaluated_on_test_alone_and_an_empty_one_is_refused(
@@ -107,7 +109,7 @@ def test_a_phase_is_evaluated_on_test_alone_and_an_empty_one_is_refused(
     (tmp_path / "p7a/baseline").symlink_to(baselines, target_is_directory=True)
     evaluate_phase(tmp_path / "p7a", prepared, tmp_path / "out")
     trials, routing = (pd.read_csv(tmp_path / f"out/{name}.csv") for name in ("trials", "routing"))
-    assert trials[["phase", "arm", "seed"]].values.tolist() == [["p7a", "baseline", 0]]
+    assert trials[["phase", "arm", "seed", "train_seconds"]].values.tolist() == [["p7a", "baseline", 0, 1.5]]
     assert routing["tokens"].sum() == 100 * 2 * 2
     assert len(pd.read_csv(tmp_path / "out/curves.csv")) == 21
     with pytest.raises(UserError, match="holds no checkpoints"):

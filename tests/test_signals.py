@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from phasegate.expert_manager import ExpertManager, Surgery
-from phasegate.moe import MoE, Routing
-from phasegate.signals import expert_signals, features, routing_entropy, routing_kl
+from phasegate.moe import MoE, Routing, routing_entropy
+from phasegate.signals import expert_signals, features, routing_kl
 
 seeds = st.integers(0, 10**6)
 

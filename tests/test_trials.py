@@ -16,7 +16,7 @@ from phasegate.pretraining import pretraining
 from phasegate.trials import Trial, run_trials
 
 
-def write(folder: Path, *, log: Path, seed: int, lr: float = 0.1) -> None:
+def write(folder: Path, *, log: Path, seed: int, lr: float) -> None:
     """A trial that leaves a file, and a line in a log of all that was ever run."""
     with log.open("a") as file:
         file.write(f"{seed}\n")
@@ -44,7 +44,7 @@ class Study:
     def run(self, seeds: int, **changed: Any) -> list[int]:
         """The seeds that this call had to run."""
         before = len(self.seeds_run())
-        arguments = {"log": self.log, **changed}
+        arguments = {"log": self.log, "lr": 0.1, **changed}
         run_trials(
             [Trial(f"arm/seed-{seed}", write, {**arguments, "seed": seed}, (self.input,)) for seed in range(seeds)],
             self.folder / "models",
@@ -53,9 +53,11 @@ class Study:
         return self.seeds_run()[before:]
 
     def seeds_run(self) -> list[int]:
+        """The seeds that were ever run."""
         return [int(line) for line in self.log.read_text().split()] if self.log.exists() else []
 
     def results(self) -> list[str]:
+        """What the trials left in the output, by seed."""
         return [path.read_text() for path in sorted((self.folder / "models").glob("arm/*/sub/result.txt"))]
 
 

@@ -1,0 +1,71 @@
+"""What tests share: one thread, and a tiny study that trains in a second."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
+
+from phasegate.data import Split, save
+from phasegate.model import ModelSpec
+from phasegate.params import Architecture, Training
+from phasegate.pretraining import pretrain
+from phasegate.training import Examples, load_examples
+from phasegate.trials import SECONDS
+
+torch.set_num_threads(1)
+settings.register_profile("phasegate", deadline=None)  # a test may wait for a busy core
+settings.load_profile("phasegate")
+
+
+@pytest.fixture(scope="session")
+def architecture() -> Architecture:
+    return Architecture(
+        stem="mlp", width=16, blocks=2, n_routed=5, n_shared=0, top_k=2, expert_width=8,
+        dropout=0.1, balance_loss=0.01, balance_bias=0.001, z_loss=0.001,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def training() -> Training:
+    return Training(
+        steps=60, batch=32, lr=0.01, warmup=5, weight_decay=0.01, label_smoothing=0.0, noise=0.1, shift=1
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def spec(architecture: Architecture) -> ModelSpec:
+    return ModelSpec(architecture, (1, 8), (4,))
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A prepared data set: 4 noisy classes, with two label maps."""
+    rng, folder = np.random.default_rng(0), tmp_path_factory.mktemp("prepared")
+    centres = rng.normal(size=(4, 1, 8))
+
+    def split(examples: int) -> Split:
+        y = np.arange(examples) % 4
+        return Split(centres[y] + rng.normal(0, 0.8, (examples, 1, 8)), y)
+
+    splits = {"train": split(320), "signal": split(300), "gate": split(200), "test": split(100)}
+    tasks = {"half": (0, 0, 1, 1), "parity": (0, 1, 0, 1)}
+    save(folder, splits, name="tiny", class_names=("a", "b", "c", "d"), tasks=tasks, mean=(0.0,), std=(1.0,))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def gate(prepared: Path) -> Examples:
+    return load_examples(prepared, torch.device("cpu"))[2]
+
+
+@pytest.fixture(scope="session")
+def baselines(prepared: Path, spec: ModelSpec, training: Training, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a 7a checkpoint, `seed-0`, with its optimizer."""
+    folder = tmp_path_factory.mktemp("baseline")
+    arguments = {"prepared": prepared, "phase": "p7a", "arm": "baseline", "seed": 0}
+    (folder / "seed-0").mkdir()
+    pretrain(folder / "seed-0", **arguments, spec=spec, training=training, keep_optimizer=True)  # type: ignore[arg-type]
+    (folder / "seed-0" / SECONDS).write_text("1.5\n")
+    return folder

@@ -1,0 +1,134 @@
+"""The layer is ordinary top-K routing until a family grows, and then each token descends to one leaf."""
+
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from phasegate.expert_manager import ExpertManager
+from phasegate.moe import MoE, grouped_mm
+
+seeds = st.integers(0, 10**6)
+
+
+def naive(moe: MoE, x: Tensor) -> Tensor:
+    """Top-K softmax routing as it is usually defined, token by token."""
+    mixtures = []
+    for gate, tokens in enumerate(x):
+        for token in tokens:
+            probs = (moe.router[gate] @ token).softmax(0)
+            biased = (probs + moe.selection_bias[gate]).tolist()
+            chosen = sorted(range(len(biased)), key=lambda e: -biased[e])[: moe.top_k]
+            total = probs[chosen].sum() if moe.top_k > 1 else 1.0
+            mixture = torch.stack([probs[e] / total * ((token @ moe.w_in[e]).relu() @ moe.w_out[e]) for e in chosen])
+            shared = (token @ moe.shared_in).relu() @ moe.shared_out if moe.n_shared else 0
+            mixtures.append(mixture.sum(0) + shared)
+    return torch.stack(mixtures).view_as(x)
+
+
+def grown(seed: int, splits: int, top_k: int = 2) -> MoE:
+    """A layer whose experts were split at random by random hyperplanes."""
+    torch.manual_seed(seed)
+    moe = MoE(8, 5, 32, top_k)
+    for _ in range(splits):
+        ExpertManager(moe).split(int(torch.randint(moe.n_routed, ())), torch.randn(8), float(torch.randn(())))
+    return moe
+
+
+@settings(max_examples=60)
+@given(
+    seed=seeds,
+    top_k=st.integers(1, 4),
+    more=st.integers(0, 4),
+    shared=st.integers(0, 2),
+    gates=st.integers(1, 3),
+    width=st.sampled_from([4, 5, 8]),
+    double=st.booleans(),
+)
+def test_without_siblings_the_layer_is_a_plain_top_k_mixture(
+    seed: int, top_k: int, more: int, shared: int, gates: int, width: int, double: bool
+) -> None:
+    torch.manual_seed(seed)
+    moe = MoE(width, top_k + more, 4, top_k, shared, gates)
+    moe.selection_bias.normal_(std=0.1)
+    x, weight = torch.randn(2, gates, 7, width)
+    if double:
+        moe, x, weight = moe.double(), x.double(), weight.double()
+    rtol, atol = (1e-10, 1e-12) if double else (1e-4, 1e-5)
+    outputs = moe(x)[0], naive(moe, x)
+    torch.testing.assert_close(*outputs, rtol=rtol, atol=atol)
+    weights = [moe.router, moe.w_in, moe.w_out]
+    gradients = [torch.autograd.grad((y * weight).sum(), weights) for y in outputs]
+    torch.testing.assert_close(*gradients, rtol=rtol, atol=atol)
+
+
+@given(seeds, st.lists(st.integers(0, 6), min_size=1, max_size=6).filter(any))
+def test_grouped_products_equal_the_loop_over_experts_with_gradients_and_empty_groups(
+    seed: int, sizes: list[int]
+) -> None:
+    torch.manual_seed(seed)
+    rows = [torch.randn(sum(sizes), 8), torch.randn(len(sizes), 8, 4)]
+    ends, weight = torch.tensor(sizes).cumsum(0), torch.randn(sum(sizes), 4)
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        x, w = (tensor.to(dtype).requires_grad_() for tensor in rows)
+        with patch.object(F, "grouped_mm", wraps=F.grouped_mm) as fast:
+            y = grouped_mm(x, w, ends)
+        assert fast.called == (dtype == torch.float32)
+        results.append([y, *torch.autograd.grad((y * weight).sum(), [x, w])])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=1e-5)
+
+
+@given(seeds, st.integers(0, 12), st.integers(1, 4))
+def test_every_token_runs_exactly_k_experts_of_k_families(seed: int, splits: int, top_k: int) -> None:
+    moe = grown(seed, splits, top_k)
+    routing = moe(torch.randn(1, 50, 8))[1]
+    assert routing.experts.shape == (1, 50, top_k)
+    assert all(len(set(experts)) == top_k for experts in routing.experts[0].tolist())
+    assert torch.equal(moe.family_of[routing.experts], routing.families)
+    sums = routing.gates.sum(-1)
+    assert (sums < 1).all() if top_k == 1 else torch.allclose(sums, torch.ones(()))
+
+
+@given(seeds, st.integers(1, 15))
+def test_descent_reaches_the_leaf_with_the_largest_smallest_signed_margin(seed: int, splits: int) -> None:
+    moe = grown(seed, splits)
+    x = torch.randn(1, 60, 8)
+    margins = x[0] @ moe.node_weight.T + moe.node_offset  # (N, L)
+    signed = torch.where(moe.path != 0, moe.path * margins[:, None], torch.inf)  # (N, E, L)
+    score = signed.amin(-1)  # (N, E)
+    routing = moe(x)[1]
+    inside = moe.family_of == routing.families[0, :, :, None]  # (N, K, E)
+    best = torch.where(inside, score[:, None], -torch.inf).argmax(-1)
+    assert torch.equal(routing.experts[0], best)
+
+
+@given(seeds, st.integers(1, 8))
+def test_trained_hyperplanes_learn_from_the_tokens_that_pass_them_and_change_no_value(seed: int, splits: int) -> None:
+    moe = grown(seed, splits)
+    x = torch.randn(1, 40, 8)
+    y, routing = moe(x)
+    (y * torch.randn_like(y)).sum().backward()
+    passed = (moe.path[routing.experts.unique()] != 0).any(0)
+    assert moe.node_offset.grad is not None and moe.node_weight.grad is not None
+    assert torch.equal(moe.node_offset.grad != 0, passed)
+    assert torch.equal((moe.node_weight.grad != 0).any(1), passed)
+    for hyperplane in (moe.node_weight, moe.node_offset):
+        hyperplane.requires_grad_(False)
+    assert torch.equal(moe(x)[0], y)
+
+
+@pytest.mark.parametrize("top_k", [-1, 0, 5])
+def test_a_top_k_out_of_range_is_refused(top_k: int) -> None:
+    with pytest.raises(ValueError, match=rf"top_k is {top_k}: it must lie between 1 and n_routed = 4"):
+        MoE(8, 4, 8, top_k)
+
+
+def test_the_whole_layer_moves_to_another_device() -> None:
+    moe = grown(0, 3).to("meta")
+    assert {value.device.type for value in vars(moe).values() if isinstance(value, Tensor)} <= {"meta"}

@@ -1,0 +1,54 @@
+"""What is committed under reports/ is what the committed code and parameters produce."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from phasegate.params import load_params
+from phasegate.report.readme import refreshed
+
+ROOT = Path(__file__).parent.parent
+DVC = [str(Path(sys.executable).parent / "dvc")]
+
+
+def run(folder: Path, *words: str) -> str:
+    return subprocess.run(words, cwd=folder, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.parametrize("results", ["", "reports/fashion_mnist"])
+def test_nothing_is_left_to_run_in_a_clone_without_a_cache(tmp_path: Path, results: str) -> None:
+    for name in run(ROOT, "git", "ls-files").splitlines():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    if results:  # another data set's results came with the parameters and the lock file that made them
+        for path in (ROOT / results).iterdir():
+            top = path.name in ("params.yaml", "dvc.lock", "metrics.json")
+            shutil.copy(path, tmp_path / path.name if top else tmp_path / "reports" / path.name)
+    run(tmp_path, "git", "init", "-q")
+    output = run(tmp_path, *DVC, "repro", "--dry", "--allow-missing")
+    assert "Running stage" not in output
+    assert len(re.findall("didn't change, skipping", output)) >= 15
+
+
+def test_the_readme_shows_the_committed_results() -> None:
+    text, claims = (ROOT / "README.md").read_text(), load_params(ROOT / "params.yaml").decisions
+    decisions = pd.read_csv(ROOT / "reports/decisions.csv")
+    assert refreshed(text, decisions, claims.margin_pp, claims.confidence) == text, "run `make readme`"
+
+
+def test_every_link_of_the_readme_leads_somewhere() -> None:
+    links = re.findall(r"\]\((?!https?:)([^)#]+)\)", (ROOT / "README.md").read_text())
+    assert links
+    assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_the_reference_models_reach_their_published_accuracy() -> None:
+    board = pd.read_csv(ROOT / "reports/leaderboard_q1.csv").set_index("candidate")
+    for reference, tolerance in {"logistic": 1.5, "mlp": 2.5, "cnn": 1.5}.items():
+        row = board.loc[reference]
+        assert abs(row["test_accuracy"] - row["published_accuracy"]) <= tolerance
