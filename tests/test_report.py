@@ -90,6 +90,7 @@ def page(**changes: object) -> str:
         "figures": {name: plots.svg(plots.leaderboard(board(), "7a Q1")) for name in ("leaderboard_q1", "again")},
         "leaderboards": {"q1": board()},
         "surgeries": SURGERIES,
+        "confidence": 0.95,
         "provenance": {"data": {"sha256": "abc123"}, "seeds": [0, 1]},
     }
     return html.render(decided(), HYPOTHESES, 1.0, **(inputs | changes))  # type: ignore[arg-type]
@@ -114,12 +115,12 @@ def test_each_finding_agrees_with_its_row() -> None:
 
 
 def test_the_markdown_table_has_a_cell_for_every_column_and_bold_primary_arms() -> None:
-    text = tables.decisions_markdown(decided(), HYPOTHESES, 1.0)
+    text = tables.decisions_markdown(decided(), HYPOTHESES, 1.0, 0.95)
     rows = [line for line in text.splitlines() if line.startswith("|")]
     assert len({len(re.findall(r"(?<!\\)\|", row)) for row in rows}) == 1 and len(rows) == 2 + len(ARMS)
     assert r"**noise\_acting**" in text and r"| a\|b\_c |" in text
     with pytest.raises(UserError, match="phase p7b3 has no hypothesis"):
-        tables.decisions_markdown(decided(), {**HYPOTHESES, "p7b3": " "}, 1.0)
+        tables.decisions_markdown(decided(), {**HYPOTHESES, "p7b3": " "}, 1.0, 0.95)
 
 
 def test_a_surgery_that_never_recovered_counts_in_the_median() -> None:
@@ -134,7 +135,7 @@ def test_equal_data_gives_equal_figures(seeds: int, tmp_path: Path) -> None:
     decisions = decided(seeds)
     figures: list[Callable[[], Figure]] = [
         lambda: plots.differences(decisions, 1.0),
-        lambda: plots.learning_curves(curves(seeds), decisions, 1.0, SURGERIES),
+        lambda: plots.learning_curves(curves(seeds), decisions, 1.0, 0.95, SURGERIES),
         lambda: plots.expert_routing(routing(), decisions),
         lambda: plots.leaderboard(board(seeds), "7a Q1"),
     ]
@@ -145,7 +146,7 @@ def test_equal_data_gives_equal_figures(seeds: int, tmp_path: Path) -> None:
 
 def test_titles_say_the_verdict_and_the_ranking() -> None:
     decisions = decided()
-    panels = plots.learning_curves(curves(), decisions, 1.0).axes
+    panels = plots.learning_curves(curves(), decisions, 1.0, 0.95).axes
     titles = [axes.get_title(loc="left") for axes in panels]
     assert [title.split()[1].rstrip(":") for title in titles] == ["BASELINE", "NO-GO", "GO", "INCONCLUSIVE"]
     assert "wide chosen at 70.5" in str(plots.leaderboard(board(), "7a Q1").get_suptitle())
@@ -155,7 +156,7 @@ def test_titles_say_the_verdict_and_the_ranking() -> None:
 
 def test_figures_without_data_say_so() -> None:
     with pytest.raises(UserError, match="nothing to plot"):
-        plots.learning_curves(curves().query("phase == 'continue'"), decided(), 1.0)
+        plots.learning_curves(curves().query("phase == 'continue'"), decided(), 1.0, 0.95)
     with pytest.raises(UserError, match="seed 7"):
         plots.expert_routing(routing(), decided(), seed=7)
 
