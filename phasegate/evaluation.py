@@ -3,6 +3,7 @@
 Shapes: N test examples, C classes, E experts.
 """
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +32,7 @@ class Evaluation(NamedTuple):
     trial: dict[str, Any]  # a row of trials.csv
     classes: pd.DataFrame  # accuracy per class
     routing: pd.DataFrame  # tokens per block, expert and class
+    tasks: pd.DataFrame  # accuracy of further tasks
     predictions: Array  # (N,) predicted classes
 
 
@@ -41,19 +43,20 @@ def evaluate_phase(models: Path, prepared: Path, output: Path) -> None:
         UserError: if there is none, or one of them does not load.
     """
     device = execution.device()
-    gate = load_examples(prepared, device)[2]
+    gate, tasks = load_examples(prepared, device)[2], data.load_meta(prepared).tasks
     split = data.load_test(prepared)
     test = Examples(torch.from_numpy(split.x).to(device), torch.from_numpy(split.y).to(device))
     folders = sorted(path.parent for path in models.glob(f"*/*/{RECORD}"))
     if not folders:
         raise UserError(f"{models} holds no checkpoints: run `dvc repro` for the stage that writes it")
-    results = {folder: evaluate(checkpoint.load(folder, gate, device), test) for folder in folders}
+    results = {folder: evaluate(checkpoint.load(folder, gate, device), test, tasks) for folder in folders}
     trials = [result.trial | {"train_seconds": seconds(folder)} for folder, result in results.items()]
     output.mkdir(parents=True, exist_ok=True)
     tables = {
         "trials": pd.DataFrame(trials),
         "classes": pd.concat([result.classes for result in results.values()]),
         "routing": pd.concat([result.routing for result in results.values()]),
+        "tasks": pd.concat([result.tasks for result in results.values()]),
         "curves": pd.concat([_of_trial(f / CURVE, result.trial) for f, result in results.items()]),
         "surgeries": pd.concat([_of_trial(f / SURGERIES, result.trial) for f, result in results.items()]),
     }
@@ -63,7 +66,7 @@ def evaluate_phase(models: Path, prepared: Path, output: Path) -> None:
     write_atomic(output / "predictions.safetensors", safetensors.numpy.save(predictions))
 
 
-def evaluate(trial: Checkpoint, test: Examples) -> Evaluation:
+def evaluate(trial: Checkpoint, test: Examples, tasks: Mapping[str, Sequence[int]]) -> Evaluation:
     """Accuracy (percent), negative log-likelihood (nats), calibration error (pp), routing and cost of one model."""
     outputs = predict(trial.model, test.x)
     logits = torch.cat([output.logits[0] for output in outputs])
@@ -84,7 +87,23 @@ def evaluate(trial: Checkpoint, test: Examples) -> Evaluation:
         **cost(trial.model, tuple(test.x.shape[1:]))._asdict(),
     }
     classes = pd.DataFrame({"class": (c := np.unique(y)), "accuracy": [100 * right[y == k].mean() for k in c]})
-    return Evaluation(row, _with(key, classes), _with(key, _long(usage)), predicted)
+    further = further_tasks(trial.model, test, predicted, tasks)
+    return Evaluation(row, _with(key, classes), _with(key, _long(usage)), _with(key, further), predicted)
+
+
+def further_tasks(
+    model: torch.nn.Module, test: Examples, predicted: Array, tasks: Mapping[str, Sequence[int]]
+) -> pd.DataFrame:
+    """Accuracy (percent) of each further head, beside that of the label derived from the predicted class."""
+    rows = []
+    if isinstance(model, Model) and len(model.heads) > 1:
+        y, outputs = test.y.cpu().numpy(), predict(model, test.x, len(model.heads))
+        for head, (task, label_map) in enumerate(tasks.items(), start=1):
+            labels = np.array(label_map)
+            answers = torch.cat([output.logits[head] for output in outputs]).argmax(-1).cpu().numpy()
+            accuracies = [100 * (found == labels[y]).mean() for found in (answers, labels[predicted])]
+            rows.append((task, *accuracies))
+    return pd.DataFrame(rows, columns=["task", "accuracy", "derived"])
 
 
 def calibration_error(confidence: Array, right: Array, bins: int = CALIBRATION_BINS) -> float:

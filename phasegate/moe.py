@@ -37,7 +37,7 @@ class Routing(NamedTuple):
     logits: Tensor  # (G, N, F) router scores
     probs: Tensor  # (G, N, F) softmax of the scores
     families: Tensor  # (G, N, K) chosen families
-    gates: Tensor  # (G, N, K) mixture weights; they sum to one over K
+    gates: Tensor  # (G, N, K) mixture weights; for K > 1 they sum to one
     experts: Tensor  # (G, N, K) the expert that each chosen family runs
 
 
@@ -112,9 +112,7 @@ class MoE(nn.Module):
             """The slot at which these leaves hang together, and the depth below it."""
             if len(leaves) == 1:
                 return n_nodes + leaves[0], 0
-            node = next(
-                node for node in range(n_nodes) if {path[leaf][node] for leaf in leaves} == {-1, 1}
-            )  # fmt: skip
+            node = next(n for n in range(n_nodes) if {path[leaf][n] for leaf in leaves} == {-1, 1})
             sides = [[leaf for leaf in leaves if path[leaf][node] == side] for side in (-1, 1)]
             (child[node][0], left), (child[node][1], right) = descend(sides[0]), descend(sides[1])
             return node, 1 + max(left, right)

@@ -1,4 +1,4 @@
-"""The training loop's parts: batches, augmentation, losses, one optimizer step, and accuracy.
+"""The training loop and its parts: batches, augmentation, losses, predictions.
 
 Everything random is drawn from `randomness.generator`, so a step depends on the seed and its number alone.
 """
@@ -189,10 +189,10 @@ def fit(
 
 
 @torch.no_grad()
-def predict(model: nn.Module, x: Tensor) -> list[Output]:
+def predict(model: nn.Module, x: Tensor, n_tasks: int = 1) -> list[Output]:
     """Outputs in evaluation mode for all of x, in large batches."""
     model.eval()
-    return [model(rows) for rows in torch.split(x, EVALUATION_BATCH)]
+    return [model(rows, n_tasks) for rows in torch.split(x, EVALUATION_BATCH)]
 
 
 def correct(model: nn.Module, examples: Examples) -> int:

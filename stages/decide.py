@@ -14,7 +14,7 @@ from phasegate.stage import EVALUATED, MODELS, PREPARED, REPORTS, run
 def main(params: Params) -> None:
     """Write the tables of `reports/`."""
     claims = params.decisions
-    tables = {name: collect(name) for name in ("trials", "classes", "routing", "curves", "surgeries")}
+    tables = {name: collect(name) for name in ("trials", "classes", "tasks", "routing", "curves", "surgeries")}
     primary = {phase: claim.primary for phase, claim in claims.phases.items()}
     decisions = decide(tables["trials"], claims.margin_pp, claims.confidence, primary)
     hypotheses = {phase: claim.hypothesis for phase, claim in claims.phases.items()}

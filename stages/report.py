@@ -18,9 +18,9 @@ LIBRARIES = ("torch", "numpy", "scipy", "pandas", "dvc")
 def main(params: Params) -> None:
     """Write `reports/*.svg` and `reports/report.html`."""
     claims = params.decisions
-    decisions, curves, surgeries, routing, q1, q2 = (
+    decisions, curves, surgeries, routing, tasks, q1, q2 = (
         pd.read_csv(REPORTS / f"{name}.csv")
-        for name in ("decisions", "curves", "surgeries", "routing", "leaderboard_q1", "leaderboard_q2")
+        for name in ("decisions", "curves", "surgeries", "routing", "tasks", "leaderboard_q1", "leaderboard_q2")
     )
     figures = {
         "differences": plots.differences(decisions, claims.margin_pp),
@@ -38,6 +38,7 @@ def main(params: Params) -> None:
         figures={name: (REPORTS / f"{name}.svg").read_text() for name in figures},
         leaderboards={"q1": q1, "q2": q2},
         surgeries=surgeries,
+        tasks=tasks,
         provenance=provenance(params),
         confidence=claims.confidence,
     )

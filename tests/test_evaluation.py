@@ -12,7 +12,14 @@ from hypothesis import strategies as st
 
 from phasegate.checkpoint import load
 from phasegate.errors import UserError
-from phasegate.evaluation import calibration_error, class_usage, evaluate, evaluate_phase, mutual_information
+from phasegate.evaluation import (
+    calibration_error,
+    class_usage,
+    evaluate,
+    evaluate_phase,
+    further_tasks,
+    mutual_information,
+)
 from phasegate.expert_manager import ExpertManager
 from phasegate.model import Cost, Model, ModelSpec, cost
 from phasegate.multitask import add_tasks
@@ -89,7 +96,7 @@ def test_the_published_sizes_of_the_reference_models() -> None:
 
 def test_a_trials_row_is_consistent_with_its_predictions(baselines: Path, gate: Examples) -> None:
     trial = load(baselines / "seed-0", gate)
-    found = evaluate(trial, gate)
+    found = evaluate(trial, gate, {})
     assert found.trial["accuracy"] == pytest.approx(100 * correct(trial.model, gate) / 200)
     assert found.trial["accuracy"] == pytest.approx(100 * (found.predictions == gate.y.numpy()).mean())
     assert found.classes["accuracy"].mean() == pytest.approx(found.trial["accuracy"])  # classes are even
@@ -100,6 +107,20 @@ def test_a_trials_row_is_consistent_with_its_predictions(baselines: Path, gate: 
     assert found.routing["tokens"].sum() == 200 * 2 * 2
     assert (found.trial["n_routed_start"], found.trial["n_routed_end"]) == (10, 10)
     assert 0 < found.trial["routing_entropy"] < 1 and found.trial["mutual_information"] > 0
+
+
+def test_further_heads_are_judged_beside_what_the_first_tells_of_their_task(baselines: Path, gate: Examples) -> None:
+    trial = load(baselines / "seed-0", gate)
+    assert isinstance(trial.model, Model)
+    everything_is_one = [0] * trial.model.spec.heads[0]
+    tasks = {"one": everything_is_one, "same": list(range(trial.model.spec.heads[0]))}
+    assert further_tasks(trial.model, gate, gate.y.numpy(), tasks).empty
+    add_tasks(trial.model, torch.optim.AdamW(trial.model.parameters()), [1, len(everything_is_one)], own_gates=True)
+    trial.model.heads[2].load_state_dict(trial.model.heads[0].state_dict())  # then it answers as the first
+    predicted = torch.cat([o.logits[0] for o in predict(trial.model, gate.x)]).argmax(-1).numpy()
+    table = further_tasks(trial.model, gate, predicted, tasks)
+    right = 100 * correct(trial.model, gate) / len(gate)
+    assert table.to_numpy().tolist() == [["one", 100, 100], ["same", pytest.approx(right), pytest.approx(right)]]
 
 
 def test_a_phase_is_evaluated_on_test_alone_and_an_empty_one_is_refused(

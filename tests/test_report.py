@@ -84,12 +84,19 @@ SURGERIES = pd.DataFrame(
 )
 
 
+TASKS = pd.DataFrame(
+    [("p7b3", "heads", seed, "parity", 80.0 + seed, 79.0) for seed in range(3)],
+    columns=["phase", "arm", "seed", "task", "accuracy", "derived"],
+)
+
+
 def page(**changes: object) -> str:
     """The page of the study above."""
     inputs: dict[str, object] = {
         "figures": {name: plots.svg(plots.leaderboard(board(), "7a Q1")) for name in ("leaderboard_q1", "again")},
         "leaderboards": {"q1": board()},
         "surgeries": SURGERIES,
+        "tasks": TASKS,
         "confidence": 0.95,
         "provenance": {"data": {"sha256": "abc123"}, "seeds": [0, 1]},
     }

@@ -28,6 +28,7 @@ def render(
     figures: Mapping[str, str],
     leaderboards: Mapping[str, pd.DataFrame],
     surgeries: pd.DataFrame,
+    tasks: pd.DataFrame,
     provenance: Mapping[str, object],
     confidence: float,
     control: str = CONTROL,
@@ -35,8 +36,8 @@ def render(
     """The whole page as HTML.
 
     `figures` maps names (`CAPTIONS` has those known) to SVG text from `plots.svg`, `leaderboards` maps `q1`
-    and `q2` to their tables; `surgeries` may be empty, `provenance` may nest mappings. Raises UserError for a
-    phase without a hypothesis.
+    and `q2` to their tables; `surgeries` and `tasks` may be empty, `provenance` may nest mappings. Raises
+    UserError for a phase without a hypothesis.
     """
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -65,6 +66,7 @@ def render(
             for name, svg in figures.items()
         ],
         surgeries=tables.surgery_cells(surgeries),
+        tasks=tables.task_cells(tasks, confidence),
         leaderboards={f"7a {name.upper()}": tables.leaderboard_cells(t) for name, t in leaderboards.items()},
         provenance=list(_flat(provenance)),
     )

@@ -11,6 +11,7 @@ import pandas as pd
 
 from phasegate.decisions import CONTROL, START
 from phasegate.errors import UserError
+from phasegate.statistics import mean_interval
 
 MINUS = "\N{MINUS SIGN}"
 
@@ -238,6 +239,20 @@ def surgery_cells(surgeries: pd.DataFrame) -> list[dict[str, str]]:
             "recovered": f"{row.recovered:.0%}".replace("%", " %"),
         }
         for row in rows_of(surgery_summary(surgeries))
+    ]
+
+
+def task_cells(tasks: pd.DataFrame, confidence: float) -> list[dict[str, str]]:
+    """Accuracies of the further tasks by arm, over seeds: one dict of column title and text per row."""
+    return [
+        {
+            "phase": phase_label(str(phase)),
+            "arm": str(arm),
+            "task": str(task),
+            "own head, %": interval(*mean_interval(rows["accuracy"].to_numpy(), confidence)),
+            "derived, %": interval(*mean_interval(rows["derived"].to_numpy(), confidence)),
+        }
+        for (phase, arm, task), rows in tasks.groupby(["phase", "arm", "task"])
     ]
 
 
