@@ -31,6 +31,7 @@ Positive = Annotated[Number, Field(gt=0)]
 NonNegative = Annotated[Number, Field(ge=0)]
 Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
 Text = Annotated[str, Field(min_length=1)]
+RAW = "data/raw"  # where downloads go, and the path of data sets that need no file
 BASE = "base"  # a search's own base configuration, as a candidate
 Scalar = bool | int | float | str
 Phase = Literal["p7a", "p7b1", "p7b2", "p7b3"]
@@ -55,15 +56,15 @@ class Data(Section):
     """Which data set, and how it is split."""
 
     name: Literal["mnist1d", "fashion_mnist", "cifar10", "cifar100", "npz"]
-    path: str | None
+    path: Text
     validation: Count
     split_seed: Index
     tasks: dict[str, dict[str, list[Index]]]
 
     @model_validator(mode="after")
     def _check(self) -> "Data":
-        if self.name in ("npz", "cifar10", "cifar100") and self.path is None:
-            raise ValueError(f"path is null, but data set {self.name} is read from a file: give its path")
+        if self.name in ("npz", "cifar10", "cifar100") and self.path == RAW:
+            raise ValueError(f"path is {RAW}, but data set {self.name} is read from a file: give its path")
         return self
 
 

@@ -18,19 +18,18 @@ from phasegate.sources import Raw, load_source
 def prepare(
     name: str,
     out_dir: Path,
-    raw_dir: Path,
-    path: Path | None,
+    path: Path,
     validation: int,
     split_seed: int,
     tasks: Mapping[str, Sequence[int]],
 ) -> None:
     """Write a data set's splits, standardised by train's channels, into `out_dir`, for `data.load_*`.
 
-    `name`, `raw_dir`, `path` are those of `load_source`; `validation`, a number of examples, and `split_seed`
+    `name` and `path` are those of `load_source`; `validation`, a number of examples, and `split_seed`
     those of `split_validation`. `tasks` are label maps (name -> task label of every class), joined by the
     source's own. Raises UserError for data or values that can't be used.
     """
-    raw = load_source(name, raw_dir, path)
+    raw = load_source(name, path)
     train, signal, gate = split_validation(raw, validation, np.random.default_rng(split_seed))
     class_names = raw.class_names or tuple(str(label) for label in np.unique(train.y))
     all_tasks = merge_tasks(tasks, raw.tasks, len(class_names))

@@ -8,7 +8,6 @@ from phasegate.errors import UserError
 from phasegate.params import Params, load_params
 
 SCHEMA = Path("data/params.schema.json")
-RAW = Path("data/raw")
 PREPARED = Path("data/prepared")
 EVALUATED = Path("data/evaluated")
 MODELS = Path("models")

@@ -22,7 +22,7 @@ def own_data(folder: Path, **changed: Any) -> Path:
 
 
 def prepared(folder: Path, **changed: Any) -> Path:
-    prepare("npz", folder / "out", folder, own_data(folder, **changed), 12, 0, {"first": [1, 0, 0]})
+    prepare("npz", folder / "out", own_data(folder, **changed), 12, 0, {"first": [1, 0, 0]})
     return folder / "out"
 
 

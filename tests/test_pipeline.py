@@ -88,7 +88,8 @@ class Checkout:
         self.folder = folder
         for name in ("phasegate", "stages"):
             shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-        for name in ("dvc.yaml", "params.yaml", ".dvcignore", ".gitignore"):
+        for name in ("dvc.yaml", "params.yaml", ".dvcignore", ".gitignore", "data/raw/.gitkeep"):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, folder / name)
         self.change(yaml.safe_load((ROOT / "tests/small.yaml").read_text()))
         self.command("git", "init", "-q")

@@ -13,24 +13,22 @@ from phasegate.sources.raw import Raw
 
 __all__ = ["Raw", "load_cifar", "load_fashion_mnist", "load_mnist1d", "load_npz", "load_source"]
 
-USER_SOURCES: dict[str, Callable[[Path], Raw]] = {
+SOURCES: dict[str, Callable[[Path], Raw]] = {
+    "mnist1d": lambda path: load_mnist1d(),
+    "fashion_mnist": load_fashion_mnist,
     "npz": load_npz,
     "cifar10": partial(load_cifar, form=CIFAR10),
     "cifar100": partial(load_cifar, form=CIFAR100),
 }
 
 
-def load_source(name: str, raw_dir: Path, path: Path | None) -> Raw:
-    """Load a data set by name: mnist1d, fashion_mnist, or from a user's `path` npz, cifar10 or cifar100.
+def load_source(name: str, path: Path) -> Raw:
+    """Load a data set by name, from `path`: a folder that keeps downloads, or the user's own file.
 
-    `raw_dir` keeps downloads. Raises UserError for an unknown name or data that can't be used.
+    Raises UserError for an unknown name or data that can't be used.
     """
-    if name == "mnist1d":
-        return load_mnist1d()
-    if name == "fashion_mnist":
-        return load_fashion_mnist(raw_dir)
-    if name not in USER_SOURCES:
-        raise UserError(f"data set is {name!r}: it must be mnist1d, fashion_mnist, {', '.join(USER_SOURCES)}")
-    if path is None or not path.exists():
-        raise UserError(f"data path is {str(path)!r}: data set {name} needs the path of an existing file")
-    return USER_SOURCES[name](path)
+    if name not in SOURCES:
+        raise UserError(f"data set is {name!r}: it must be one of {', '.join(SOURCES)}")
+    if not path.exists():
+        raise UserError(f"data path is {str(path)!r}, which does not exist")
+    return SOURCES[name](path)
