@@ -95,7 +95,9 @@ class Checkout:
         self.command("git", "init", "-q")
         self.command("dvc", "init", "-q")
         self.command("git", "add", "-A")
-        self.command("git", "-c", "user.name=t", "-c", "user.email=t@t", "commit", "-qm", "small profile")
+        self.command("git", "config", "user.name", "tests")
+        self.command("git", "config", "user.email", "tests@localhost")
+        self.command("git", "commit", "-qm", "small profile")
 
     def command(self, *words: str, ok: bool = True) -> str:
         environment = os.environ | {
@@ -174,13 +176,16 @@ def test_a_wrong_parameter_stops_before_any_result_is_touched(checkout: Checkout
     for override, sentence in {
         "p7b1.head_lr=-1": "check: p7b1.head_lr is -1: input should be greater than 0",
         "q2.candidates.top_1.top_k=99": "check: q2.candidates.top_1: top_k is 99: it must be at most n_routed = 12",
-        "+p7b2.growbelow=1": "check: p7b2.growbelow is not a parameter; did you mean grow_below?",
+        "+p7b2.labels.growbelow=1": "check: p7b2.labels.growbelow is not a parameter; did you mean grow_below?",
     }.items():
         output = checkout.command("dvc", "exp", "run", "-S", override, ok=False)
         assert sentence in output
         assert "Traceback" not in output
         assert re.findall(r"Running stage '([^']+)'", output) == ["check"]
         checkout.command("git", "checkout", "-q", "params.yaml")
+    output = checkout.command("dvc", "exp", "run", "-S", "p7b2.labels.growbelow=1", ok=False)
+    assert "growbelow" in output
+    assert "Running stage" not in output  # without the plus, DVC itself refuses a new key
     assert {path: path.stat().st_mtime_ns for path in (checkout.folder / "reports").iterdir()} == results
 
 
