@@ -13,8 +13,6 @@ from phasegate.pretraining import pretraining
 from phasegate.references import ReferenceSpec
 from phasegate.trials import run_trials, seconds
 
-RESULTS = "search.csv"
-
 
 def variants(base: SectionT, search: Search, where: str) -> dict[str, SectionT]:
     """The base configuration and each candidate's, by name."""
@@ -30,7 +28,7 @@ def run_search(
     prepared: Path,
     folder: Path,
 ) -> pd.DataFrame:
-    """Train every candidate with every seed below `folder`, and write and return one row per trial.
+    """Train every candidate with every seed below `folder`; write, as `folder`.csv, and return a row per trial.
 
     Columns: candidate, seed, accuracy (gate split, percent), the costs of `model.Cost`, train_seconds, settings.
     """
@@ -48,5 +46,5 @@ def run_search(
         row = {"candidate": record.arm, "seed": record.seed, "accuracy": accuracy, **cost._asdict()}
         rows.append(row | {"train_seconds": took, "settings": changes or BASE})
     table = pd.DataFrame(rows)
-    write_atomic(folder / RESULTS, table.to_csv(index=False))
+    write_atomic(folder.with_suffix(".csv"), table.to_csv(index=False))
     return table

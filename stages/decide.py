@@ -42,12 +42,12 @@ def collect(name: str) -> pd.DataFrame:
 
 def results(search: str) -> pd.DataFrame:
     """A search's trials."""
-    return pd.read_csv(MODELS / search / "search.csv")
+    return pd.read_csv(MODELS / f"{search}.csv")
 
 
 def chosen(search: str) -> str:
     """The candidate that a search chose."""
-    return str(yaml.safe_load((MODELS / search / "best.yaml").read_text())["candidate"])
+    return str(yaml.safe_load((MODELS / f"{search}.yaml").read_text())["candidate"])
 
 
 def write(name: str, table: pd.DataFrame) -> None:

@@ -11,7 +11,7 @@ from phasegate.trials import run_trials
 def main(params: Params) -> None:
     """Train what the searches chose, with every seed."""
     meta = load_meta(PREPARED)
-    best = MODELS / "q2/best.yaml"
+    best = MODELS / "q2.yaml"
     training = load_section(best, "training", Training)
     architecture = load_section(best, "model", Architecture)
     spec = ModelSpec(architecture, meta.input_shape, (meta.classes,))

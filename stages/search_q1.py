@@ -20,7 +20,7 @@ def main(params: Params) -> None:
     folder = MODELS / "q1"
     best = winner(run_search("q1", candidates, params.q1.candidates, params.q1.seeds, PREPARED, folder))
     content = {"candidate": best, "training": trainings[best].model_dump()}
-    write_atomic(folder / "best.yaml", yaml.safe_dump(content, sort_keys=False))
+    write_atomic(folder.with_suffix(".yaml"), yaml.safe_dump(content, sort_keys=False))
 
 
 if __name__ == "__main__":

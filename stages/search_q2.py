@@ -14,7 +14,7 @@ from phasegate.stage import MODELS, PREPARED, run
 def main(params: Params) -> None:
     """Search over architectures with Q1's training; the best with the baseline's number of experts goes on."""
     meta = load_meta(PREPARED)
-    training = load_section(MODELS / "q1/best.yaml", "training", Training)
+    training = load_section(MODELS / "q1.yaml", "training", Training)
     architectures = variants(params.model, params.q2, "q2.candidates")
     candidates = {
         name: (ModelSpec(architecture, meta.input_shape, (meta.classes,)), training)
@@ -29,7 +29,7 @@ def main(params: Params) -> None:
         "training": training.model_dump(),
         "model": architectures[best].model_dump(),
     }
-    write_atomic(folder / "best.yaml", yaml.safe_dump(content, sort_keys=False))
+    write_atomic(folder.with_suffix(".yaml"), yaml.safe_dump(content, sort_keys=False))
 
 
 if __name__ == "__main__":
