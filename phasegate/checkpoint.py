@@ -23,7 +23,7 @@ from phasegate.params import Architecture, Training, parse
 from phasegate.references import Reference, ReferenceSpec
 from phasegate.training import Examples, correct, make_optimizer
 
-FORMAT = 1
+FORMAT = 2
 WEIGHTS, RECORD = "weights.safetensors", "checkpoint.json"
 
 

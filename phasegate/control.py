@@ -33,6 +33,15 @@ class Allowed(NamedTuple):
     prune: Tensor
 
 
+class Situation(NamedTuple):
+    """What a controller may look at when it decides, all of it from the signal split."""
+
+    signals: ExpertSignals
+    allowed: Allowed
+    loss_after: Callable[[Proposal], float]  # mean loss (nats) right after an operation, done on a copy
+    draws: torch.Generator
+
+
 Acts = Literal["sample", "argmax", "never"]
 Labeller = Callable[[ExpertSignals, torch.Generator], Tensor]
 """Signals -> one label (GROW, PRUNE or KEEP) per expert, (E,)."""
@@ -42,8 +51,8 @@ def random_labels(grow: float, prune: float) -> Labeller:
     """Labels that carry no information: drawn anew for every expert and batch."""
     probabilities = torch.tensor([grow, prune, 1 - grow - prune]).clamp(min=0)
 
-    def label(signals: ExpertSignals, generator: torch.Generator) -> Tensor:
-        return torch.multinomial(probabilities, len(signals.load), True, generator=generator)
+    def label(signals: ExpertSignals, draws: torch.Generator) -> Tensor:
+        return torch.multinomial(probabilities, len(signals.load), True, generator=draws)
 
     return label
 
@@ -55,7 +64,7 @@ def entropy_labels(grow_below: float, prune_above: float) -> Labeller:
     Where it does not (below `grow_below` times), nobody shares the expert's work: grow. Without tokens: prune.
     """
 
-    def label(signals: ExpertSignals, generator: torch.Generator) -> Tensor:
+    def label(signals: ExpertSignals, draws: torch.Generator) -> Tensor:
         ratio = signals.entropy.detach() / signals.batch_entropy.detach().clamp(min=1e-12)
         labels = torch.full_like(ratio, KEEP, dtype=torch.int64)
         labels[ratio < grow_below] = GROW
@@ -78,46 +87,15 @@ class ControlHead(nn.Module):
         return logits
 
 
-@dataclass(frozen=True)
-class Control:
-    """How an arm is controlled, as plain values.
-
-    Args:
-        labels: the parameters of the labels, and so their kind.
-        head: a head learns the labels and decides; without it the labels decide.
-        acts: whether decisions are carried out.
-        detach: whether the head's gradient is kept out of the trunk.
-    """
-
-    labels: RandomLabels | EntropyLabels
-    head: bool
-    acts: bool
-    detach: bool = True
-
-    def build(self, width: int, device: torch.device) -> "Controller":
-        """The controller of one layer, for tokens of this width."""
-        if isinstance(self.labels, RandomLabels):
-            labeller = random_labels(self.labels.grow, self.labels.prune)
-            weight, sample = self.labels.loss_weight, True
-        else:
-            labeller = entropy_labels(self.labels.grow_below, self.labels.prune_above)
-            weight, sample = 1.0, False
-        if not self.head:
-            return LabelController(labeller) if self.acts else Controller()
-        acts: Acts = ("sample" if sample else "argmax") if self.acts else "never"
-        head = ControlHead(width + N_SCALARS).to(device)
-        return HeadController(labeller, head, weight, self.detach, acts)
-
-
 class Controller:
-    """The controller that leaves everything as it is; the others refine its two methods."""
+    """A controller of one layer, that leaves everything as it is; the others refine its methods."""
 
-    def loss(self, signals: ExpertSignals, generator: torch.Generator) -> Tensor | float:
+    def loss(self, signals: ExpertSignals, draws: torch.Generator) -> Tensor | float:
         """A term for the training loss, from the batch's signals."""
         return 0.0
 
-    def propose(self, signals: ExpertSignals, allowed: Allowed, generator: torch.Generator) -> Proposal | None:
-        """One operation, or none, from the signal split's statistics."""
+    def propose(self, situation: Situation) -> Proposal | None:
+        """One operation, or none."""
         return None
 
     def parameters(self) -> list[nn.Parameter]:
@@ -131,10 +109,10 @@ class LabelController(Controller):
     def __init__(self, labeller: Labeller) -> None:
         self.labeller = labeller
 
-    def propose(self, signals: ExpertSignals, allowed: Allowed, generator: torch.Generator) -> Proposal | None:
+    def propose(self, situation: Situation) -> Proposal | None:
         """One labelled expert, drawn with equal chances among those that may be changed so."""
-        one_hot = F.one_hot(self.labeller(signals, generator).cpu(), 3)
-        return draw(one_hot, allowed, generator)
+        labels = self.labeller(situation.signals, situation.draws)
+        return draw(F.one_hot(labels.cpu(), 3), situation.allowed, situation.draws)
 
 
 class HeadController(Controller):
@@ -147,36 +125,103 @@ class HeadController(Controller):
             "argmax" takes the surest decision, "never" leaves the architecture alone.
     """
 
-    def __init__(
-        self,
-        labeller: Labeller,
-        head: ControlHead,
-        weight: float = 1.0,
-        detach: bool = True,
-        acts: Acts = "never",
-    ) -> None:
+    def __init__(self, labeller: Labeller, head: ControlHead, weight: float, detach: bool, acts: Acts) -> None:
         self.labeller, self.head, self.weight, self.detach, self.acts = labeller, head, weight, detach, acts
 
-    def loss(self, signals: ExpertSignals, generator: torch.Generator) -> Tensor:
+    def loss(self, signals: ExpertSignals, draws: torch.Generator) -> Tensor:
         """Weighted cross-entropy of the head on this batch's labels, nats."""
         x = features(signals)
-        labels = self.labeller(signals, generator).to(x.device)
+        labels = self.labeller(signals, draws).to(x.device)
         return self.weight * F.cross_entropy(self.head(x.detach() if self.detach else x), labels)
 
-    def propose(self, signals: ExpertSignals, allowed: Allowed, generator: torch.Generator) -> Proposal | None:
-        """The head's decision on the signal split."""
+    def propose(self, situation: Situation) -> Proposal | None:
+        """The head's decision."""
         if self.acts == "never":
             return None
-        probs = self.head(features(signals)).softmax(-1).cpu()
+        probs = self.head(features(situation.signals)).softmax(-1).cpu()
         if self.acts == "argmax":
             decided = F.one_hot(probs.argmax(-1), 3) * probs
-            return surest(decided, allowed)
-        decisions = torch.multinomial(probs, 1, generator=generator).squeeze(1)
-        return draw(F.one_hot(decisions, 3), allowed, generator)
+            return surest(decided, situation.allowed)
+        decisions = torch.multinomial(probs, 1, generator=situation.draws).squeeze(1)
+        return draw(F.one_hot(decisions, 3), situation.allowed, situation.draws)
 
     def parameters(self) -> list[nn.Parameter]:
         """The head's."""
         return list(self.head.parameters())
+
+
+class PlannedController(Controller):
+    """Grows the busiest expert so many times, then prunes the least used, or that without which the loss is lowest."""
+
+    def __init__(self, plan: "Plan") -> None:
+        self.plan, self._done = plan, 0
+
+    def propose(self, situation: Situation) -> Proposal | None:
+        """The next operation of the plan; where none is allowed, the plan waits."""
+        if self._done == self.plan.grow + self.plan.prune:
+            return None
+        grows = self._done < self.plan.grow
+        candidates = situation.allowed.grow if grows else situation.allowed.prune
+        experts = candidates.nonzero().flatten().tolist()
+        if not experts:
+            return None
+        self._done += 1
+        load = situation.signals.load
+        if grows:
+            return Proposal("grow", max(experts, key=lambda e: float(load[e])))
+        if self.plan.prune_by == "usage":
+            return Proposal("prune", min(experts, key=lambda e: float(load[e])))
+        return Proposal("prune", min(experts, key=lambda e: situation.loss_after(Proposal("prune", e))))
+
+
+@dataclass(frozen=True)
+class LabelControl:
+    """Labels decide."""
+
+    labels: RandomLabels | EntropyLabels
+
+    def build(self, width: int, device: torch.device) -> Controller:
+        """The controller of one layer, for tokens of this width."""
+        return LabelController(labeller(self.labels))
+
+
+@dataclass(frozen=True)
+class HeadControl:
+    """A head learns labels and decides; see `HeadController` for `acts` and `detach`."""
+
+    labels: RandomLabels | EntropyLabels
+    acts: Acts
+    detach: bool = True
+
+    def build(self, width: int, device: torch.device) -> Controller:
+        """The controller of one layer, for tokens of this width."""
+        weight = self.labels.loss_weight if isinstance(self.labels, RandomLabels) else 1.0
+        head = ControlHead(width + N_SCALARS).to(device)
+        return HeadController(labeller(self.labels), head, weight, self.detach, self.acts)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """So many operations, written beforehand: what surgery does can be measured apart from what calls for it."""
+
+    grow: int
+    prune: int = 0
+    prune_by: Literal["usage", "loss"] = "usage"
+
+    def build(self, width: int, device: torch.device) -> Controller:
+        """The controller of one layer."""
+        return PlannedController(self)
+
+
+Control = LabelControl | HeadControl | Plan
+"""How an arm is controlled, as plain values."""
+
+
+def labeller(labels: RandomLabels | EntropyLabels) -> Labeller:
+    """The labels that these parameters describe."""
+    if isinstance(labels, RandomLabels):
+        return random_labels(labels.grow, labels.prune)
+    return entropy_labels(labels.grow_below, labels.prune_above)
 
 
 def possible(decided: Tensor, allowed: Allowed) -> Tensor:

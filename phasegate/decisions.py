@@ -49,10 +49,10 @@ def relabel_control(table: pd.DataFrame) -> pd.DataFrame:
 def decide(trials: pd.DataFrame, margin_pp: float, confidence: float, primary: Mapping[str, str]) -> pd.DataFrame:
     """The decisions table: one row per phase and arm of `trials`, in the columns `COLUMNS`.
 
-    `primary` names the arm that decides each phase. Its verdict follows from the interval alone; the other
-    arms are exploratory, and theirs also needs a p-value that survives Holm's correction over the exploratory
-    arms of all phases. Raises UserError for a missing seed, a trial given twice, a number that isn't finite,
-    or a phase without its primary arm.
+    `primary` names the arm that decides each phase. Its verdict follows from the interval alone; the other arms are
+    exploratory, and theirs also needs a p-value that survives Holm's correction over the exploratory arms of their
+    phase, so that another phase changes no verdict. Raises UserError for a missing seed, a trial given twice, a
+    number that isn't finite, or a phase without its primary arm.
     """
     if not margin_pp >= 0:
         raise UserError(f"margin_pp is {margin_pp}: the largest loss accepted, in pp, is 0 or more")
@@ -72,15 +72,14 @@ def decide(trials: pd.DataFrame, margin_pp: float, confidence: float, primary: M
     exploratory = ~table["primary"] & ~started
     table.loc[started, "p_value"] = np.nan  # the baseline and the control aren't on trial
     table["p_holm"] = np.nan
-    table.loc[exploratory, "p_holm"] = holm(table.loc[exploratory, "p_value"])
     # In the worst case an exploratory arm has to reach Holm's strictest level: plan its seeds for that.
-    strict = 1 - (1 - confidence) / max(1, int(exploratory.sum()))
+    levels = pd.Series(confidence, index=table.index)
+    for _, tried in table[exploratory].groupby("phase"):
+        table.loc[tried.index, "p_holm"] = holm(tried["p_value"])
+        levels[tried.index] = 1 - (1 - confidence) / len(tried)
     table["verdict"] = [_verdict(row, margin_pp, confidence) for row in table.itertuples()]
     table["seeds_needed"] = pd.array(
-        [
-            _seeds(row, margin_pp, strict if tried else confidence)
-            for row, tried in zip(table.itertuples(), exploratory, strict=True)
-        ],
+        [_seeds(row, margin_pp, level) for row, level in zip(table.itertuples(), levels, strict=True)],
         dtype="Int64",
     )
     return table[COLUMNS]

@@ -4,6 +4,7 @@ Shapes: N test examples, C classes, E experts.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,10 +18,11 @@ from phasegate.checkpoint import RECORD, Checkpoint
 from phasegate.data import Array
 from phasegate.errors import UserError
 from phasegate.files import write_atomic
+from phasegate.halves import halves
 from phasegate.logs import CURVE, SURGERIES, SURGERY_COLUMNS
 from phasegate.model import Model, Output, cost
 from phasegate.moe import routing_entropy
-from phasegate.training import Examples, load_examples, predict
+from phasegate.training import Examples, load_examples, on_device, predict
 from phasegate.trials import seconds
 
 CALIBRATION_BINS = 15
@@ -33,6 +35,7 @@ class Evaluation(NamedTuple):
     classes: pd.DataFrame  # accuracy per class
     routing: pd.DataFrame  # tokens per block, expert and class
     tasks: pd.DataFrame  # accuracy of further tasks
+    halves: pd.DataFrame  # what became of splits
     predictions: Array  # (N,) predicted classes
 
 
@@ -44,12 +47,13 @@ def evaluate_phase(models: Path, prepared: Path, output: Path) -> None:
     """
     device = execution.device()
     gate, tasks = load_examples(prepared, device)[2], data.load_meta(prepared).tasks
-    split = data.load_test(prepared)
-    test = Examples(torch.from_numpy(split.x).to(device), torch.from_numpy(split.y).to(device))
+    test = on_device(data.load_test(prepared), device)
     folders = sorted(path.parent for path in models.glob(f"*/*/{RECORD}"))
     if not folders:
         raise UserError(f"{models} holds no checkpoints: run `dvc repro` for the stage that writes it")
-    results = {folder: evaluate(checkpoint.load(folder, gate, device), test, tasks) for folder in folders}
+    results = {
+        folder: evaluate(checkpoint.load(folder, gate, device), test, tasks, _surgeries(folder)) for folder in folders
+    }
     trials = [result.trial | {"train_seconds": seconds(folder)} for folder, result in results.items()]
     output.mkdir(parents=True, exist_ok=True)
     tables = {
@@ -57,8 +61,9 @@ def evaluate_phase(models: Path, prepared: Path, output: Path) -> None:
         "classes": pd.concat([result.classes for result in results.values()]),
         "routing": pd.concat([result.routing for result in results.values()]),
         "tasks": pd.concat([result.tasks for result in results.values()]),
-        "curves": pd.concat([_of_trial(f / CURVE, result.trial) for f, result in results.items()]),
-        "surgeries": pd.concat([_of_trial(f / SURGERIES, result.trial) for f, result in results.items()]),
+        "halves": pd.concat([result.halves for result in results.values()]),
+        "curves": pd.concat([_with(_key(result.trial), pd.read_csv(f / CURVE)) for f, result in results.items()]),
+        "surgeries": pd.concat([_with(_key(result.trial), _surgeries(f)) for f, result in results.items()]),
     }
     for name, table in tables.items():
         write_atomic(output / f"{name}.csv", table.to_csv(index=False))
@@ -66,7 +71,9 @@ def evaluate_phase(models: Path, prepared: Path, output: Path) -> None:
     write_atomic(output / "predictions.safetensors", safetensors.numpy.save(predictions))
 
 
-def evaluate(trial: Checkpoint, test: Examples, tasks: Mapping[str, Sequence[int]]) -> Evaluation:
+def evaluate(
+    trial: Checkpoint, test: Examples, tasks: Mapping[str, Sequence[int]], surgeries: pd.DataFrame
+) -> Evaluation:
     """Accuracy (percent), negative log-likelihood (nats), calibration error (pp), routing and cost of one model."""
     outputs = predict(trial.model, test.x)
     logits = torch.cat([output.logits[0] for output in outputs])
@@ -75,7 +82,7 @@ def evaluate(trial: Checkpoint, test: Examples, tasks: Mapping[str, Sequence[int
     predicted = probs.argmax(1)
     right = predicted == y
     record = trial.record
-    key = {"phase": record.phase, "arm": record.arm, "seed": record.seed}
+    key = _key(asdict(record))
     usage = class_usage(trial.model, outputs, test.y)
     row = key | {
         "accuracy": 100 * right.mean(),
@@ -87,8 +94,14 @@ def evaluate(trial: Checkpoint, test: Examples, tasks: Mapping[str, Sequence[int
         **cost(trial.model, tuple(test.x.shape[1:]))._asdict(),
     }
     classes = pd.DataFrame({"class": (c := np.unique(y)), "accuracy": [100 * right[y == k].mean() for k in c]})
-    further = further_tasks(trial.model, test, predicted, tasks)
-    return Evaluation(row, _with(key, classes), _with(key, _long(usage)), _with(key, further), predicted)
+    return Evaluation(
+        row,
+        classes=_with(key, classes),
+        routing=_with(key, _long(usage)),
+        tasks=_with(key, further_tasks(trial.model, test, predicted, tasks)),
+        halves=_with(key, halves(trial.model, surgeries, test)),
+        predictions=predicted,
+    )
 
 
 def further_tasks(
@@ -163,10 +176,15 @@ def _long(usage: dict[tuple[int, int], Array]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["block", "expert", "class", "tokens"])
 
 
-def _of_trial(path: Path, trial: dict[str, Any]) -> pd.DataFrame:
-    """A table that a trial left in its folder (only 7b trials log surgeries), under the trial's key."""
-    table = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=SURGERY_COLUMNS)
-    return _with({name: trial[name] for name in ("phase", "arm", "seed")}, table)
+def _surgeries(folder: Path) -> pd.DataFrame:
+    """The log of surgeries that a trial left in its folder; empty for a trial that has none."""
+    path = folder / SURGERIES
+    return pd.read_csv(path) if path.exists() else pd.DataFrame(columns=SURGERY_COLUMNS)
+
+
+def _key(trial: Mapping[str, Any]) -> dict[str, Any]:
+    """What a trial is called in every table."""
+    return {name: trial[name] for name in ("phase", "arm", "seed")}
 
 
 def _with(key: dict[str, Any], table: pd.DataFrame) -> pd.DataFrame:

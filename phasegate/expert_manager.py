@@ -4,16 +4,16 @@ A surgery is one index vector per axis. New expert i is a copy of old expert `sr
 over *every* tensor that has that axis (`moe.AXES`) and over its Adam moments, so untouched experts stay bitwise
 what they were. An index of -1 asks for a fresh row.
 
-Fresh rows begin with zero momentum and with the second moment of their peers. Zeroed second moments under a
-large step count would make Adam's first update about 0.1 / sqrt(0.001) = 3.2 times the learning rate.
+Fresh rows begin with zero momentum and with the second moment of their peers: of the other rows, and for a
+hyperplane, which is a router row inside its family, of the row that routes to it. Zeroed second moments under a
+large step count would make Adam's first update about 0.1 / sqrt(0.001) = 3.2 times the learning rate, and a step
+count of their own would make it the learning rate itself, some four times what trained rows move.
 """
 
 import math
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -32,7 +32,7 @@ class Surgery:
 
     operation: str
     expert: int  # stable id of the expert that came (grow) or went (prune)
-    parent: int | None  # stable id of the expert it was made from, if any
+    parent: int | None  # stable id of the expert that it was made from or merged into, if any
     family_source: tuple[int, ...]  # for each family now, its index before; FRESH if it is new
     n_routed_before: int
     n_routed_after: int
@@ -117,12 +117,13 @@ class ExpertManager:
         with torch.no_grad():
             self.moe.node_weight[-1] = direction
             self.moe.node_offset[-1] = offset
+        self._prime_hyperplane(int(self.moe.family_of[e]))
         self.moe.path[e, -1], self.moe.path[-1, -1] = -1, 1
         self.moe.refresh()
         return surgery
 
     def clone(self, expert: int) -> Surgery:
-        """Ablation, ordinary upcycling: a copy in a family of its own, under a copy of its router row."""
+        """Ablation, ordinary upcycling: a copy under a router row of its own, also a copy, which displaces others."""
         e = self._index(expert)
         surgery = self._grow("clone", e, family=int(self.moe.family_of[e]))
         self.moe.refresh()
@@ -143,28 +144,88 @@ class ExpertManager:
         return surgery
 
     def remove(self, expert: int) -> Surgery:
-        """Prune: the sibling subtree takes the parent node's place; an only member takes its family with it."""
+        """Prune: the sibling subtree takes the parent node's place; an only member takes its family with it.
+
+        Tokens that did not run it keep their experts and, unless top_k is 1 and a family goes, their output.
+        """
         e = self._index(expert)
         moe, n = self.moe, self.moe.n_routed
-        family, path = int(moe.family_of[e]), moe.path
-        on_path = path[e].nonzero().flatten().tolist()
-        if not on_path and moe.n_families <= moe.top_k:
+        family, node = int(moe.family_of[e]), self._parent_node(e)
+        if node is None and moe.n_families <= moe.top_k:
             raise SurgeryRefused(
                 f"remove of expert {expert}: {moe.n_families} families are left and top_k is {moe.top_k}"
             )
         families = list(range(moe.n_families))
         sources = {"expert": [i for i in range(n) if i != e]}
-        if on_path:  # the parent is the node on the path with the fewest leaves below it
-            parent = min(on_path, key=lambda node: int((path[:, node] != 0).sum()))
-            sources["node"] = [i for i in range(path.shape[1]) if i != parent]
-        else:
+        if node is None:
             families.remove(family)
             sources["family"] = families
+        else:
+            sources["node"] = [i for i in range(moe.path.shape[1]) if i != node]
         rebuild(moe, self.optimizer, sources)
-        if not on_path:
+        if node is None:
             moe.family_of[moe.family_of > family] -= 1
         moe.refresh()
         return Surgery("remove", expert, None, tuple(families), n, moe.n_routed)
+
+    def merge(self, expert: int, into: int, share: float) -> Surgery:
+        """Prune: two sibling leaves become their weighted mean, moments included, and their node goes.
+
+        Args:
+            into: the sibling that becomes the mean, and keeps its id.
+            share: of `expert` in the mean, 0 to 1: its share of the tokens that the two run.
+        """
+        a, b = self._index(expert), self._index(into)
+        if self.sibling(expert) != into:
+            raise SurgeryRefused(f"merge of expert {expert} into {into}: they are not the two leaves under one node")
+        if not 0 <= share <= 1:
+            raise SurgeryRefused(f"merge of expert {expert} into {into}: the share is {share}: it must lie in 0 to 1")
+        load = self.moe.load[a]
+        merged = [rows[b].lerp(rows[a], share) for rows in self._learned()]  # exactly equal where the two are
+        surgery = self.remove(expert)
+        b = self._index(into)
+        for rows, mean in zip(self._learned(), merged, strict=True):
+            rows[b] = mean
+        self.moe.load[b] += load
+        return replace(surgery, operation="merge", parent=into)
+
+    def sibling(self, expert: int) -> int | None:
+        """The other leaf under the expert's node, if there is a node and it is a leaf."""
+        node = self._parent_node(self._index(expert))
+        if node is None:
+            return None
+        below = self.moe.expert_id[self.moe.path[:, node] != 0].tolist()
+        return next(int(other) for other in below if other != expert) if len(below) == 2 else None
+
+    def _parent_node(self, e: int) -> int | None:
+        """The node right above expert index e: of those on its path, the one with the fewest leaves below."""
+        on_path = self.moe.path[e].nonzero().flatten().tolist()
+        return min(on_path, key=lambda node: int((self.moe.path[:, node] != 0).sum()), default=None)
+
+    def _learned(self) -> list[Tensor]:
+        """Every learned tensor with a row per expert, and its moments."""
+        found = []
+        for name, axes in AXES.items():
+            parameter = getattr(self.moe, name)
+            if axes[0] == "expert" and isinstance(parameter, nn.Parameter):
+                state = self.optimizer.state.get(parameter, {}) if self.optimizer else {}
+                found += [parameter.detach(), *(value for value in state.values() if value.dim())]
+        return found
+
+    def _prime_hyperplane(self, family: int) -> None:
+        """Give the last node the second moment of its family's router row, and no momentum."""
+        if self.optimizer is None or not self.moe.node_weight.requires_grad:
+            return
+        row = self.optimizer.state.get(self.moe.router)
+        if not row:
+            return
+        peers = row["exp_avg_sq"][:, family].mean(0)  # (D,)
+        for parameter, second in ((self.moe.node_weight, peers), (self.moe.node_offset, peers.mean())):
+            state = self.optimizer.state[parameter]
+            if not state:  # the layer's first hyperplane
+                blank = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+                state |= {"step": row["step"].clone(), **blank}
+            state["exp_avg_sq"][-1] = second
 
     def _grow(self, operation: str, e: int, family: int | None) -> Surgery:
         """Append a copy of expert index e (FRESH: a blank one); `family` is the family to copy, None to share e's."""
@@ -191,24 +252,6 @@ class ExpertManager:
         if not found:
             raise SurgeryRefused(f"expert {expert} does not exist; the layer has {self.moe.expert_id.tolist()}")
         return int(found[0])
-
-
-def halving_plane(
-    tokens: Tensor, direction: Literal["principal", "random"], generator: torch.Generator
-) -> tuple[Tensor, float]:
-    """A hyperplane (unit normal, offset) that halves tokens (M, D): the median along a direction.
-
-    Args:
-        direction: "principal" is the tokens' first principal component, "random" uniform on the sphere.
-    """
-    width = tokens.shape[1]
-    if direction == "principal" and len(tokens) > 1:
-        centred = (tokens - tokens.mean(0)).double()
-        normal = torch.linalg.eigh(centred.T @ centred).eigenvectors[:, -1].to(tokens.dtype)
-        normal = normal * normal[normal.abs().argmax()].sign()  # an eigenvector's sign is arbitrary
-    else:
-        normal = F.normalize(torch.randn(width, generator=generator), dim=0).to(tokens)
-    return normal, -float((tokens @ normal).quantile(0.5)) if len(tokens) else 0.0
 
 
 def copy_gates(moe: MoE, optimizer: Optimizer | None, n_gates: int) -> None:

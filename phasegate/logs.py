@@ -18,12 +18,17 @@ SURGERY_COLUMNS = [
 
 
 class Curve:
-    """Points of training loss (mean since the last point, nats), gate accuracy (percent) and routing."""
+    """Points of training loss (mean since the last point, nats), gate accuracy (percent) and routing.
+
+    An expert is dead if it got no token since the last point, at which it was there already.
+    """
 
     def __init__(self, model: Model | Reference, gate: Examples) -> None:
         self.model, self.gate = model, gate
         self.points: list[dict[str, float]] = []
         self._losses: list[Tensor] = []
+        self._layers = model.layers if isinstance(model, Model) else []
+        self._known = [moe.expert_id for moe in self._layers]
 
     def add_loss(self, loss: Tensor) -> None:
         """One step's loss."""
@@ -41,11 +46,20 @@ class Curve:
                 "loss": float(torch.stack(self._losses).mean()) if self._losses else float("nan"),
                 "accuracy": 100 * right / len(self.gate),
                 "n_routed": self.model.n_routed if isinstance(self.model, Model) else 0,
+                "dead_experts": self._dead_experts() if self._losses else 0,
                 "routing_entropy": float(torch.cat(entropies).mean()) if entropies else float("nan"),
             }
         )
         self._losses.clear()
         return right
+
+    def _dead_experts(self) -> int:
+        dead = 0
+        for block, moe in enumerate(self._layers):
+            dead += int(((moe.load == 0) & torch.isin(moe.expert_id, self._known[block])).sum())
+            moe.load.zero_()
+            self._known[block] = moe.expert_id
+        return dead
 
     def table(self) -> pd.DataFrame:
         """One row per point."""

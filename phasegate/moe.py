@@ -21,6 +21,7 @@ AXES: dict[str, tuple[str | None, ...]] = {
     "w_out": ("expert", None, None),
     "expert_id": ("expert",),
     "family_of": ("expert",),
+    "load": ("expert",),
     "path": ("expert", "node"),
     "router": ("gate", "family", None),
     "selection_bias": ("gate", "family"),
@@ -59,8 +60,9 @@ class MoE(nn.Module):
     expert_id: Tensor  # (E,) stable ids
     next_id: Tensor  # () the id that the next expert gets: ids are never used twice
     family_of: Tensor  # (E,)
+    load: Tensor  # (E,) tokens run in training since it was last set to zero; a copy inherits its parent's
     path: Tensor  # (E, L) the side (+1, -1) of each node that leads to the expert; 0 where not on its path
-    selection_bias: Tensor  # (G, F) added for selection only (DeepSeek-V3, arXiv 2412.19437)
+    selection_bias: Tensor  # (G, F) added to the scores for selection only (DeepSeek-V3, arXiv 2412.19437)
     _root: Tensor
     _child: Tensor
 
@@ -83,6 +85,7 @@ class MoE(nn.Module):
         self.register_buffer("expert_id", torch.arange(n_routed))
         self.register_buffer("next_id", torch.tensor(n_routed))
         self.register_buffer("family_of", torch.arange(n_routed))
+        self.register_buffer("load", torch.zeros(n_routed, dtype=torch.int64))
         self.register_buffer("path", torch.zeros(n_routed, 0, dtype=torch.int8))
         self.register_buffer("selection_bias", torch.zeros(n_gates, n_routed))
         for derived in ("_root", "_child"):
@@ -124,11 +127,14 @@ class MoE(nn.Module):
         self._depth = max(depth for _, depth in roots)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
-        """Route tokens x (G, N, D), gate g's tokens by router g, and return the mixture (G, N, D)."""
+        """Route tokens x (G, N, D), gate g's tokens by router g, and return the mixture (G, N, D).
+
+        Selection compares scores, not probabilities: so it does not depend on which other families there are.
+        """
         n_gates = x.shape[0]
         logits = x @ self.router[:n_gates].transpose(1, 2)  # (G, N, F)
         probs = logits.softmax(-1)
-        families = (probs.detach() + self.selection_bias[:n_gates, None]).topk(self.top_k).indices  # (G, N, K)
+        families = (logits.detach() + self.selection_bias[:n_gates, None]).topk(self.top_k).indices  # (G, N, K)
         gates = probs.gather(-1, families)
         if self.top_k > 1:  # a lone gate keeps its probability, else the router would get no gradient (Switch)
             gates = gates / gates.sum(-1, keepdim=True)
@@ -146,7 +152,7 @@ class MoE(nn.Module):
         slots, n_nodes = self._root[families], self.path.shape[1]
         if not n_nodes:
             return slots, 1.0
-        margins = x @ self.node_weight.T + self.node_offset  # (G, N, L)
+        margins = self.margins(x)
         trained = self.node_weight.requires_grad
         log_r = torch.zeros_like(slots, dtype=x.dtype) if trained else None
         for _ in range(self._depth):
@@ -156,6 +162,14 @@ class MoE(nn.Module):
             slots = self._child[slots, (margin > 0).long()]
         return slots - n_nodes, 1.0 if log_r is None else (log_r - log_r.detach()).exp()
 
+    def margins(self, x: Tensor) -> Tensor:
+        """Signed margins of tokens x (G, N, D) at every inner node (G, N, L)."""
+        return x @ self.node_weight.T + self.node_offset
+
+    def run(self, e: int, x: Tensor) -> Tensor:
+        """What expert index e makes of tokens x (M, D), ungated -> (M, D)."""
+        return (x @ self.w_in[e]).relu() @ self.w_out[e]
+
     def _mix(self, x: Tensor, experts: Tensor, gates: Tensor) -> Tensor:
         """Gated sum of expert outputs; x (N, D), experts and gates (N, K) -> (N, D).
 
@@ -163,7 +177,10 @@ class MoE(nn.Module):
         """
         chosen = experts.flatten()  # (N*K,)
         order = chosen.argsort(stable=True)
-        ends = torch.bincount(chosen, minlength=self.n_routed).cumsum(0)
+        counts = torch.bincount(chosen, minlength=self.n_routed)
+        if self.training:
+            self.load += counts
+        ends = counts.cumsum(0)
         sorted_x = x.index_select(0, order // self.top_k)  # (N*K, D)
         sorted_y = grouped_mm(grouped_mm(sorted_x, self.w_in, ends).relu(), self.w_out, ends)
         inverse = torch.empty_like(order)

@@ -34,12 +34,16 @@ Text = Annotated[str, Field(min_length=1)]
 RAW = "data/raw"  # where downloads go, and the path of data sets that need no file
 BASE = "base"  # a search's own base configuration, as a candidate
 Scalar = bool | int | float | str
-Phase = Literal["p7a", "p7b1", "p7b2", "p7b3"]
+Phase = Literal["p7a", "p7b1", "p7b2", "p7b3", "surgery"]
 
 ARMS: dict[str, tuple[str, ...]] = {
     "p7b1": ("noise_acting", "noise", "noise_detached", "random_acting"),
     "p7b2": ("split", "clone", "reinit", "split_thresholds", "entropy_loss"),
     "p7b3": ("task_gates", "heads", "single"),
+    "surgery": (
+        *("split", "clone", "reinit", "remove_by_usage", "remove_by_loss", "merge"),
+        *("split_principal", "split_loss", "split_trained", "split_balanced"),
+    ),
 }
 """The arms of each phase that is decided on."""
 EVALUATED_PHASES = ("references", "p7a", "continue", *ARMS)
@@ -170,8 +174,9 @@ class Schedule(Section):
     min_experts: Count
     max_experts: Count
     eval_every: Count
-    split_direction: Literal["principal", "random"]
-    hyperplanes: Literal["fixed", "trained"]
+    split_direction: Literal["random", "principal", "loss"]
+    hyperplanes: Literal["fixed", "trained", "balanced"]
+    sibling_balance: NonNegative
 
     @model_validator(mode="after")
     def _check(self) -> "Schedule":
@@ -227,6 +232,13 @@ class MultiTask(Section):
     task_weight: NonNegative
 
 
+class SurgeryStudy(Section):
+    """The study of surgery apart from any signal."""
+
+    operations: Annotated[int, Field(ge=2, multiple_of=2, strict=True)]
+    in_a_row: Count
+
+
 class Claim(Section):
     """What a phase claims, written before it runs."""
 
@@ -274,6 +286,7 @@ class Params(Section):
     p7b1: RandomLabels
     p7b2: RoutingEntropy
     p7b3: MultiTask
+    surgery: SurgeryStudy
     decisions: Decisions
     headline: Headline
 
@@ -287,6 +300,26 @@ class Params(Section):
         if self.p7a.n_routed not in {model.n_routed for model in (self.model, *architectures)}:
             raise ValueError(
                 f"p7a.n_routed is {self.p7a.n_routed}, but no candidate of q2 has that many experts: give it one"
+            )
+        slots = (self.p7b.steps - self.p7b.settle) // self.p7b.act_every
+        if self.surgery.operations > slots:
+            raise ValueError(
+                f"surgery.operations is {self.surgery.operations}, but p7b has time for {slots}: one every act_every = "
+                f"{self.p7b.act_every} of the steps = {self.p7b.steps}, without the last settle = {self.p7b.settle}"
+            )
+        if self.p7a.n_routed + self.surgery.operations > self.p7b.max_experts:
+            raise ValueError(
+                f"surgery.operations is {self.surgery.operations}: added to p7a.n_routed = {self.p7a.n_routed} it must "
+                f"be at most p7b.max_experts = {self.p7b.max_experts}"
+            )
+        if self.p7a.n_routed < self.p7b.min_experts:
+            raise ValueError(
+                f"p7b.min_experts is {self.p7b.min_experts}: p7a.n_routed = {self.p7a.n_routed} is below it"
+            )
+        if self.p7b.cooldown > (wait := self.p7b.act_every * self.surgery.operations // 2):
+            raise ValueError(
+                f"p7b.cooldown is {self.p7b.cooldown}: it must be at most {wait} (act_every * surgery.operations / 2), "
+                "else the surgery study has no rested halves to merge"
             )
         if "default" not in self.references:
             raise ValueError("references.default is missing: the models of data sets that have none of their own")

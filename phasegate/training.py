@@ -21,6 +21,7 @@ from phasegate.params import Architecture, Training
 from phasegate.randomness import derived_seed, generator
 
 EVALUATION_BATCH = 2048
+PROBE = 256  # signal examples on which the change of the output by surgery is measured
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,11 +39,12 @@ class Examples:
 def load_examples(prepared: Path, device: torch.device) -> tuple[Examples, Examples, Examples]:
     """The train, signal and gate splits on a device; loaded and verified once per process."""
     fit = data.load_fit(prepared)
-    train, signal, gate = (
-        Examples(torch.from_numpy(split.x).to(device), torch.from_numpy(split.y).to(device))
-        for split in (fit.train, fit.signal, fit.gate)
-    )
-    return train, signal, gate
+    return on_device(fit.train, device), on_device(fit.signal, device), on_device(fit.gate, device)
+
+
+def on_device(split: data.Split, device: torch.device) -> Examples:
+    """A split's arrays as tensors on a device."""
+    return Examples(torch.from_numpy(split.x).to(device), torch.from_numpy(split.y).to(device))
 
 
 Objective = Callable[[Tensor, Tensor, int], Tensor]

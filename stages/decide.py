@@ -9,18 +9,23 @@ from phasegate.files import write_atomic
 from phasegate.params import EVALUATED_PHASES, Params
 from phasegate.report.tables import decisions_markdown
 from phasegate.stage import EVALUATED, MODELS, PREPARED, REPORTS, run
+from phasegate.surgery_summary import surgery_summary
 
 
 def main(params: Params) -> None:
     """Write the tables of `reports/`."""
     claims = params.decisions
-    tables = {name: collect(name) for name in ("trials", "classes", "tasks", "routing", "curves", "surgeries")}
+    tables = {
+        name: collect(name) for name in ("trials", "classes", "tasks", "routing", "curves", "surgeries", "halves")
+    }
     primary = {phase: claim.primary for phase, claim in claims.phases.items()}
     decisions = decide(tables["trials"], claims.margin_pp, claims.confidence, primary)
     hypotheses = {phase: claim.hypothesis for phase, claim in claims.phases.items()}
     for name, table in tables.items():
         write(name, relabel_control(table))
+    summary = surgery_summary(tables["surgeries"], tables["halves"], tables["curves"], decisions, claims.confidence)
     write("decisions", decisions)
+    write("surgery_summary", summary)
     write_atomic(REPORTS / "decisions.json", decisions.to_json(orient="records", indent=2) + "\n")
     markdown = decisions_markdown(decisions, hypotheses, claims.margin_pp, claims.confidence)
     write_atomic(REPORTS / "decisions.md", markdown)

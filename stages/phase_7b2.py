@@ -1,21 +1,22 @@
 """Phase 7b.2: routing entropy as the signal."""
 
-from phasegate.control import Control
+from phasegate.control import HeadControl, LabelControl
 from phasegate.params import Params
 from phasegate.phase import Arm, continuations
 from phasegate.stage import BASELINES, MODELS, PREPARED, run
+from phasegate.surgeon import Treatment
 from phasegate.trials import run_trials
 
 
 def main(params: Params) -> None:
     """One control head with three kinds of growth; the bare thresholds; the entropy as a regulariser."""
     entropy = params.p7b2
-    control = Control(entropy.labels, head=True, acts=True)
+    control = HeadControl(entropy.labels, acts="argmax")
     arms = [
-        Arm("split", control, grow="split"),
-        Arm("clone", control, grow="clone"),
-        Arm("reinit", control, grow="reinit"),
-        Arm("split_thresholds", Control(entropy.labels, head=False, acts=True), grow="split"),
+        Arm("split", Treatment(control, grow="split")),
+        Arm("clone", Treatment(control, grow="clone")),
+        Arm("reinit", Treatment(control, grow="reinit")),
+        Arm("split_thresholds", Treatment(LabelControl(entropy.labels), grow="split")),
         Arm("entropy_loss", entropy_weight=entropy.entropy_weight),
     ]
     trials = continuations(PREPARED, BASELINES, "p7b2", arms, params.seeds, params.p7b)

@@ -9,36 +9,43 @@ import pandas as pd
 from phasegate.data import load_meta
 from phasegate.files import write_atomic
 from phasegate.params import Params
-from phasegate.report import html, plots
+from phasegate.report import drawing, html, plots, surgery_plots
 from phasegate.stage import PREPARED, REPORTS, run
 
+TABLES = (
+    *("decisions", "curves", "surgeries", "surgery_summary", "halves", "preservation"),
+    *("routing", "tasks", "leaderboard_q1", "leaderboard_q2"),
+)
 LIBRARIES = ("torch", "numpy", "scipy", "pandas", "dvc")
 
 
 def main(params: Params) -> None:
     """Write `reports/*.svg` and `reports/report.html`."""
     claims = params.decisions
-    decisions, curves, surgeries, routing, tasks, q1, q2 = (
-        pd.read_csv(REPORTS / f"{name}.csv")
-        for name in ("decisions", "curves", "surgeries", "routing", "tasks", "leaderboard_q1", "leaderboard_q2")
-    )
+    table = {name: pd.read_csv(REPORTS / f"{name}.csv") for name in TABLES}
+    decisions, surgeries, summary = table["decisions"], table["surgeries"], table["surgery_summary"]
     figures = {
         "differences": plots.differences(decisions, claims.margin_pp),
-        "learning_curves": plots.learning_curves(curves, decisions, claims.margin_pp, claims.confidence, surgeries),
-        "expert_routing": plots.expert_routing(routing, decisions),
-        "leaderboard_q1": plots.leaderboard(q1, "Q1"),
-        "leaderboard_q2": plots.leaderboard(q2, "Q2"),
+        "learning_curves": plots.learning_curves(
+            table["curves"], decisions, claims.margin_pp, claims.confidence, surgeries
+        ),
+        "expert_routing": plots.expert_routing(table["routing"], decisions),
+        "surgery": surgery_plots.surgery(summary, surgeries, claims.margin_pp),
+        "halves": surgery_plots.halves(table["preservation"], table["halves"], summary, params.p7b.steps),
+        "leaderboard_q1": plots.leaderboard(table["leaderboard_q1"], "Q1"),
+        "leaderboard_q2": plots.leaderboard(table["leaderboard_q2"], "Q2"),
     }
     for name, figure in figures.items():
-        plots.save(figure, REPORTS / f"{name}.svg")
+        drawing.save(figure, REPORTS / f"{name}.svg")
     page = html.render(
         decisions,
         {phase: claim.hypothesis for phase, claim in claims.phases.items()},
         claims.margin_pp,
         figures={name: (REPORTS / f"{name}.svg").read_text() for name in figures},
-        leaderboards={"q1": q1, "q2": q2},
-        surgeries=surgeries,
-        tasks=tasks,
+        leaderboards={"q1": table["leaderboard_q1"], "q2": table["leaderboard_q2"]},
+        surgeries=summary,
+        curves=table["curves"],
+        tasks=table["tasks"],
         provenance=provenance(params),
         confidence=claims.confidence,
     )

@@ -9,7 +9,7 @@ from hypothesis import settings
 
 from phasegate.data import Split, save
 from phasegate.model import ModelSpec
-from phasegate.params import Architecture, Training
+from phasegate.params import Architecture, Schedule, Training
 from phasegate.pretraining import pretrain
 from phasegate.training import Examples, load_examples
 from phasegate.trials import SECONDS
@@ -31,6 +31,14 @@ def architecture() -> Architecture:
 def training() -> Training:
     return Training(
         steps=60, batch=32, lr=0.01, warmup=5, weight_decay=0.01, label_smoothing=0.0, noise=0.1, shift=1
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def schedule() -> Schedule:
+    return Schedule(
+        steps=60, lr_scale=0.5, act_every=4, settle=12, cooldown=8, min_experts=4, max_experts=7,
+        eval_every=4, split_direction="random", hyperplanes="fixed", sibling_balance=0.01,
     )  # fmt: skip
 
 

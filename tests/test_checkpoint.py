@@ -36,18 +36,22 @@ def many(gate: Examples) -> Examples:
 
 @pytest.fixture(scope="module")
 def trial(baselines: Path, gate: Examples) -> Checkpoint:
-    """The 7a model after surgery of every kind, and its optimizer."""
+    """The 7a model after surgery of every kind, and its optimizer; training goes on after half of it."""
     trial = load(baselines / "seed-0", gate)
     assert isinstance(trial.model, Model) and trial.optimizer is not None
-    for moe in trial.model.layers:
-        manager, random = ExpertManager(moe, trial.optimizer), torch.Generator().manual_seed(0)
-        for expert in (0, 1, 5):
+    managers = [ExpertManager(moe, trial.optimizer) for moe in trial.model.layers]
+    random = torch.Generator().manual_seed(0)
+    for manager in managers:
+        for expert in (0, 1, 5):  # the tree of expert 0 is now (0, (5, 7))
             manager.split(expert, torch.randn(16, generator=random), 0.1)
         manager.clone(6)
+        manager.remove(2)
+    next_step(trial, gate)
+    for manager in managers:
+        manager.merge(7, 5, 0.4)
+        manager.split(3, torch.randn(16, generator=random), 0.1)
         manager.reinit(random)
-        for expert in (5, 2):
-            manager.remove(expert)
-        next_step(trial, gate)
+        manager.remove(0)
     return trial
 
 
@@ -65,7 +69,7 @@ def folder(saved: Path, tmp_path: Path) -> Path:
 
 
 def next_step(trial: Checkpoint, examples: Examples) -> str:
-    """A hash of the logits, and after one more step of training, of all weights and moments."""
+    """A hash of the logits, and after one more step of training, of all weights, buffers and moments."""
     assert isinstance(trial.optimizer, AdamW)
     found = [predict(trial.model, examples.x)[0].logits[0]]
 
@@ -74,9 +78,11 @@ def next_step(trial: Checkpoint, examples: Examples) -> str:
 
     batches = Batches(examples, 32, 7, trial.record.training)
     fit(trial.model, trial.optimizer, batches, objective, [0.01], lambda step, loss: None)
+    weights = trial.model.state_dict()
+    found += [weights[name] for name in sorted(weights)]
     for name, parameter in trial.model.named_parameters():
         state = trial.optimizer.state.get(parameter, {})
-        found += [parameter.detach(), *(state[key] for key in sorted(state))]
+        found += [state[key] for key in sorted(state)]
         assert state or not len(parameter), name
     return hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in found)).hexdigest()
 
@@ -92,6 +98,30 @@ def test_a_new_process_goes_on_bit_for_bit_after_surgery(saved: Path, trial: Che
     )
     result = subprocess.run([sys.executable, "-c", code, saved], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == next_step(load(saved, many), many) == next_step(copy.deepcopy(trial), many)
+
+
+def test_every_number_of_the_model_and_of_its_optimizer_comes_back(
+    saved: Path, trial: Checkpoint, many: Examples
+) -> None:
+    loaded = load(saved, many)
+    weights, moments = trial.model.state_dict(), state_of(trial)
+    assert all("load" not in name or value.any() for name, value in weights.items())
+    assert {name for name in moments if "moe.node" in name} == {
+        f"blocks.{block}.moe.node_{part}.{key}"
+        for block in range(2)
+        for part in ("weight", "offset")
+        for key in ("step", "exp_avg", "exp_avg_sq")
+    }
+    for kept, found in ((weights, loaded.model.state_dict()), (moments, state_of(loaded))):
+        assert kept.keys() == found.keys()
+        assert all(torch.equal(kept[name], found[name]) and kept[name].dtype == found[name].dtype for name in kept)
+
+
+def state_of(trial: Checkpoint) -> dict[str, Tensor]:
+    """What the optimizer keeps, by parameter and key."""
+    assert trial.optimizer is not None
+    named = {name: trial.optimizer.state.get(parameter, {}) for name, parameter in trial.model.named_parameters()}
+    return {f"{name}.{key}": value for name, state in named.items() for key, value in state.items()}
 
 
 def edit_weights(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:

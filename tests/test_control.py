@@ -15,8 +15,13 @@ from phasegate.control import (
     Control,
     ControlHead,
     Controller,
+    HeadControl,
     HeadController,
+    LabelControl,
     LabelController,
+    Plan,
+    Proposal,
+    Situation,
     entropy_labels,
     random_labels,
 )
@@ -38,6 +43,20 @@ def signals(n: int, seed: int = 0) -> ExpertSignals:
     load, gate, entropy = torch.rand(3, n, generator=random)
     token = torch.randn(n, WIDTH, generator=random, requires_grad=True)
     return ExpertSignals(load, gate, entropy, token, entropy.mean())
+
+
+def situation(
+    given: ExpertSignals, allowed: Allowed | None = None, seed: int = 0, losses: list[float] | None = None
+) -> Situation:
+    """What a controller is shown; everything is allowed unless said otherwise, and a prune costs its `losses`."""
+
+    def loss_after(proposal: Proposal) -> float:
+        assert losses is not None, "nobody needs to know the loss"
+        assert proposal.action == "prune"
+        return losses[proposal.expert]
+
+    yes = torch.ones(len(given.load), dtype=torch.bool)
+    return Situation(given, allowed or Allowed(yes, yes), loss_after, draws(seed))
 
 
 @given(st.integers(0, 10), st.integers(0, 10), st.integers(0, 10**6))
@@ -63,28 +82,54 @@ def test_entropy_labels_follow_the_thresholds() -> None:
     assert labels.tolist() == [KEEP, GROW, KEEP, KEEP, PRUNE, PRUNE]
 
 
-@given(
-    control=st.builds(Control, st.sampled_from([NOISE, ENTROPY]), head=st.booleans(), acts=st.booleans()),
-    masks=st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=8),
-    seed=st.integers(0, 10**6),
-)
+labels = st.sampled_from([NOISE, ENTROPY])
+acts = st.sampled_from(["sample", "argmax", "never"])
+masks = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=8)
+plans = st.builds(Plan, st.integers(0, 4), st.integers(0, 4), st.sampled_from(["usage", "loss"]))
+controls = st.one_of(st.builds(LabelControl, labels), st.builds(HeadControl, labels, acts, st.booleans()), plans)
+
+
+def built(control: Control) -> Controller:
+    return control.build(WIDTH, torch.device("cpu"))
+
+
+@given(controls, masks, st.integers(0, 10**6))
 def test_nothing_is_proposed_that_is_not_allowed(control: Control, masks: list[tuple[bool, bool]], seed: int) -> None:
     torch.manual_seed(seed)
-    controller = control.build(WIDTH, torch.device("cpu"))
-    allowed = Allowed(*torch.tensor(masks).T)
-    proposals = [controller.propose(signals(len(masks), s), allowed, draws(s)) for s in range(seed, seed + 10)]
-    for proposal in filter(None, proposals):
-        assert control.acts and getattr(allowed, proposal.action)[proposal.expert]
+    controller, allowed = built(control), Allowed(*torch.tensor(masks).T)
+    for s in range(seed, seed + 10):
+        shown = situation(signals(len(masks), s), allowed, s, torch.rand(len(masks)).tolist())
+        proposal = controller.propose(shown)
+        assert proposal is None or bool(getattr(allowed, proposal.action)[proposal.expert])
+        assert proposal is None or not isinstance(control, HeadControl) or control.acts != "never"
 
 
 def test_labels_act_alone_on_every_expert_they_name_and_on_no_other() -> None:
     def label(signals: ExpertSignals, generator: torch.Generator) -> Tensor:
         return torch.tensor([GROW, KEEP, PRUNE, GROW])
 
-    yes = torch.ones(4, dtype=torch.bool)
-    proposals = {LabelController(label).propose(signals(4), Allowed(yes, yes), draws(s)) for s in range(100)}
+    proposals = {LabelController(label).propose(situation(signals(4), seed=s)) for s in range(100)}
     assert proposals == {("grow", 0), ("prune", 2), ("grow", 3)}
-    assert Controller().propose(signals(4), Allowed(yes, yes), draws()) is None
+
+
+def test_the_plain_controller_leaves_everything_as_it_is() -> None:
+    controller = Controller()
+    assert controller.propose(situation(signals(4))) is None
+    assert controller.loss(signals(4), draws()) == 0 and controller.parameters() == []
+
+
+@pytest.mark.parametrize("control", [LabelControl(NOISE), Plan(2)])
+def test_only_heads_learn(control: Control) -> None:
+    assert built(control).loss(signals(4), draws()) == 0 and built(control).parameters() == []
+
+
+def test_the_heads_loss_has_the_weight_of_its_labels() -> None:
+    losses = []
+    for weight in (1.0, 3.0):
+        torch.manual_seed(0)
+        controller = built(HeadControl(NOISE.model_copy(update={"loss_weight": weight}), "never"))
+        losses.append(torch.as_tensor(controller.loss(signals(6), draws())).item())
+    assert losses[1] == pytest.approx(3 * losses[0]) and losses[0] > 0
 
 
 @pytest.mark.parametrize("acts", ["argmax", "sample"])
@@ -93,7 +138,7 @@ def test_a_head_learns_a_learnable_label_and_then_decides_by_it(acts: Acts) -> N
         return torch.where(signals.token[:, 0] > 0.5, GROW, torch.where(signals.token[:, 0] < -0.5, PRUNE, KEEP))
 
     torch.manual_seed(0)
-    controller = HeadController(label, ControlHead(WIDTH + N_SCALARS), acts=acts)
+    controller = HeadController(label, ControlHead(WIDTH + N_SCALARS), weight=1.0, detach=True, acts=acts)
     optimizer = torch.optim.Adam(controller.parameters(), lr=0.01)
     losses = []
     for step in range(400):
@@ -105,8 +150,8 @@ def test_a_head_learns_a_learnable_label_and_then_decides_by_it(acts: Acts) -> N
     assert losses[0] > 0.9 and sum(losses[-20:]) / 20 < 0.25
     right = 0
     for step in range(1_000, 1_050):
-        given, yes = signals(8, step), torch.ones(8, dtype=torch.bool)
-        proposal = controller.propose(given, Allowed(yes, yes), draws(step))
+        given = signals(8, step)
+        proposal = controller.propose(situation(given, seed=step))
         if proposal is not None:
             right += int(label(given, draws())[proposal.expert]) == (GROW if proposal.action == "grow" else PRUNE)
     assert right >= 40
@@ -116,7 +161,59 @@ def test_a_head_learns_a_learnable_label_and_then_decides_by_it(acts: Acts) -> N
 def test_the_heads_gradient_reaches_the_trunk_unless_it_is_detached(detach: bool) -> None:
     torch.manual_seed(0)
     given = signals(6)
-    controller = Control(NOISE, head=True, acts=False, detach=detach).build(WIDTH, torch.device("cpu"))
+    controller = built(HeadControl(NOISE, acts="never", detach=detach))
     torch.as_tensor(controller.loss(given, draws())).backward()  # type: ignore[no-untyped-call]
     assert (given.token.grad is None) == detach
     assert all(parameter.grad is not None for parameter in controller.parameters())
+
+
+def busiest(given: ExpertSignals, among: Tensor, sign: int = 1) -> int:
+    """The expert of the greatest load (sign -1: the least) among those of a mask."""
+    return max((sign * float(load), e) for e, load in enumerate(given.load) if among[e])[1]
+
+
+@given(st.integers(0, 4), st.integers(0, 4), st.integers(0, 10**6), st.lists(masks.filter(len), max_size=12))
+def test_a_plan_by_usage_grows_the_busiest_and_then_prunes_the_least_used_of_those_allowed(
+    grow: int, prune: int, seed: int, rounds: list[list[tuple[bool, bool]]]
+) -> None:
+    controller, left = built(Plan(grow, prune)), ["grow"] * grow + ["prune"] * prune
+    for s, masks in enumerate(rounds, start=seed):
+        given, allowed = signals(len(masks), s), Allowed(*torch.tensor(masks).T)
+        proposal = controller.propose(situation(given, allowed))
+        if left and getattr(allowed, left[0]).any():
+            action = left.pop(0)
+            sign = 1 if action == "grow" else -1
+            assert proposal == (action, busiest(given, getattr(allowed, action), sign))
+        else:
+            assert proposal is None
+
+
+def test_a_plan_waits_while_nothing_is_allowed_and_is_then_carried_out_once() -> None:
+    controller, no, yes = built(Plan(1, 1)), torch.zeros(3, dtype=torch.bool), torch.ones(3, dtype=torch.bool)
+    masks = [Allowed(no, yes), Allowed(no, no), Allowed(yes, no), Allowed(yes, no), Allowed(no, yes), Allowed(yes, yes)]
+    proposals = [controller.propose(situation(signals(3), allowed)) for allowed in masks]
+    assert [proposal and proposal.action for proposal in proposals] == [None, None, "grow", None, "prune", None]
+
+
+@given(st.integers(0, 10**6), st.lists(st.booleans(), min_size=1, max_size=8).filter(any))
+def test_a_plan_by_loss_asks_what_each_allowed_prune_would_cost_and_takes_the_cheapest(
+    seed: int, prunable: list[bool]
+) -> None:
+    n, asked = len(prunable), list[Proposal]()
+    losses: list[float] = torch.rand(n, generator=draws(seed)).tolist()
+    allowed = Allowed(torch.ones(n, dtype=torch.bool), torch.tensor(prunable))
+    controller, given = built(Plan(1, 1, "loss")), signals(n, seed)
+    assert controller.propose(situation(given, allowed)) == ("grow", int(given.load.argmax()))  # without asking
+
+    def loss_after(proposal: Proposal) -> float:
+        asked.append(proposal)
+        return losses[proposal.expert]
+
+    found = controller.propose(situation(given, allowed)._replace(loss_after=loss_after))
+    assert sorted(asked) == [("prune", e) for e in range(n) if prunable[e]]
+    assert found == min(asked, key=lambda proposal: losses[proposal.expert])
+
+
+def test_every_layer_has_a_plan_of_its_own() -> None:
+    plan = Plan(1)
+    assert [built(plan).propose(situation(signals(3))) is not None for _ in range(2)] == [True, True]

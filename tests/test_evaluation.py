@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from phasegate.checkpoint import load
+from phasegate.control import Plan
 from phasegate.errors import UserError
 from phasegate.evaluation import (
     calibration_error,
@@ -21,11 +22,16 @@ from phasegate.evaluation import (
     mutual_information,
 )
 from phasegate.expert_manager import ExpertManager
+from phasegate.halves import HALVES_COLUMNS
+from phasegate.logs import SURGERY_COLUMNS
 from phasegate.model import Cost, Model, ModelSpec, cost
 from phasegate.multitask import add_tasks
-from phasegate.params import Architecture, override
+from phasegate.params import Architecture, Schedule, override
+from phasegate.phase import Arm, continuations
 from phasegate.references import Reference, ReferenceSpec
+from phasegate.surgeon import Treatment
 from phasegate.training import Examples, correct, predict
+from phasegate.trials import SECONDS
 
 
 def test_calibration_error_is_the_weighted_gap_between_confidence_and_accuracy() -> None:
@@ -96,7 +102,7 @@ def test_the_published_sizes_of_the_reference_models() -> None:
 
 def test_a_trials_row_is_consistent_with_its_predictions(baselines: Path, gate: Examples) -> None:
     trial = load(baselines / "seed-0", gate)
-    found = evaluate(trial, gate, {})
+    found = evaluate(trial, gate, {}, pd.DataFrame(columns=SURGERY_COLUMNS))
     assert found.trial["accuracy"] == pytest.approx(100 * correct(trial.model, gate) / 200)
     assert found.trial["accuracy"] == pytest.approx(100 * (found.predictions == gate.y.numpy()).mean())
     assert found.classes["accuracy"].mean() == pytest.approx(found.trial["accuracy"])  # classes are even
@@ -107,6 +113,7 @@ def test_a_trials_row_is_consistent_with_its_predictions(baselines: Path, gate: 
     assert found.routing["tokens"].sum() == 200 * 2 * 2
     assert (found.trial["n_routed_start"], found.trial["n_routed_end"]) == (10, 10)
     assert 0 < found.trial["routing_entropy"] < 1 and found.trial["mutual_information"] > 0
+    assert found.halves.empty and found.halves.columns.tolist() == ["phase", "arm", "seed", *HALVES_COLUMNS]
 
 
 def test_further_heads_are_judged_beside_what_the_first_tells_of_their_task(baselines: Path, gate: Examples) -> None:
@@ -133,5 +140,28 @@ def test_a_phase_is_evaluated_on_test_alone_and_an_empty_one_is_refused(
     assert trials[["phase", "arm", "seed", "train_seconds"]].values.tolist() == [["p7a", "baseline", 0, 1.5]]
     assert routing["tokens"].sum() == 100 * 2 * 2
     assert len(pd.read_csv(tmp_path / "out/curves.csv")) == 21
+    halves = pd.read_csv(tmp_path / "out/halves.csv")
+    assert halves.empty and halves.columns.tolist() == ["phase", "arm", "seed", *HALVES_COLUMNS]
     with pytest.raises(UserError, match="holds no checkpoints"):
         evaluate_phase(tmp_path / "none", prepared, tmp_path / "out")
+
+
+def test_the_halves_of_a_phases_splits_arrive_in_its_folder(
+    baselines: Path, prepared: Path, schedule: Schedule, tmp_path: Path
+) -> None:
+    short = override(schedule, {"steps": 12, "settle": 4}, "")
+    arms = [Arm("none"), Arm("split", Treatment(Plan(2))), Arm("reinit", Treatment(Plan(1), grow="reinit"))]
+    for trial in continuations(prepared, baselines, "surgery", arms, 1, short):
+        (folder := tmp_path / "models" / trial.name).mkdir(parents=True)
+        trial.run(folder, **trial.arguments)
+        (folder / SECONDS).write_text("1.5\n")
+    evaluate_phase(tmp_path / "models", prepared, tmp_path / "out")
+    halves, log = (pd.read_csv(tmp_path / f"out/{name}.csv") for name in ("halves", "surgeries"))
+    assert halves.columns.tolist() == ["phase", "arm", "seed", *HALVES_COLUMNS]
+    splits = log[log["arm"] == "split"]
+    assert len(splits) == 4 and halves[["block", "expert", "parent", "step"]].to_numpy().tolist() == (
+        splits[["block", "expert", "parent", "step"]].to_numpy().tolist()
+    )
+    assert (halves["phase"] == "surgery").all() and (halves["arm"] == "split").all() and (halves["seed"] == 0).all()
+    assert halves["smaller_share"].between(0.1, 0.5).all()  # on the test split
+    assert halves["weight_distance"].between(1e-4, 1).all() and (halves["swap_loss"] != 0).all()

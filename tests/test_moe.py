@@ -20,8 +20,8 @@ def naive(moe: MoE, x: Tensor) -> Tensor:
     mixtures = []
     for gate, tokens in enumerate(x):
         for token in tokens:
-            probs = (moe.router[gate] @ token).softmax(0)
-            biased = (probs + moe.selection_bias[gate]).tolist()
+            scores = moe.router[gate] @ token
+            probs, biased = scores.softmax(0), (scores + moe.selection_bias[gate]).tolist()
             chosen = sorted(range(len(biased)), key=lambda e: -biased[e])[: moe.top_k]
             total = probs[chosen].sum() if moe.top_k > 1 else 1.0
             mixture = torch.stack([probs[e] / total * ((token @ moe.w_in[e]).relu() @ moe.w_out[e]) for e in chosen])
@@ -30,10 +30,10 @@ def naive(moe: MoE, x: Tensor) -> Tensor:
     return torch.stack(mixtures).view_as(x)
 
 
-def grown(seed: int, splits: int, top_k: int = 2) -> MoE:
+def grown(seed: int, splits: int, top_k: int = 2, gates: int = 1) -> MoE:
     """A layer whose experts were split at random by random hyperplanes."""
     torch.manual_seed(seed)
-    moe = MoE(8, 5, 32, top_k)
+    moe = MoE(8, 5, 32, top_k, n_gates=gates)
     for _ in range(splits):
         ExpertManager(moe).split(int(torch.randint(moe.n_routed, ())), torch.randn(8), float(torch.randn(())))
     return moe
@@ -121,6 +121,44 @@ def test_trained_hyperplanes_learn_from_the_tokens_that_pass_them_and_change_no_
     for hyperplane in (moe.node_weight, moe.node_offset):
         hyperplane.requires_grad_(False)
     assert torch.equal(moe(x)[0], y)
+
+
+@given(seeds, st.integers(0, 8), st.integers(1, 4), st.integers(1, 3))
+def test_the_load_counts_the_tokens_that_each_expert_ran_in_training(
+    seed: int, splits: int, top_k: int, gates: int
+) -> None:
+    moe = grown(seed, splits, top_k, gates)
+    expected = [0] * moe.n_routed
+    for training in (True, False, True):
+        moe.train(training)
+        experts = moe(torch.randn(gates, 30, 8))[1].experts.flatten().tolist()
+        for e in experts * training:
+            expected[e] += 1
+        assert moe.load.tolist() == expected
+    assert sum(expected) == 2 * gates * 30 * top_k
+
+
+@given(seeds, st.integers(0, 8))
+def test_a_token_gets_the_gated_sum_of_what_its_experts_run(seed: int, splits: int) -> None:
+    moe = grown(seed, splits)
+    x = torch.randn(1, 20, 8)
+    y, routing = moe(x)
+    for token, output, gates, experts in zip(x[0], y[0], routing.gates[0], routing.experts[0].tolist(), strict=True):
+        parts = [gate * moe.run(e, token[None])[0] for gate, e in zip(gates, experts, strict=True)]
+        torch.testing.assert_close(torch.stack(parts).sum(0), output)
+
+
+@given(seeds, st.integers(0, 8), st.integers(1, 3))
+def test_margins_are_signed_distances_for_unit_normals(seed: int, splits: int, gates: int) -> None:
+    moe = grown(seed, splits, gates=gates)
+    with torch.no_grad():
+        moe.node_weight.div_(moe.node_weight.norm(dim=1, keepdim=True))
+    x = torch.randn(gates, 10, 8)
+    margins = moe.margins(x)
+    assert margins.shape == (gates, 10, splits)
+    for node, normal in enumerate(moe.node_weight):
+        foot = x - margins[..., node, None] * normal
+        torch.testing.assert_close(foot @ normal, (-moe.node_offset[node]).expand(gates, 10), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("top_k", [-1, 0, 5])

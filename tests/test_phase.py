@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -12,52 +11,71 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from phasegate import hyperplanes
 from phasegate.checkpoint import RECORD, WEIGHTS, load
+from phasegate.halves import halves
 from phasegate.model import Model
 from phasegate.multitask import add_tasks
-from phasegate.params import ARMS, Schedule, load_params
+from phasegate.params import ARMS, Schedule, SurgeryStudy, load_params, override
 from phasegate.training import Examples
 from phasegate.trials import Trial
-from stages import continue_7a, phase_7b1, phase_7b2, phase_7b3
+from stages import continue_7a, phase_7b1, phase_7b2, phase_7b3, surgery_study
 
-SCHEDULE = Schedule(
-    steps=60, lr_scale=0.5, act_every=4, settle=12, cooldown=8, min_experts=4, max_experts=7,
-    eval_every=4, split_direction="principal", hyperplanes="fixed",
-)  # fmt: skip
-STAGES = {"continue": continue_7a, "p7b1": phase_7b1, "p7b2": phase_7b2, "p7b3": phase_7b3}
-OPERATIONS = {
-    "noise_acting": {"reinit", "remove"},
-    "random_acting": {"reinit", "remove"},
-    "split": {"split", "remove"},
-    "split_thresholds": {"split", "remove"},
-    "clone": {"clone", "remove"},
-    "reinit": {"reinit", "remove"},
+STAGES = {
+    "continue": continue_7a,
+    "p7b1": phase_7b1,
+    "p7b2": phase_7b2,
+    "p7b3": phase_7b3,
+    "surgery": surgery_study,
 }
-ARM_NAMES = ["continue", *(arm for arms in ARMS.values() for arm in arms)]
+PLANNED = 4  # operations of each arm of the study on each layer: at steps 4, 8, 12 and 16, if nothing hinders them
+ROOM = {"surgery": {"max_experts": 9}}
+OPERATIONS = {
+    "p7b1/noise_acting": {"reinit", "remove"},
+    "p7b1/random_acting": {"reinit", "remove"},
+    "p7b2/split": {"split", "remove"},
+    "p7b2/split_thresholds": {"split", "remove"},
+    "p7b2/clone": {"clone", "remove"},
+    "p7b2/reinit": {"reinit", "remove"},
+    "surgery/split": {"split"},
+    "surgery/clone": {"clone"},
+    "surgery/reinit": {"reinit"},
+    "surgery/remove_by_usage": {"split", "remove"},
+    "surgery/remove_by_loss": {"split", "remove"},
+    "surgery/merge": {"split", "merge"},
+    "surgery/split_principal": {"split"},
+    "surgery/split_loss": {"split"},
+    "surgery/split_trained": {"split"},
+    "surgery/split_balanced": {"split"},
+}
+STUDY = [f"surgery/{arm}" for arm in ARMS["surgery"]]
+ARM_NAMES = ["continue/continue", *(f"{phase}/{arm}" for phase, arms in ARMS.items() for arm in arms)]
+FILES = (WEIGHTS, "curve.csv", "surgeries.csv")
 
 
-def trials_of(stage: ModuleType, prepared: Path, baselines: Path, **schedule: Any) -> dict[str, Trial]:
-    """The trials that a stage would run on the tiny study, by arm."""
+def trials_of(phase: str, prepared: Path, baselines: Path, schedule: Schedule, **changes: Any) -> dict[str, Trial]:
+    """The trials that a phase's stage would run on the tiny study, by phase/arm."""
     found: list[Trial] = []
-    params = load_params(Path(__file__).parents[1] / "params.yaml")
-    params = params.model_copy(update={"seeds": 1, "p7b": SCHEDULE.model_copy(update=schedule)})
+    params, stage = load_params(Path(__file__).parents[1] / "params.yaml"), STAGES[phase]
+    study = SurgeryStudy(operations=PLANNED, in_a_row=30)
+    schedule = override(schedule, ROOM.get(phase, {}) | changes, "p7b")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stage, "PREPARED", prepared)
         patch.setattr(stage, "BASELINES", baselines)
         patch.setattr(stage, "run_trials", lambda trials, output, label: found.extend(trials))
-        stage.main(params)
-    return {trial.name.removesuffix("/seed-0"): trial for trial in found}
+        stage.main(params.model_copy(update={"seeds": 1, "p7b": schedule, "surgery": study}))
+    return {f"{phase}/{trial.name.removesuffix('/seed-0')}": trial for trial in found}
 
 
 @pytest.fixture(scope="module")
-def trials(prepared: Path, baselines: Path) -> dict[str, Trial]:
-    return {arm: trial for stage in STAGES.values() for arm, trial in trials_of(stage, prepared, baselines).items()}
+def trials(prepared: Path, baselines: Path, schedule: Schedule) -> dict[str, Trial]:
+    return {arm: trial for phase in STAGES for arm, trial in trials_of(phase, prepared, baselines, schedule).items()}
 
 
 @pytest.fixture(scope="module")
 def ended(trials: dict[str, Trial], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The folders that the trials leave, by arm."""
-    return {arm: run(trial, tmp_path_factory.mktemp(arm)) for arm, trial in trials.items()}
+    return {arm: run(trial, tmp_path_factory.mktemp(arm.replace("/", "-"))) for arm, trial in trials.items()}
 
 
 def run(trial: Trial, folder: Path) -> Path:
@@ -73,6 +91,11 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
+def tables(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """A trial's learning curve and log of surgeries."""
+    return pd.read_csv(folder / "curve.csv"), pd.read_csv(folder / "surgeries.csv")
+
+
 def test_the_stages_run_the_declared_arms(trials: dict[str, Trial]) -> None:
     assert list(trials) == ARM_NAMES
 
@@ -82,46 +105,53 @@ def test_every_arm_starts_at_the_accuracy_of_its_checkpoint_and_goes_on(
     arm: str, ended: dict[str, Path], baselines: Path
 ) -> None:
     start = json.loads((baselines / "seed-0" / RECORD).read_text())["gate"]
-    curve = pd.read_csv(ended[arm] / "curve.csv")
+    curve, _ = tables(ended[arm])
     assert curve["step"].tolist() == list(range(0, 61, 4))
     assert curve["accuracy"].iloc[0] == 100 * start["correct"] / start["total"] and start["correct"] > 100
     end = json.loads((ended[arm] / RECORD).read_text())
     assert curve["accuracy"].iloc[-1] == 100 * end["gate"]["correct"] / end["gate"]["total"]
-    assert (end["trial"]["arm"], end["trial"]["n_routed_start"]) == (arm, 10)
+    assert (f"{end['trial']['phase']}/{end['trial']['arm']}", end["trial"]["n_routed_start"]) == (arm, 10)
     assert not same(weights(ended[arm]), weights(baselines / "seed-0"))
 
 
 def test_single_is_the_control_arm_to_the_bit(ended: dict[str, Path]) -> None:
-    for file in (WEIGHTS, "curve.csv", "surgeries.csv"):
-        assert (ended["single"] / file).read_bytes() == (ended["continue"] / file).read_bytes()
+    for file in FILES:
+        assert (ended["p7b3/single"] / file).read_bytes() == (ended["continue/continue"] / file).read_bytes()
 
 
 def test_a_head_behind_a_detached_gradient_leaves_the_trunk_bitwise_alone(ended: dict[str, Path]) -> None:
-    assert same(weights(ended["noise_detached"]), weights(ended["continue"]))
-    assert not same(weights(ended["noise"]), weights(ended["continue"]))
+    assert same(weights(ended["p7b1/noise_detached"]), weights(ended["continue/continue"]))
+    assert not same(weights(ended["p7b1/noise"]), weights(ended["continue/continue"]))
 
 
-@pytest.mark.parametrize("arm", ["noise_acting", "random_acting", "split", "task_gates"])
+@pytest.mark.parametrize(
+    "arm",
+    ["p7b1/noise_acting", "p7b1/random_acting", "p7b2/split", "p7b3/task_gates"]
+    + [f"surgery/{arm}" for arm in ("reinit", "remove_by_loss", "merge", "split_loss", "split_balanced")],
+)
 def test_the_same_seed_gives_the_same_bits(
     arm: str, trials: dict[str, Trial], ended: dict[str, Path], tmp_path: Path
 ) -> None:
     again = run(trials[arm], tmp_path)
-    for file in (WEIGHTS, "curve.csv", "surgeries.csv"):
+    for file in FILES:
         assert (ended[arm] / file).read_bytes() == (again / file).read_bytes()
 
 
 @pytest.mark.parametrize("arm", ARM_NAMES)
-def test_the_log_of_surgeries_explains_the_number_of_experts(arm: str, ended: dict[str, Path]) -> None:
-    curve, log = pd.read_csv(ended[arm] / "curve.csv"), pd.read_csv(ended[arm] / "surgeries.csv")
-    assert set(log["operation"]) == OPERATIONS.get(arm, set())
+def test_the_log_of_surgeries_explains_the_number_of_experts(
+    arm: str, trials: dict[str, Trial], ended: dict[str, Path]
+) -> None:
+    (curve, log), most = tables(ended[arm]), trials[arm].arguments["schedule"].max_experts
+    done, possible = set(log["operation"]), OPERATIONS.get(arm, set())
+    assert done == possible or (done < possible and bool(done) and not arm.startswith("surgery/"))
     change = log["n_routed_after"] - log["n_routed_before"]
-    assert (change == log["operation"].map({"remove": -1}).fillna(1)).all()
+    assert (change == log["operation"].map({"remove": -1, "merge": -1}).fillna(1)).all()
     for point in curve.to_dict("records"):
         assert point["n_routed"] == 10 + change[log["step"] <= point["step"]].sum()
     assert (log["step"] % 4 == 0).all() and log["step"].between(4, 48).all()
     for _, layer in log.groupby("block"):
         assert [5, *layer["n_routed_after"]][:-1] == layer["n_routed_before"].tolist()
-        assert layer["n_routed_after"].between(4, 7).all()
+        assert layer["n_routed_after"].between(4, most).all()
         touched: dict[float, int] = {}
         for row in layer.to_dict("records"):
             experts = [row[name] for name in ("expert", "parent") if not pd.isna(row[name])]
@@ -133,7 +163,7 @@ def test_the_log_of_surgeries_explains_the_number_of_experts(arm: str, ended: di
 def test_the_log_of_surgeries_tells_what_each_did_and_when_the_model_recovered(
     arm: str, ended: dict[str, Path]
 ) -> None:
-    curve, log = pd.read_csv(ended[arm] / "curve.csv"), pd.read_csv(ended[arm] / "surgeries.csv")
+    curve, log = tables(ended[arm])
     for row in log.to_dict("records"):
         if row["operation"] == "split":
             assert row["output_change"] <= 1e-6 and row["routing_kl"] == 0 and row["recovery_steps"] == 0
@@ -143,6 +173,31 @@ def test_the_log_of_surgeries_tells_what_each_did_and_when_the_model_recovered(
         first = curve["step"][back & (curve["step"] >= row["step"])].min() - row["step"]
         recovered = row["accuracy_after"] >= row["accuracy_before"]
         assert row["recovery_steps"] == 0 if recovered else np.array_equal(row["recovery_steps"], first, equal_nan=True)
+
+
+@pytest.mark.parametrize("arm", STUDY)
+def test_the_study_does_as_many_operations_at_the_same_steps_in_every_arm(arm: str, ended: dict[str, Path]) -> None:
+    _, log = tables(ended[arm])
+    prunes = OPERATIONS[arm] & {"remove", "merge"}
+    for block in (0, 1):
+        layer = log[log["block"] == block]
+        assert layer["step"].tolist() == [4, 8, 12, 16]
+        assert layer["operation"].isin(prunes).tolist() == [False, False, bool(prunes), bool(prunes)]
+
+
+@pytest.mark.parametrize("other", ["surgery/remove_by_loss", "surgery/merge", "surgery/split"])
+def test_the_studys_arms_are_one_until_they_first_differ(other: str, ended: dict[str, Path]) -> None:
+    """The third operation, at step 12, is the first that differs; a point is taken right after it."""
+    (curve, log), (other_curve, other_log) = tables(ended["surgery/remove_by_usage"]), tables(ended[other])
+    pd.testing.assert_frame_equal(curve[curve["step"] < 12], other_curve[other_curve["step"] < 12], check_exact=True)
+    one, two = (table[table["step"] < 12].drop(columns="recovery_steps") for table in (log, other_log))
+    pd.testing.assert_frame_equal(one, two, check_exact=True, check_dtype=False)
+    assert len(one) == 4 and not curve.equals(other_curve)
+
+
+def test_other_hyperplanes_and_other_growth_make_other_models(ended: dict[str, Path]) -> None:
+    grown = [weights(ended[arm]) for arm in STUDY if OPERATIONS[arm] <= {"split", "clone", "reinit"}]
+    assert len(grown) == 7 and not any(same(a, b) for i, a in enumerate(grown) for b in grown[:i])
 
 
 @pytest.mark.parametrize("own_gates", [True, False])
@@ -162,16 +217,30 @@ def test_further_tasks_leave_the_first_tasks_logits_exactly_as_they_were(
 
 
 def test_tasks_with_gates_of_their_own_come_to_route_differently(ended: dict[str, Path], gate: Examples) -> None:
-    model = load(ended["task_gates"], gate).model
+    model = load(ended["p7b3/task_gates"], gate).model
     assert isinstance(model, Model)
     first, *others = model.layers[0].router
     assert all(not torch.equal(first, other) for other in others)
 
 
-def test_hyperplanes_move_only_where_they_are_trained(
-    prepared: Path, baselines: Path, ended: dict[str, Path], tmp_path: Path
+@pytest.mark.parametrize(("arm", "fixed"), [("split", True), ("split_trained", False), ("split_balanced", False)])
+def test_hyperplanes_move_only_where_they_are_trained(arm: str, fixed: bool, ended: dict[str, Path]) -> None:
+    named = weights(ended[f"surgery/{arm}"])
+    norms = torch.cat([value.norm(dim=1) for name, value in named.items() if name.endswith("node_weight")])
+    assert len(norms) == 2 * PLANNED and torch.allclose(norms, torch.ones(()), atol=1e-6) == fixed
+
+
+def test_balanced_hyperplanes_mend_what_trained_ones_leave_uneven(
+    prepared: Path, baselines: Path, schedule: Schedule, gate: Examples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trained = run(trials_of(phase_7b2, prepared, baselines, hyperplanes="trained")["split"], tmp_path)
-    for folder, fixed in ((ended["split"], True), (trained, False)):
-        norms = torch.cat([v.norm(dim=1) for k, v in weights(folder).items() if k.endswith("node_weight")])
-        assert len(norms) and torch.allclose(norms, torch.ones(()), atol=1e-6) == fixed
+    def tenth(tokens: Tensor, normal: Tensor) -> tuple[Tensor, float]:
+        return normal, -float((tokens @ normal).quantile(0.9))
+
+    monkeypatch.setattr(hyperplanes, "halve", tenth)
+    trials = trials_of("surgery", prepared, baselines, schedule, sibling_balance=1.0)
+    share = {}
+    for arm in ("trained", "balanced"):
+        (folder := tmp_path / arm).mkdir()
+        model, (_, log) = load(run(trials[f"surgery/split_{arm}"], folder), gate).model, tables(folder)
+        share[arm] = halves(model, log, gate)["smaller_share"].mean()
+    assert share["trained"] < 0.2 and share["balanced"] > 0.3

@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -12,14 +13,19 @@ from matplotlib.figure import Figure
 
 from phasegate.decisions import decide, leaderboard
 from phasegate.errors import UserError
-from phasegate.report import html, plots, tables
+from phasegate.report import drawing, html, plots, surgery_plots, surgery_tables, tables
+from phasegate.surgery_summary import surgery_summary
 
 ARMS = {
     **{("continue", "continue"): 0.0, ("p7a", "baseline"): -1.0, ("p7b1", "noise_acting"): -5.0},
     **{("p7b1", "a|b_c"): 0.0, ("p7b2", "split"): 2.0, ("p7b3", "task_gates"): -0.9},
+    **{("surgery", "split"): 0.0, ("surgery", "clone"): -3.0, ("surgery", "merge"): -0.2},
 }
-PRIMARY = {"p7b1": "noise_acting", "p7b2": "split", "p7b3": "task_gates"}
-HYPOTHESES = {"p7b1": "Noise is <b>harmless</b>", "p7b2": "Splits are exact.", "p7b3": "Tasks help."}
+PRIMARY = {"p7b1": "noise_acting", "p7b2": "split", "p7b3": "task_gates", "surgery": "split"}
+HYPOTHESES = {
+    **{"p7b1": "Noise is <b>harmless</b>", "p7b2": "Splits are exact.", "p7b3": "Tasks help."},
+    "surgery": "Splits cost nothing.",
+}
 
 
 def decided(seeds: int = 3) -> pd.DataFrame:
@@ -49,7 +55,8 @@ def board(seeds: int = 2) -> pd.DataFrame:
 def curves(seeds: int = 3) -> pd.DataFrame:
     """Curves of every arm, the control still under its phase `continue`."""
     return pd.DataFrame(
-        {"phase": phase, "arm": arm, "seed": seed, "step": step, "accuracy": 60.0 + seed + step}
+        {"phase": phase, "arm": arm, "seed": seed, "step": step, "accuracy": 60.0 + seed + step - (arm == "clone")}
+        | {"n_routed": 12, "dead_experts": 2 * (arm == "clone" and step == 2)}
         for phase, arm in ARMS
         for seed in range(seeds)
         for step in (0, 1, 2)
@@ -68,20 +75,34 @@ def routing(experts: int = 4, classes: int = 3) -> pd.DataFrame:
 
 
 SURGERIES = pd.DataFrame(
-    {
-        "phase": "p7b2",
-        "arm": "split",
-        "seed": seed,
-        "step": 1,
-        "operation": operation,
-        "output_change": change,
-    }
-    | {"accuracy_before": 67.0, "accuracy_after": 67.0 - loss, "recovery_steps": recovery}
-    for seed, operation, change, loss, recovery in (
-        *((0, "split", 1e-9, 0.0, 0.0), (1, "split", 3e-9, 0.0, 0.0)),
-        *((0, "remove", 0.1, 2.0, 30.0), (1, "remove", 0.3, 4.0, np.nan), (2, "remove", 0.2, 3.0, np.nan)),
+    {"phase": "p7b2" if arm == "controlled" else "surgery", "arm": arm.replace("controlled", "split"), "seed": seed}
+    | {"step": 1, "operation": operation, "output_change": change, "accuracy_before": 67.0}
+    | {"accuracy_after": 67.0 - loss, "recovery_steps": recovery}
+    for arm, operation, seed, change, loss, recovery in (
+        *(("controlled", "split", 0, 1e-9, 0.0, 0.0), ("controlled", "split", 1, 3e-9, 0.0, 0.0)),
+        *(("controlled", "remove", 0, 0.1, 2.0, 30.0), ("controlled", "remove", 1, 0.3, 4.0, np.nan)),
+        *(("controlled", "remove", 2, 0.2, 3.0, np.nan), ("split", "split", 0, 0.0, 0.0, 0.0)),
+        *(("clone", "clone", 0, 0.2, 1.0, 20.0), ("clone", "clone", 0, 0.4, 3.0, 20.0)),
+        *(("clone", "clone", 1, 0.3, 6.0, np.nan), ("merge", "split", 0, 0.0, 0.0, 0.0)),
+        ("merge", "merge", 0, 0.05, 0.5, 20.0),
     )
 )
+HALVES = pd.DataFrame(
+    {"phase": "surgery", "arm": "split", "seed": seed, "block": 0, "expert": 12, "parent": 3, "step": 10 * seed}
+    | {"smaller_share": share, "weight_distance": 0.1, "output_distance": distance, "swap_loss": 0.01 * seed}
+    for seed, share, distance in ((0, 0.5, 0.1), (1, 0.2, 0.2), (2, 0.25, 0.3))
+)
+PRESERVATION = pd.DataFrame(
+    {"seed": seed, "operation": operation, "done": done, "output_change": done * change, "accuracy": 60.0}
+    for operation, change in (("split", 1e-9), ("clone", 0.1))
+    for seed in range(2)
+    for done in (1, 2, 3)
+)
+
+
+def summed(surgeries: pd.DataFrame = SURGERIES) -> pd.DataFrame:
+    """The summary of the surgeries above."""
+    return surgery_summary(surgeries, HALVES, curves(), decided(), 0.95)
 
 
 TASKS = pd.DataFrame(
@@ -93,9 +114,10 @@ TASKS = pd.DataFrame(
 def page(**changes: object) -> str:
     """The page of the study above."""
     inputs: dict[str, object] = {
-        "figures": {name: plots.svg(plots.leaderboard(board(), "7a Q1")) for name in ("leaderboard_q1", "again")},
+        "figures": {name: drawing.svg(plots.leaderboard(board(), "7a Q1")) for name in ("leaderboard_q1", "again")},
         "leaderboards": {"q1": board()},
-        "surgeries": SURGERIES,
+        "surgeries": summed(),
+        "curves": curves(),
         "tasks": TASKS,
         "confidence": 0.95,
         "provenance": {"data": {"sha256": "abc123"}, "seeds": [0, 1]},
@@ -130,11 +152,68 @@ def test_the_markdown_table_has_a_cell_for_every_column_and_bold_primary_arms() 
         tables.decisions_markdown(decided(), {**HYPOTHESES, "p7b3": " "}, 1.0, 0.95)
 
 
+def rows_by_key(summary: pd.DataFrame) -> dict[tuple[str, str, str], dict[Any, Any]]:
+    return {(row["phase"], row["arm"], row["operation"]): row for row in summary.to_dict("records")}
+
+
+def test_the_summary_of_surgeries_is_over_seeds_and_ends_at_the_decision() -> None:
+    rows = rows_by_key(summed())
+    assert next(iter(rows)) == ("p7a", "continue", "none") and rows["p7a", "continue", "none"]["surgeries"] == 0
+    clone = rows["surgery", "clone", "clone"]
+    assert [clone[name] for name in ("surgeries", "output_change", "output_change_max")] == pytest.approx([3, 0.3, 0.4])
+    assert (clone["n_seeds"], clone["seeds_operated"]) == (3, 2)
+    assert clone["accuracy_lost"] == 4.0  # the mean of the seeds' means, 2 and 6
+    assert clone["accuracy_lost_lo"] < 2 and clone["accuracy_lost_hi"] > 6
+    decision = decided().query("phase == 'surgery' and arm == 'clone'").to_dict("records")[0]
+    assert all(clone[name] == decision[name] for name in ("delta_pp", "delta_lo", "delta_hi"))
+    assert [clone[f"gate_delta_{name}"] for name in ("pp", "lo", "hi")] == [-1, -1, -1]
+    split = rows["surgery", "split", "split"]
+    measured = [split[name] for name in ("pairs", "balanced", "output_distance", "swap_loss")]
+    assert measured == pytest.approx([3, 2 / 3, 0.2, 0.01])
+    assert summed()["pairs"].notna().sum() == 1
+
+
 def test_a_surgery_that_never_recovered_counts_in_the_median() -> None:
-    summary = tables.surgery_summary(SURGERIES).set_index("operation")
-    assert list(summary.loc["remove", ["accuracy_lost", "recovery_steps"]]) == [3.0, np.inf]
-    assert summary.loc["split", "recovery_steps"] == 0
-    assert [row["median recovery, steps"] for row in tables.surgery_cells(SURGERIES)] == ["never", "0"]
+    rows = rows_by_key(summed())
+    assert rows["p7b2", "split", "remove"]["recovery_steps"] == np.inf
+    assert rows["p7b2", "split", "split"]["recovery_steps"] == 0
+    cells = {row["operation"]: row for row in surgery_tables.surgery_cells(summed()) if row["phase"] == "7b.2"}
+    assert [cells[name]["median recovery, steps"] for name in ("remove", "split")] == ["never", "0"]
+    assert [cells[name]["recovered"] for name in ("remove", "split")] == ["33 %", "100 %"]
+    assert [cells[name]["output change"] for name in ("remove", "split")] == ["20 %", "2.0e-09"]
+
+
+def test_the_finding_on_surgery_has_the_numbers_of_its_rows() -> None:
+    growth, pruning = surgery_tables.surgery_finding(summed())
+    assert "splits end 0.00 pp [0.00, 0.00], each changing the output by 0 % and costing 0.00 pp" in growth
+    assert "clones end −2.90 pp [−3.15, −2.65], each changing the output by 30 % and costing 4.00 pp [−21.41," in growth
+    assert growth.index("splits") < growth.index("clones")
+    assert pruning.startswith("After as many splits, 0.333333 merges end −0.10 pp [−0.35, +0.15], each changing the")
+    assert surgery_tables.surgery_finding(summed(SURGERIES.head(0))) == []
+    title = surgery_plots.surgery(summed(), SURGERIES, 1.0).get_suptitle()
+    assert "1 clones end −2.90 pp [−3.15, −2.65]" in title.replace("\N{NO-BREAK SPACE}", " ").replace("\n", " ")
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0.0, "0 %"), (1.2e-9, "1.2e-09"), (0.0234, "2.3 %"), (0.996, "100 %"), (1.5, "150 %")]
+)
+def test_a_relative_change_reads_well(value: float, text: str) -> None:
+    assert surgery_tables.change(value) == text
+
+
+def test_dead_experts_are_reported() -> None:
+    found = surgery_tables.dead_finding(curves())
+    assert (
+        found.startswith("In 3 of the 54 intervals") and "at most 2 at once (phase surgery, clone, seed 2, up" in found
+    )
+    assert "every expert that was there got tokens" in surgery_tables.dead_finding(curves().query("arm != 'clone'"))
+
+
+def test_the_study_shows_growth_and_then_pruning_without_the_splits_before_it() -> None:
+    rows = surgery_plots.study_rows(summed())
+    assert list(zip(rows["arm"], rows["operation"], strict=True)) == [
+        *(("continue", "none"), ("split", "split"), ("clone", "clone"), ("merge", "merge")),
+    ]
 
 
 @pytest.mark.parametrize("seeds", [1, 3])
@@ -145,17 +224,19 @@ def test_equal_data_gives_equal_figures(seeds: int, tmp_path: Path) -> None:
         lambda: plots.learning_curves(curves(seeds), decisions, 1.0, 0.95, SURGERIES),
         lambda: plots.expert_routing(routing(), decisions),
         lambda: plots.leaderboard(board(seeds), "7a Q1"),
+        lambda: surgery_plots.surgery(summed(), SURGERIES, 1.0),
+        lambda: surgery_plots.halves(PRESERVATION, HALVES, summed(), 100),
     ]
     for figure in figures:
-        plots.save(figure(), tmp_path / "figure.svg")
-        assert (tmp_path / "figure.svg").read_text(encoding="utf-8") == plots.svg(figure())
+        drawing.save(figure(), tmp_path / "figure.svg")
+        assert (tmp_path / "figure.svg").read_text(encoding="utf-8") == drawing.svg(figure())
 
 
 def test_titles_say_the_verdict_and_the_ranking() -> None:
     decisions = decided()
     panels = plots.learning_curves(curves(), decisions, 1.0, 0.95).axes
     titles = [axes.get_title(loc="left") for axes in panels]
-    assert [title.split()[1].rstrip(":") for title in titles] == ["BASELINE", "NO-GO", "GO", "INCONCLUSIVE"]
+    assert [title.split()[1].rstrip(":") for title in titles] == ["BASELINE", "NO-GO", "GO", "INCONCLUSIVE", "GO"]
     assert "wide chosen at 70.5" in str(plots.leaderboard(board(), "7a Q1").get_suptitle())
     routed = plots.expert_routing(routing(experts=60, classes=100), decisions).axes
     assert "59 of 60 experts kept, 1 born" in routed[1].get_title(loc="left")
@@ -166,6 +247,8 @@ def test_figures_without_data_say_so() -> None:
         plots.learning_curves(curves().query("phase == 'continue'"), decided(), 1.0, 0.95)
     with pytest.raises(UserError, match="seed 7"):
         plots.expert_routing(routing(), decided(), seed=7)
+    with pytest.raises(UserError, match="nothing to plot"):
+        surgery_plots.surgery(summed(SURGERIES.head(0)), SURGERIES.head(0), 1.0)
 
 
 def test_the_page_is_well_formed_self_contained_and_escapes_what_people_wrote() -> None:
@@ -195,4 +278,4 @@ def test_the_page_is_well_formed_self_contained_and_escapes_what_people_wrote() 
 
 
 def test_a_study_without_surgeries_or_leaderboards_has_a_page_too() -> None:
-    assert "No arm had any" in page(surgeries=SURGERIES.head(0), leaderboards={}, figures={})
+    assert "No arm had any" in page(surgeries=summed(SURGERIES.head(0)), leaderboards={}, figures={})

@@ -37,8 +37,8 @@ def test_nothing_is_left_to_run_in_a_clone_without_a_cache(tmp_path: Path, resul
 
 def test_the_readme_shows_the_committed_results() -> None:
     text, claims = (ROOT / "README.md").read_text(), load_params(ROOT / "params.yaml").decisions
-    decisions = pd.read_csv(ROOT / "reports/decisions.csv")
-    assert refreshed(text, decisions, claims.margin_pp, claims.confidence) == text, "run `make readme`"
+    decisions, summary = (pd.read_csv(ROOT / f"reports/{name}.csv") for name in ("decisions", "surgery_summary"))
+    assert refreshed(text, decisions, summary, claims.margin_pp, claims.confidence) == text, "run `make readme`"
 
 
 def test_every_link_of_the_readme_leads_somewhere() -> None:
@@ -52,3 +52,9 @@ def test_the_reference_models_reach_their_published_accuracy() -> None:
     for reference, tolerance in {"logistic": 1.5, "mlp": 2.5, "cnn": 1.5}.items():
         row = board.loc[reference]
         assert abs(row["test_accuracy"] - row["published_accuracy"]) <= tolerance
+
+
+def test_at_least_nine_in_ten_splits_keep_a_quarter_of_their_tokens_on_each_side() -> None:
+    summary = pd.read_csv(ROOT / "reports/surgery_summary.csv")
+    row = summary.query("phase == 'surgery' and arm == 'split'").to_dict("records")[0]
+    assert row["balanced"] >= 0.9 and row["output_change_max"] <= 1e-6

@@ -160,7 +160,7 @@ def test_nudging_the_selection_evens_out_the_load_and_leaves_the_probabilities(s
     torch.manual_seed(seed)
     model, x = Model(spec).eval(), torch.randn(300, 1, 8)
     start = model(x).routings[0]
-    for _ in range(400):
+    for _ in range(1_000):
         nudge_selection(model, model(x))
     end = model(x).routings[0]
     spread = [(shares(made) - 1 / 5).abs().max().item() for made in (start, end)]

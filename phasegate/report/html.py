@@ -8,13 +8,14 @@ import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from phasegate.decisions import CONTROL
-from phasegate.report import tables
+from phasegate.report import surgery_tables, tables
 
 CAPTIONS = {
     "differences": "Difference of each arm from the control",
     "learning_curves": "Learning curves and surgeries",
     "expert_routing": "Which expert serves which class",
+    "surgery": "What each kind of surgery does, at once and in the end",
+    "halves": "What operations in a row leave of the function, and what becomes of the halves of a split",
     "leaderboard_q1": "Search of the training configuration (7a Q1)",
     "leaderboard_q2": "Search of the architecture (7a Q2)",
 }
@@ -28,16 +29,16 @@ def render(
     figures: Mapping[str, str],
     leaderboards: Mapping[str, pd.DataFrame],
     surgeries: pd.DataFrame,
+    curves: pd.DataFrame,
     tasks: pd.DataFrame,
     provenance: Mapping[str, object],
     confidence: float,
-    control: str = CONTROL,
 ) -> str:
     """The whole page as HTML.
 
-    `figures` maps names (`CAPTIONS` has those known) to SVG text from `plots.svg`, `leaderboards` maps `q1`
-    and `q2` to their tables; `surgeries` and `tasks` may be empty, `provenance` may nest mappings. Raises
-    UserError for a phase without a hypothesis.
+    `figures` maps names (`CAPTIONS` has those known) to SVG text from `drawing.svg`, `leaderboards` maps `q1`
+    and `q2` to their tables; `surgeries` is their summary, `tasks` may be empty, `provenance` may nest mappings.
+    Raises UserError for a phase without a hypothesis.
     """
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -51,13 +52,13 @@ def render(
             "label": tables.phase_label(row.phase),
             "verdict": row.verdict,
             "hypothesis": tables.hypothesis(hypotheses, row.phase),
-            "outcome": tables.outcome(row, margin_pp, control),
+            "outcome": tables.outcome(row, margin_pp),
         }
         for row in tables.headline_rows(decisions)
     ]
     return environment.get_template("report.html.j2").render(
         phases=phases,
-        rule=tables.rule(margin_pp, confidence, control),
+        rule=tables.rule(margin_pp, confidence),
         decisions=tables.decision_cells(decisions),
         primary=list(decisions["primary"]),
         story=tables.story_cells(decisions, leaderboards),
@@ -65,7 +66,9 @@ def render(
             {"name": name, "caption": CAPTIONS.get(name, name), "svg": inline_svg(svg, name)}
             for name, svg in figures.items()
         ],
-        surgeries=tables.surgery_cells(surgeries),
+        surgeries=surgery_tables.surgery_cells(surgeries) if len(surgeries) > 1 else [],
+        dead=surgery_tables.dead_finding(curves),
+        halves=surgery_tables.halves_cells(surgeries),
         tasks=tables.task_cells(tasks, confidence),
         leaderboards={f"7a {name.upper()}": tables.leaderboard_cells(t) for name, t in leaderboards.items()},
         provenance=list(_flat(provenance)),

@@ -1,15 +1,10 @@
-"""The figures: one function per figure, each returning a matplotlib `Figure`; `svg` and `save` write it.
+"""The figures of the study as a whole: one function per figure, each returning a matplotlib `Figure`.
 
-Titles are findings made from the data (`tables.finding`). Colours are Okabe and Ito's, and no meaning hangs
-on colour alone: verdicts and operations also differ in marker, primary arms also in size and fill. Figures
-never touch pyplot's global state, and the same data gives the same bytes.
+Titles are findings made from the data (`tables.finding`). No meaning hangs on colour alone: verdicts and
+operations also differ in marker, primary arms also in size and fill.
 """
 
-import re
-from io import StringIO
 from math import ceil, isfinite
-from pathlib import Path
-from textwrap import fill
 from typing import Any
 
 import matplotlib as mpl
@@ -22,13 +17,23 @@ from matplotlib.lines import Line2D
 
 from phasegate.decisions import BASELINE, CONTROL, START, relabel_control
 from phasegate.errors import UserError
+from phasegate.report.drawing import (
+    BLACK,
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    PURPLE,
+    SKY,
+    STYLE,
+    VERMILION,
+    dot,
+    new_figure,
+    wrapped,
+)
 from phasegate.report.tables import MINUS, finding, headline_rows, interval, number, phase_label, rows_of
 from phasegate.statistics import mean_interval
 
-BLACK, ORANGE, SKY, GREEN, BLUE, VERMILION, PURPLE = (
-    *("#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7"),
-)
-GREY = "#767676"
 ARM_STYLES = [  # colour and dash of the arms of a phase, primary first
     (BLUE, "-"),
     (VERMILION, "--"),
@@ -44,20 +49,10 @@ VERDICT_STYLES = {  # colour and marker
     "BASELINE": (GREY, "s"),
 }
 OPERATION_MARKERS = {"split": "^", "clone": "P", "reinit": "*", "remove": "v", "merge": "d"}
-STYLE: dict[Any, Any] = {
-    "font.size": 10,
-    "axes.titlesize": 10,
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "legend.frameon": False,
-    "svg.fonttype": "path",  # the same look in every browser, whatever fonts it has
-    "svg.hashsalt": "phasegate",
-}
 
 
 @mpl.rc_context(STYLE)
-def differences(decisions: pd.DataFrame, margin_pp: float, control: str = CONTROL) -> Figure:
+def differences(decisions: pd.DataFrame, margin_pp: float) -> Figure:
     """Forest plot: each arm's difference from the control (pp) with its interval, the margin and zero."""
     rows = [row for row in rows_of(decisions) if row.verdict != "CONTROL"]
     if not rows:
@@ -66,7 +61,7 @@ def differences(decisions: pd.DataFrame, margin_pp: float, control: str = CONTRO
     for before, row in zip([None, *rows], rows, strict=False):
         at += 1.6 if before is not None and before.phase != row.phase else 1.0
         positions.append(at)
-    figure, (axes,) = _figure(9, 1.6 + 0.32 * at)
+    figure, (axes,) = new_figure(9, 1.6 + 0.32 * at)
     axes.axvline(0, color=GREY, linewidth=1)
     axes.axvline(-margin_pp, color=BLACK, linewidth=1, linestyle="--")
     for y, row in zip(positions, rows, strict=True):
@@ -82,11 +77,8 @@ def differences(decisions: pd.DataFrame, margin_pp: float, control: str = CONTRO
     for label, row in zip(axes.get_yticklabels(), rows, strict=True):
         label.set_fontweight("bold" if row.primary else "normal")
     axes.set_ylim(max(positions) + 0.8, min(positions) - 0.8)
-    axes.set_xlabel(f"test accuracy minus {control}, pp (dashed: the margin, {MINUS}{margin_pp:g} pp)")
-    findings = [
-        _wrapped(f"{phase_label(row.phase)} {finding(row, margin_pp, control)}", 100)
-        for row in headline_rows(decisions)
-    ]
+    axes.set_xlabel(f"test accuracy minus {CONTROL}, pp (dashed: the margin, {MINUS}{margin_pp:g} pp)")
+    findings = [wrapped(f"{phase_label(row.phase)} {finding(row, margin_pp)}", 100) for row in headline_rows(decisions)]
     figure.suptitle("\n".join(findings) or "No phase is decided yet", x=0.01, ha="left")
     return figure
 
@@ -98,36 +90,37 @@ def learning_curves(
     margin_pp: float,
     confidence: float,
     surgeries: pd.DataFrame | None = None,
-    control: str = CONTROL,
 ) -> Figure:
     """Gate accuracy (percent) over training steps, a panel per phase: mean and interval over seeds per arm.
 
-    The control is grey in every panel that continues from 7a; marks along the bottom are the surgeries of all
-    seeds, a row per arm.
+    The control is grey in every panel that continues from 7a; a panel shows six arms at most; marks along the
+    bottom are the surgeries of all seeds, a row per arm.
     """
     curves = relabel_control(curves)
-    shown = curves[curves["arm"] != control]["phase"].unique()
+    shown = curves[curves["arm"] != CONTROL]["phase"].unique()
     heads = [row for row in rows_of(decisions) if row.primary and row.phase in shown]
     if not heads:
         raise UserError("the curves have no phase of the decisions: there is nothing to plot")
     columns = min(2, len(heads))
-    figure, panels = _figure(6.4 * columns, 3.7 * ceil(len(heads) / columns), len(heads), columns)
+    figure, panels = new_figure(6.4 * columns, 3.7 * ceil(len(heads) / columns), len(heads), columns)
     for axes, head in zip(panels, heads, strict=True):
         if head.phase != START:
-            _curve(axes, curves[(curves["phase"] == START) & (curves["arm"] == control)], GREY, "-", confidence)
-        arms = decisions[(decisions["phase"] == head.phase) & (decisions["arm"] != control)]["arm"]
-        for index, arm in enumerate(arms):  # the primary arm comes first in the decisions
-            colour, dash = ARM_STYLES[index % len(ARM_STYLES)]
+            _curve(axes, curves[(curves["phase"] == START) & (curves["arm"] == CONTROL)], GREY, "-", confidence)
+        arms = decisions[(decisions["phase"] == head.phase) & (decisions["arm"] != CONTROL)]["arm"]
+        arms = list(arms)[: len(ARM_STYLES)]  # the primary arm comes first in the decisions
+        for arm, (colour, dash) in zip(arms, ARM_STYLES, strict=False):
             _curve(
                 *(axes, curves[(curves["phase"] == head.phase) & (curves["arm"] == arm)], colour, dash),
                 confidence,
                 width=2.2 if arm == head.arm else 1.3,
             )
         if surgeries is not None:
-            _surgery_marks(axes, surgeries[surgeries["phase"] == head.phase], list(arms))
-        axes.set_title(_wrapped(f"{phase_label(head.phase)} {finding(head, margin_pp, control)}"))
+            _surgery_marks(axes, surgeries[surgeries["phase"] == head.phase], arms)
+        axes.set_title(wrapped(f"{phase_label(head.phase)} {finding(head, margin_pp)}"))
         axes.set(xlabel="training step", ylabel="gate accuracy, %")
-        axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+        more = len(decisions[decisions["phase"] == head.phase]) - len(arms) - (head.phase == START)
+        title = f"and {more} more arms" if more else None
+        axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1), title=title, title_fontsize=8)
     if surgeries is not None and len(surgeries):
         marks = [
             Line2D([], [], color=BLACK, marker=OPERATION_MARKERS[name], linestyle="", markersize=5, label=name)
@@ -163,7 +156,7 @@ def expert_routing(routing: pd.DataFrame, decisions: pd.DataFrame, seed: int = 0
     height = max(len(old.union(counts.index)) for counts in panels.values())
     columns = min(2, len(panels))
     rows = ceil(len(panels) / columns)
-    figure, all_axes = _figure(5 * columns, rows * (1.4 + min(8, 0.2 * height)), len(panels), columns)
+    figure, all_axes = new_figure(5 * columns, rows * (1.4 + min(8, 0.2 * height)), len(panels), columns)
     most = max(float(_shares(counts).to_numpy().max()) for counts in panels.values())
     for axes, ((phase, arm), counts) in zip(all_axes, panels.items(), strict=True):
         mesh = _heatmap(axes, _shares(counts).reindex(old.union(counts.index)), old, most)
@@ -188,18 +181,18 @@ def leaderboard(table: pd.DataFrame, title_prefix: str) -> Figure:
     """
     search, references = table[table["kind"] == "search"], table[table["kind"] == "reference"]
     sizes = [len(group) for group in (search, references) if len(group)]
-    figure, panels = _figure(9, 1.9 + 0.3 * sum(sizes) + 0.7 * (len(sizes) - 1), len(sizes), 1, sizes)
+    figure, panels = new_figure(9, 1.9 + 0.3 * sum(sizes) + 0.7 * (len(sizes) - 1), len(sizes), 1, sizes)
     best = next(row for row in rows_of(search) if row.chosen)
     for y, row in enumerate(rows_of(search)):
         colour = BLUE if row.chosen else GREY
-        _dot(panels[0], y, (row.accuracy, row.accuracy_lo, row.accuracy_hi), colour, "o", strong=row.chosen)
+        dot(panels[0], y, (row.accuracy, row.accuracy_lo, row.accuracy_hi), colour, "o", strong=row.chosen)
     _name_rows(panels[0], search, "gate accuracy, %")
     if len(references):
         axes = panels[1]
         axes.axvline(best.accuracy, color=BLUE, linewidth=1, linestyle="--", label=f"{best.candidate}, gate")
         for y, row in enumerate(rows_of(references)):
-            _dot(axes, y - 0.2, (row.accuracy, row.accuracy_lo, row.accuracy_hi), GREY, "o")
-            _dot(axes, y, (row.test_accuracy, row.test_lo, row.test_hi), VERMILION, "s")
+            dot(axes, y - 0.2, (row.accuracy, row.accuracy_lo, row.accuracy_hi), GREY, "o")
+            dot(axes, y, (row.test_accuracy, row.test_lo, row.test_hi), VERMILION, "s")
             axes.plot(row.published_accuracy, y + 0.2, "D", color=BLACK, markerfacecolor="white", markersize=6)
         _name_rows(axes, references, "accuracy of the references, %")
         for label, marker, colour, face in (
@@ -211,34 +204,6 @@ def leaderboard(table: pd.DataFrame, title_prefix: str) -> Figure:
         axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     figure.suptitle(f"{title_prefix}: {_ranking(search, best)}", x=0.01, ha="left")
     return figure
-
-
-@mpl.rc_context(STYLE)
-def svg(figure: Figure) -> str:
-    """The figure as SVG text, free of dates and versions: equal figures give equal text."""
-    buffer = StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    return buffer.getvalue()
-
-
-def save(figure: Figure, path: Path) -> None:
-    """Write the figure to `path` as SVG."""
-    path.write_text(svg(figure), encoding="utf-8")
-
-
-def _figure(
-    width: float, height: float, panels: int = 1, columns: int = 1, heights: list[int] | None = None
-) -> tuple[Figure, list[Axes]]:
-    """A figure of `width` by `height` inches with its first `panels` cells filled."""
-    figure = Figure(figsize=(width, height), layout="constrained")
-    grid = figure.add_gridspec(ceil(panels / columns), columns, height_ratios=heights)
-    return figure, [figure.add_subplot(grid[index // columns, index % columns]) for index in range(panels)]
-
-
-def _wrapped(title: str, width: int = 58) -> str:
-    """A title on lines of at most `width` characters, never broken inside an interval."""
-    whole = re.sub(r"\[.*?\]", lambda match: match[0].replace(" ", "\N{NO-BREAK SPACE}"), title)
-    return fill(whole, width)
 
 
 def _curve(axes: Axes, rows: pd.DataFrame, colour: str, dash: Any, confidence: float, width: float = 1.3) -> None:
@@ -266,7 +231,7 @@ def _surgery_marks(axes: Axes, surgeries: pd.DataFrame, arms: list[str]) -> None
         axes.scatter(
             *(counts.index, np.full(len(counts), 0.03 + 0.05 * level), 10 + 25 * counts / counts.max()),
             marker=OPERATION_MARKERS[str(operation)],
-            color=ARM_STYLES[arms.index(arm) % len(ARM_STYLES)][0],
+            color=ARM_STYLES[arms.index(arm)][0],
             linewidth=0,
             transform=axes.get_xaxis_transform(),
         )
@@ -302,17 +267,6 @@ def _heatmap(axes: Axes, shares: pd.DataFrame, old: "pd.Index[Any]", most: float
     axes.tick_params(length=0)
     axes.set(xlabel="class", ylabel="expert")
     return mesh
-
-
-def _dot(
-    axes: Axes, y: float, value: tuple[float, float, float], colour: str, marker: str, strong: bool = False
-) -> None:
-    """A mean with its interval, (mean, lo, hi); without an interval just the mean; blanks aren't drawn."""
-    mean, lo, hi = value
-    if isfinite(lo) and isfinite(hi):
-        axes.hlines(y, lo, hi, color=colour, linewidth=2.5 if strong else 1.3)
-    if isfinite(mean):
-        axes.plot(mean, y, marker, color=colour, markersize=9 if strong else 6)
 
 
 def _name_rows(axes: Axes, rows: pd.DataFrame, xlabel: str) -> None:

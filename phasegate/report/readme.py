@@ -1,4 +1,4 @@
-"""The README's block of results, written from the committed tables: `python -m phasegate.report.readme`."""
+"""The README's blocks of results, written from the committed tables: `python -m phasegate.report.readme`."""
 
 import re
 from pathlib import Path
@@ -6,26 +6,31 @@ from pathlib import Path
 import pandas as pd
 
 from phasegate.params import load_params
+from phasegate.report.surgery_tables import surgery_finding
 from phasegate.report.tables import markdown_rows, rule
 
 COLUMNS = ["phase", "arm", "verdict", "accuracy, %", "difference, pp", "experts"]
-BLOCK = re.compile(r"(?<=<!-- results -->\n).*?(?=<!-- /results -->)", re.DOTALL)
 
 
-def refreshed(readme: str, decisions: pd.DataFrame, margin_pp: float, confidence: float) -> str:
-    """The README's text with the block between its markers written anew.
+def refreshed(readme: str, decisions: pd.DataFrame, summary: pd.DataFrame, margin_pp: float, confidence: float) -> str:
+    """The README's text with what stands between its markers written anew.
 
     Raises:
         ValueError: if the markers are not there.
     """
-    block = "\n".join(["", *markdown_rows(decisions, COLUMNS), "", rule(margin_pp, confidence), "", ""])
-    text, count = BLOCK.subn(lambda _: block, readme)
-    if count != 1:
-        raise ValueError("README.md must hold the markers <!-- results --> and <!-- /results --> once")
-    return text
+    results = [*markdown_rows(decisions, COLUMNS), "", rule(margin_pp, confidence)]
+    for name, lines in {"results": results, "surgery": surgery_finding(summary)}.items():
+        parts = re.split(rf"(<!-- /?{name} -->\n)", readme)
+        if len(parts) != 5:
+            raise ValueError(
+                f"README.md must hold the markers <!-- {name} --> and <!-- /{name} --> once, each on a line"
+            )
+        readme = "".join([*parts[:2], "\n", "\n".join(lines), "\n\n", *parts[3:]])
+    return readme
 
 
 if __name__ == "__main__":
     path, claims = Path("README.md"), load_params().decisions
     decisions = pd.read_csv("reports/decisions.csv")
-    path.write_text(refreshed(path.read_text(), decisions, claims.margin_pp, claims.confidence))
+    summary = pd.read_csv("reports/surgery_summary.csv")
+    path.write_text(refreshed(path.read_text(), decisions, summary, claims.margin_pp, claims.confidence))

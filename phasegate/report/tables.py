@@ -4,7 +4,7 @@ A finding is always made from the row it describes, so no sentence or title can 
 """
 
 from collections.abc import Mapping, Sequence
-from math import inf, isfinite
+from math import isfinite
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -66,7 +66,7 @@ def p_text(p: float) -> str:
     return "" if pd.isna(p) else "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
-def finding(row: Any, margin_pp: float, control: str = CONTROL) -> str:
+def finding(row: Any, margin_pp: float) -> str:
     """What a row of the decisions says in a few words: verdict, arm, difference with interval."""
     margin = f"{margin_pp:g} pp"
     signed = interval(row.delta_pp, row.delta_lo, row.delta_hi, signed=True)
@@ -74,28 +74,28 @@ def finding(row: Any, margin_pp: float, control: str = CONTROL) -> str:
         return f"{row.arm}: the control"
     if row.verdict == "NO-GO":
         loss = interval(-row.delta_pp, -row.delta_hi, -row.delta_lo)
-        said = f"loses {loss.replace(' [', ' pp [')} against {control}"
+        said = f"loses {loss.replace(' [', ' pp [')} against {CONTROL}"
     elif row.verdict == "GO" and row.delta_lo > 0:
-        said = f"gains {signed.replace(' [', ' pp [')} over {control}"
+        said = f"gains {signed.replace(' [', ' pp [')} over {CONTROL}"
     elif row.verdict == "GO":
-        said = f"stays within {margin} of {control}, {signed.replace(' [', ' pp [')}"
+        said = f"stays within {margin} of {CONTROL}, {signed.replace(' [', ' pp [')}"
     elif row.verdict == "INCONCLUSIVE":
-        said = f"may or may not stay within {margin} of {control}, {signed.replace(' [', ' pp [')}"
+        said = f"may or may not stay within {margin} of {CONTROL}, {signed.replace(' [', ' pp [')}"
     else:
-        said = f"stands at {signed.replace(' [', ' pp [')} against {control}"
+        said = f"stands at {signed.replace(' [', ' pp [')} against {CONTROL}"
     return f"{row.verdict}: {row.arm} {said}"
 
 
-def outcome(row: Any, margin_pp: float, control: str = CONTROL) -> str:
+def outcome(row: Any, margin_pp: float) -> str:
     """The finding as a sentence, with the number of seeds behind it and the number that would decide."""
     seeds = f"{row.n_seeds} seed{'s' if row.n_seeds != 1 else ''}"
     if row.verdict != "INCONCLUSIVE":
-        return f"{finding(row, margin_pp, control)} ({seeds})."
+        return f"{finding(row, margin_pp)} ({seeds})."
     if not pd.isna(row.seeds_needed):
         more = f"about {int(row.seeds_needed):,} would decide"
     else:
         more = "no realistic number would decide" if row.n_seeds > 1 else "one can't decide"
-    return f"{finding(row, margin_pp, control)} ({seeds}; {more})."
+    return f"{finding(row, margin_pp)} ({seeds}; {more})."
 
 
 def rows_of(table: pd.DataFrame) -> list[Any]:
@@ -131,14 +131,14 @@ def decision_cells(decisions: pd.DataFrame) -> list[dict[str, str]]:
     ]
 
 
-def rule(margin_pp: float, confidence: float, control: str = CONTROL) -> str:
+def rule(margin_pp: float, confidence: float) -> str:
     """One sentence on what is compared with what, and what the verdicts mean."""
     bound = f"{MINUS}{margin_pp:g} pp"
     return (
-        f"Every arm is compared seed by seed with `{control}`, the same 7a checkpoints trained for as many "
+        f"Every arm is compared seed by seed with `{CONTROL}`, the same 7a checkpoints trained for as many "
         f"steps without control head or surgery: GO if the {100 * confidence:g} % interval of the difference "
         f"lies at or above {bound} (the margin), NO-GO if it lies below, else INCONCLUSIVE; only the primary "
-        "arm decides its phase, the others are exploratory and also have to pass Holm's correction."
+        "arm decides its phase, the others are exploratory and also have to pass Holm's correction within their phase."
     )
 
 
@@ -147,17 +147,16 @@ def decisions_markdown(
     hypotheses: Mapping[str, str],
     margin_pp: float,
     confidence: float,
-    control: str = CONTROL,
 ) -> str:
     """The text of `reports/decisions.md`: the rule, one line per phase, and the table with primary arms in
     bold.
 
     Raises UserError for a phase without a hypothesis.
     """
-    lines = ["# Decisions", "", rule(margin_pp, confidence, control), ""]
+    lines = ["# Decisions", "", rule(margin_pp, confidence), ""]
     for row in headline_rows(decisions):
         said = hypothesis(hypotheses, row.phase)
-        lines.append(f"- **{phase_label(row.phase)}** {said} **{outcome(row, margin_pp, control)}**")
+        lines.append(f"- **{phase_label(row.phase)}** {said} **{outcome(row, margin_pp)}**")
     lines += ["", "Primary arms in bold; intervals over seeds.", "", *markdown_rows(decisions)]
     return "\n".join(lines) + "\n"
 
@@ -202,43 +201,6 @@ def leaderboard_cells(table: pd.DataFrame) -> list[dict[str, str]]:
             "settings": row.settings,
         }
         for row in rows_of(table)
-    ]
-
-
-def surgery_summary(surgeries: pd.DataFrame) -> pd.DataFrame:
-    """Surgeries by phase, arm and operation.
-
-    Columns: surgeries (count), output_change (mean, relative), accuracy_lost (mean, pp), recovery_steps
-    (median, where one that never recovered counts as inf), recovered (share, 0-1).
-    """
-    rows = surgeries.assign(
-        accuracy_lost=surgeries["accuracy_before"] - surgeries["accuracy_after"],
-        recovered=surgeries["recovery_steps"].notna(),
-        recovery_steps=surgeries["recovery_steps"].astype(float).fillna(inf),
-    )
-    return rows.groupby(["phase", "arm", "operation"], as_index=False, sort=True).agg(
-        surgeries=("step", "size"),
-        output_change=("output_change", "mean"),
-        accuracy_lost=("accuracy_lost", "mean"),
-        recovery_steps=("recovery_steps", "median"),
-        recovered=("recovered", "mean"),
-    )
-
-
-def surgery_cells(surgeries: pd.DataFrame) -> list[dict[str, str]]:
-    """The summary of the surgeries as people read it: one dict of column title and text per row."""
-    return [
-        {
-            "phase": phase_label(row.phase),
-            "arm": row.arm,
-            "operation": row.operation,
-            "surgeries": str(row.surgeries),
-            "output change": f"{row.output_change:.1e}" if row.output_change < 1e-3 else f"{row.output_change:.3f}",
-            "accuracy lost at once, pp": number(row.accuracy_lost),
-            "median recovery, steps": f"{row.recovery_steps:g}" if isfinite(row.recovery_steps) else "never",
-            "recovered": f"{row.recovered:.0%}".replace("%", " %"),
-        }
-        for row in rows_of(surgery_summary(surgeries))
     ]
 
 
