@@ -67,3 +67,12 @@ def dot(
         axes.hlines(y, lo, hi, color=colour, linewidth=2.5 if strong else 1.3)
     if isfinite(mean):
         axes.plot(mean, y, marker, color=colour, markersize=9 if strong else 6)
+
+
+def name_rows(axes: Axes, names: list[str], xlabel: str) -> None:
+    """Turn the vertical axis into a list of names, first on top, with a line for each."""
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.set_xlabel(xlabel)
+    axes.grid(axis="y", linewidth=0.4, color="#dddddd")
+    axes.set_axisbelow(True)

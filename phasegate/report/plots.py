@@ -28,6 +28,7 @@ from phasegate.report.drawing import (
     STYLE,
     VERMILION,
     dot,
+    name_rows,
     new_figure,
     wrapped,
 )
@@ -186,7 +187,7 @@ def leaderboard(table: pd.DataFrame, title_prefix: str) -> Figure:
     for y, row in enumerate(rows_of(search)):
         colour = BLUE if row.chosen else GREY
         dot(panels[0], y, (row.accuracy, row.accuracy_lo, row.accuracy_hi), colour, "o", strong=row.chosen)
-    _name_rows(panels[0], search, "gate accuracy, %")
+    _name_candidates(panels[0], search, "gate accuracy, %")
     if len(references):
         axes = panels[1]
         axes.axvline(best.accuracy, color=BLUE, linewidth=1, linestyle="--", label=f"{best.candidate}, gate")
@@ -194,7 +195,7 @@ def leaderboard(table: pd.DataFrame, title_prefix: str) -> Figure:
             dot(axes, y - 0.2, (row.accuracy, row.accuracy_lo, row.accuracy_hi), GREY, "o")
             dot(axes, y, (row.test_accuracy, row.test_lo, row.test_hi), VERMILION, "s")
             axes.plot(row.published_accuracy, y + 0.2, "D", color=BLACK, markerfacecolor="white", markersize=6)
-        _name_rows(axes, references, "accuracy of the references, %")
+        _name_candidates(axes, references, "accuracy of the references, %")
         for label, marker, colour, face in (
             ("gate", "o", GREY, GREY),
             ("test", "s", VERMILION, VERMILION),
@@ -269,14 +270,10 @@ def _heatmap(axes: Axes, shares: pd.DataFrame, old: "pd.Index[Any]", most: float
     return mesh
 
 
-def _name_rows(axes: Axes, rows: pd.DataFrame, xlabel: str) -> None:
-    axes.set_yticks(range(len(rows)), list(rows["candidate"]))
+def _name_candidates(axes: Axes, rows: pd.DataFrame, xlabel: str) -> None:
+    name_rows(axes, list(rows["candidate"]), xlabel)
     for label, chosen in zip(axes.get_yticklabels(), rows["chosen"], strict=True):
         label.set_fontweight("bold" if chosen else "normal")
-    axes.set_ylim(len(rows) - 0.4, -0.6)
-    axes.set_xlabel(xlabel)
-    axes.grid(axis="y", linewidth=0.4, color="#dddddd")
-    axes.set_axisbelow(True)
 
 
 def _ranking(search: pd.DataFrame, best: Any) -> str:

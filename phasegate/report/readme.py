@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from phasegate.decisions import START
 from phasegate.params import load_params
 from phasegate.report.surgery_tables import surgery_finding
 from phasegate.report.tables import markdown_rows, rule
@@ -13,13 +14,15 @@ COLUMNS = ["phase", "arm", "verdict", "accuracy, %", "difference, pp", "experts"
 
 
 def refreshed(readme: str, decisions: pd.DataFrame, summary: pd.DataFrame, margin_pp: float, confidence: float) -> str:
-    """The README's text with what stands between its markers written anew.
+    """The README's text with what stands between its markers written anew: primary arms, and the surgery study.
 
     Raises:
         ValueError: if the markers are not there.
     """
-    results = [*markdown_rows(decisions, COLUMNS), "", rule(margin_pp, confidence)]
-    for name, lines in {"results": results, "surgery": surgery_finding(summary)}.items():
+    first = decisions[decisions["primary"].astype(bool) | (decisions["phase"] == START)]
+    results = [*markdown_rows(first, COLUMNS), "", rule(margin_pp, confidence)]
+    findings = [f"- {sentence}" for sentence in surgery_finding(summary)]
+    for name, lines in {"results": results, "surgery": findings}.items():
         parts = re.split(rf"(<!-- /?{name} -->\n)", readme)
         if len(parts) != 5:
             raise ValueError(

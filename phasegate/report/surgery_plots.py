@@ -8,12 +8,23 @@ from typing import Any
 
 import matplotlib as mpl
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from phasegate.decisions import CONTROL
 from phasegate.errors import UserError
-from phasegate.report.drawing import BLACK, BLUE, GREEN, GREY, ORANGE, STYLE, VERMILION, dot, new_figure, wrapped
+from phasegate.report.drawing import (
+    BLACK,
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    STYLE,
+    VERMILION,
+    dot,
+    name_rows,
+    new_figure,
+    wrapped,
+)
 from phasegate.report.surgery_tables import STUDY, change, percent, short_finding
 from phasegate.report.tables import rows_of
 from phasegate.surgery_summary import BALANCED
@@ -59,17 +70,15 @@ def surgery(summary: pd.DataFrame, surgeries: pd.DataFrame, margin_pp: float) ->
     first.set_xscale("log")
     first.set_xlim(NOTHING / 3, 2)
     first.set_xticks([NOTHING, 1e-6, 1e-3, 1], ["0", "10⁻⁶", "10⁻³", "1"])
+    longest = max([row.recovery_steps for row in rows if isfinite(row.recovery_steps)], default=0) or 1
+    third.set_xlim(-0.05 * longest, 1.05 * longest)
+    third.locator_params(axis="x", integer=True)
     fourth.axvline(-margin_pp, color=BLACK, linewidth=1, linestyle="--")
-    titles = {
-        first: "output change at once\n(relative)",
-        second: "gate accuracy lost\nat once, pp",
-        third: "steps until it is back\n(median; right: share that is)",
-        fourth: f"final test accuracy minus\n{CONTROL}, pp (dashed: margin)",
-    }
-    for axes, title in titles.items():
-        _rows(axes, len(rows), title)
-    names = [_name(row, summary) for row in rows]
-    first.set_yticks(range(len(rows)), names)
+    blank = [""] * len(rows)
+    name_rows(first, [_name(row, summary) for row in rows], "output change at once\n(relative)")
+    name_rows(second, blank, "gate accuracy lost\nat once, pp")
+    name_rows(third, blank, "steps until it is back\n(median; right: share that is)")
+    name_rows(fourth, blank, f"final test accuracy minus\n{CONTROL}, pp (dashed: margin)")
     for axes in (second, fourth):
         axes.axvline(0, color=GREY, linewidth=1)
     figure.suptitle(wrapped(short_finding(summary), 130), x=0.01, ha="left")
@@ -108,13 +117,11 @@ def halves(preservation: pd.DataFrame, pairs: pd.DataFrame, summary: pd.DataFram
     )
     arms = list(dict.fromkeys(study_rows(summary).query("operation == 'split'")["arm"]))
     for y, arm in enumerate(arms):
-        third.plot(
-            100 * pairs[pairs["arm"] == arm]["smaller_share"], [y] * (pairs["arm"] == arm).sum(), "|", color=BLUE
-        )
+        shares = 100 * pairs[pairs["arm"] == arm]["smaller_share"]
+        third.plot(shares, [y] * len(shares), "|", color=BLUE)
     third.axvline(100 * BALANCED, color=BLACK, linewidth=1, linestyle="--")
     third.set_xlim(0, 50)
-    _rows(third, len(arms), "tokens of the smaller half, %\nof those of both")
-    third.set_yticks(range(len(arms)), arms)
+    name_rows(third, arms, "tokens of the smaller half, %\nof those of both")
     figure.suptitle(wrapped(_halves_finding(preservation, summary), 130), x=0.01, ha="left")
     return figure
 
@@ -144,11 +151,3 @@ def _name(row: Any, summary: pd.DataFrame) -> str:
     if row.operation == "split" or before.empty:
         return name
     return f"{before['surgeries'].iloc[0] / row.n_seeds:g} splits, {name}"
-
-
-def _rows(axes: Axes, count: int, title: str) -> None:
-    axes.set_ylim(count - 0.4, -0.6)
-    axes.set_yticks(range(count), [""] * count)
-    axes.grid(axis="y", linewidth=0.4, color="#dddddd")
-    axes.set_axisbelow(True)
-    axes.set_xlabel(title)

@@ -1,5 +1,6 @@
-"""The surgery study as text: its finding in one sentence, and the tables of the page."""
+"""The surgery study as text: its findings in a sentence each, and the tables of the page."""
 
+from collections.abc import Mapping
 from math import inf
 from typing import Any
 
@@ -8,29 +9,32 @@ import pandas as pd
 from phasegate.report.tables import interval, number, phase_label, rows_of
 
 STUDY = "surgery"  # the phase whose operations are planned
-GROWTH = {"split": "splits", "clone": "clones", "reinit": "fresh experts"}
+GROWTH = {("split", "split"): "splits", ("clone", "clone"): "clones", ("reinit", "reinit"): "fresh experts"}
 PRUNING = {"remove_by_usage": "removals by usage", "remove_by_loss": "removals by measured loss", "merge": "merges"}
 
 
 def surgery_finding(summary: pd.DataFrame) -> list[str]:
     """What the study found, made from its rows: a sentence on growth and one on pruning, where there was any."""
-    study = {(row.arm, row.operation): row for row in rows_of(summary) if row.phase == STUDY}
-    grown = [(name, study[arm, arm]) for arm, name in GROWTH.items() if (arm, arm) in study]
-    keys = [(arm, operation) for arm in PRUNING for operation in ("remove", "merge")]
-    pruned = [(PRUNING[arm], study[arm, operation]) for arm, operation in keys if (arm, operation) in study]
-    starts = "Against the same training without surgery", "After as many splits"
+    pruning = {(arm, operation): name for arm, name in PRUNING.items() for operation in ("remove", "merge")}
+    starts = {"Against the same training without surgery": GROWTH, "After as many splits": pruning}
+    found = {start: _named(summary, names) for start, names in starts.items()}
     return [
         f"{start}, {'; '.join(f'{_ending(row, name)}, {_at_once(row)}' for name, row in rows)}."
-        for start, rows in zip(starts, (grown, pruned), strict=True)
+        for start, rows in found.items()
         if rows
     ]
 
 
 def short_finding(summary: pd.DataFrame) -> str:
     """Where the three kinds of growth end, for a title; blank where nothing was grown."""
-    study = {row.arm: row for row in rows_of(summary) if row.phase == STUDY and row.arm == row.operation}
-    parts = [_ending(study[arm], name) for arm, name in GROWTH.items() if arm in study]
+    parts = [_ending(row, name) for name, row in _named(summary, GROWTH)]
     return f"Against the same training without surgery, {', '.join(parts)}" if parts else ""
+
+
+def _named(summary: pd.DataFrame, names: Mapping[tuple[str, str], str]) -> list[tuple[str, Any]]:
+    """The study's rows of these arms and operations, as far as there are any, each with its name."""
+    study = {(row.arm, row.operation): row for row in rows_of(summary) if row.phase == STUDY}
+    return [(name, study[key]) for key, name in names.items() if key in study]
 
 
 def _ending(row: Any, name: str) -> str:
@@ -99,13 +103,9 @@ def halves_cells(summary: pd.DataFrame) -> list[dict[str, str]]:
 
 def change(value: float) -> str:
     """A relative change: in percent, or as a power of ten where it is tiny; blank for a blank."""
-    return (
-        ""
-        if pd.isna(value)
-        else f"{value:.1e}"
-        if 0 < value < 1e-3
-        else percent(value, 0 if value == 0 or value >= 0.1 else 1)
-    )
+    if 0 < value < 1e-3:
+        return f"{value:.1e}"
+    return percent(value, 1 if 0 < value < 0.1 else 0)
 
 
 def percent(share: float, digits: int = 0) -> str:
