@@ -58,6 +58,13 @@ def test_an_exploratory_arm_also_has_to_pass_holm() -> None:
     assert verdicts(decide(among, 1.0, 0.95, PRIMARY))["a"] == "INCONCLUSIVE"
 
 
+def test_another_phase_changes_nothing_in_this_one() -> None:
+    alone = trials(p7b2__split=[0.1, 0.3, -0.1, 0.2], p7b2__clone=[-2.5, 0.5, -1.5, 0.0])
+    one, other = (decide(study, 1.0, 0.95, PRIMARY).query("phase == 'p7b2'") for study in (alone, STUDY))
+    pd.testing.assert_frame_equal(one.reset_index(drop=True), other.reset_index(drop=True), check_exact=True)
+    assert one["seeds_needed"].notna().any()
+
+
 @given(st.lists(st.lists(st.integers(-40, 20), min_size=4, max_size=4), min_size=2, max_size=4))
 def test_an_undecided_arm_always_needs_more_seeds_than_it_has(arms: list[list[int]]) -> None:
     deltas = {f"p7b2__{'split' if i == 0 else i}": [x / 10 for x in arm] for i, arm in enumerate(arms)}

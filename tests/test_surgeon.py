@@ -305,6 +305,16 @@ def test_experts_that_surgery_touched_rest_on_their_own_layer_only(make: Callabl
     assert act(surgeon, 1, Asked(masks), step=8) == ([True] * 5, [True] * 5)
 
 
+def test_an_expert_is_not_merged_into_a_sibling_that_rests(make: Callable[..., Surgeon]) -> None:
+    surgeon = make(prune="merge", grown=True, cooldown=8)  # expert 1's family is ((1 | 7) | (6 | 8))
+    moe = surgeon.model.layers[0]
+    for merged, step in ((7, 4), (8, 12)):
+        act(surgeon, 0, Asked(nothing, Proposal("prune", moe.expert_id.tolist().index(merged))), step=step)
+    for step, free in ((16, {0, 5}), (20, {0, 1, 5, 6})):
+        _, prunable = act(surgeon, 0, Asked(masks), step=step)
+        assert {e for e, may in zip(moe.expert_id.tolist(), prunable, strict=True) if may} == free
+
+
 def test_as_many_families_stay_as_a_token_runs(make: Callable[..., Surgeon]) -> None:
     surgeon = make(min_experts=1, cooldown=0)
     act(surgeon, 0, Asked(nothing, Proposal("grow", 0)))
