@@ -7,13 +7,14 @@ it passes masks of the experts that may grow and that may be pruned.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from phasegate.params import EntropyLabels, RandomLabels
+from phasegate.counterfactual import Estimate, Forked
+from phasegate.params import EntropyLabels, RandomLabels, UsageLabels
 from phasegate.signals import N_SCALARS, ExpertSignals, features
 
 GROW, PRUNE, KEEP = range(3)
@@ -34,12 +35,16 @@ class Allowed(NamedTuple):
 
 
 class Situation(NamedTuple):
-    """What a controller may look at when it decides, all of it from the signal split."""
+    """What a controller may look at and ask when it decides. Asking changes nothing."""
 
-    signals: ExpertSignals
+    signals: ExpertSignals  # of the signal split
     allowed: Allowed
-    loss_after: Callable[[Proposal], float]  # mean loss (nats) right after an operation, done on a copy
+    loss_after: Callable[[Proposal], float]  # mean signal loss (nats) right after an operation, done on a copy
     draws: torch.Generator
+    features: Callable[[], Tensor]  # (E, F) of `counterfactual_head.FEATURES`, on the gate split
+    removals: Callable[[], Estimate]  # (E,) change of the signal loss (nats) as each expert goes; inf if it can't
+    forks: Callable[[list[Proposal], int, int], Forked]  # measured changes by each, after so many steps, repeated
+    expert_size: int  # parameters of one expert
 
 
 Acts = Literal["sample", "argmax", "never"]
@@ -53,6 +58,19 @@ def random_labels(grow: float, prune: float) -> Labeller:
 
     def label(signals: ExpertSignals, draws: torch.Generator) -> Tensor:
         return torch.multinomial(probabilities, len(signals.load), True, generator=draws)
+
+    return label
+
+
+def usage_labels(grow_above: float, prune_below: float) -> Labeller:
+    """Labels from load: grow an expert above `grow_above` times the even share, prune one below `prune_below`."""
+
+    def label(signals: ExpertSignals, draws: torch.Generator) -> Tensor:
+        share = signals.load * len(signals.load)
+        labels = torch.full_like(share, KEEP, dtype=torch.int64)
+        labels[share > grow_above] = GROW
+        labels[share < prune_below] = PRUNE
+        return labels
 
     return label
 
@@ -178,9 +196,9 @@ class PlannedController(Controller):
 class LabelControl:
     """Labels decide."""
 
-    labels: RandomLabels | EntropyLabels
+    labels: RandomLabels | EntropyLabels | UsageLabels
 
-    def build(self, width: int, device: torch.device) -> Controller:
+    def build(self, width: int, seed: int, device: torch.device) -> Controller:
         """The controller of one layer, for tokens of this width."""
         return LabelController(labeller(self.labels))
 
@@ -193,7 +211,7 @@ class HeadControl:
     acts: Acts
     detach: bool = True
 
-    def build(self, width: int, device: torch.device) -> Controller:
+    def build(self, width: int, seed: int, device: torch.device) -> Controller:
         """The controller of one layer, for tokens of this width."""
         weight = self.labels.loss_weight if isinstance(self.labels, RandomLabels) else 1.0
         head = ControlHead(width + N_SCALARS).to(device)
@@ -208,20 +226,27 @@ class Plan:
     prune: int = 0
     prune_by: Literal["usage", "loss"] = "usage"
 
-    def build(self, width: int, device: torch.device) -> Controller:
+    def build(self, width: int, seed: int, device: torch.device) -> Controller:
         """The controller of one layer."""
         return PlannedController(self)
 
 
-Control = LabelControl | HeadControl | Plan
-"""How an arm is controlled, as plain values."""
+class Control(Protocol):
+    """How an arm is controlled, as plain values."""
+
+    def build(self, width: int, seed: int, device: torch.device) -> Controller:
+        """The controller of one layer, for tokens of this width, in the trial of a seed."""
 
 
-def labeller(labels: RandomLabels | EntropyLabels) -> Labeller:
+def labeller(labels: RandomLabels | EntropyLabels | UsageLabels) -> Labeller:
     """The labels that these parameters describe."""
-    if isinstance(labels, RandomLabels):
-        return random_labels(labels.grow, labels.prune)
-    return entropy_labels(labels.grow_below, labels.prune_above)
+    match labels:
+        case RandomLabels():
+            return random_labels(labels.grow, labels.prune)
+        case EntropyLabels():
+            return entropy_labels(labels.grow_below, labels.prune_above)
+        case UsageLabels():
+            return usage_labels(labels.grow_above, labels.prune_below)
 
 
 def possible(decided: Tensor, allowed: Allowed) -> Tensor:

@@ -3,10 +3,10 @@
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from phasegate.model import Model, Output
-from phasegate.moe import MoE
+from phasegate.moe import MoE, relative_distance
 from phasegate.training import EVALUATION_BATCH, Examples, predict
 
 HALVES_COLUMNS = [
@@ -47,14 +47,14 @@ def _measured(model: Model, block: int, a: int, b: int, output: Output, examples
     side = moe.path[:, node][routing.experts[0]].sum(-1)  # (N,)
     tokens = routing.tokens[0][((routing.experts[0] == a) | (routing.experts[0] == b)).any(-1)]
     sides = [int((side == sign).sum()) for sign in (-1, 1)]
-    weights = [torch.cat([moe.w_in[e].flatten(), moe.w_out[e].flatten()]) for e in (a, b)]
+    weights = [moe.weights(e) for e in (a, b)]
     _trade(moe, a, b)
     loss = [float(F.cross_entropy(o.logits[0], examples.y)) for o in (predict(model, examples.x)[0], output)]
     _trade(moe, a, b)
     return {
         "smaller_share": min(sides) / max(sum(sides), 1),
-        "weight_distance": _distance(*weights),
-        "output_distance": _distance(moe.run(a, tokens), moe.run(b, tokens)),
+        "weight_distance": relative_distance(*weights),
+        "output_distance": relative_distance(moe.run(a, tokens), moe.run(b, tokens)),
         "swap_loss": (loss[0] - loss[1]) * len(examples) / max(len(tokens), 1),
     }
 
@@ -63,8 +63,3 @@ def _trade(moe: MoE, a: int, b: int) -> None:
     """Let two experts of a family trade their places in its tree."""
     moe.path[[a, b]] = moe.path[[b, a]]
     moe.refresh()
-
-
-def _distance(one: Tensor, other: Tensor) -> float:
-    """Norm of the difference, relative to that of the mean; zero for nothing."""
-    return float((one - other).norm() / ((one + other) / 2).norm().clamp(min=torch.finfo(one.dtype).tiny))

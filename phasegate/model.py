@@ -4,6 +4,8 @@ Shapes: B examples, S tokens per example, D model width, G gates, C classes of a
 """
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from typing import NamedTuple
@@ -76,15 +78,29 @@ class Model(nn.Module):
         """Logits of the first `n_tasks` tasks for examples x (B, channels, ...)."""
         n_gates = min(n_tasks, self.spec.n_gates)
         tokens = self.stem(x).flatten(2).transpose(1, 2)  # (B, S, D)
-        batch, length, width = tokens.shape
-        h = tokens.reshape(1, batch * length, width).expand(n_gates, -1, -1)
+        h = tokens.flatten(0, 1).expand(n_gates, -1, -1)
+        return self.onward(h, tokens.shape[1], n_tasks)
+
+    def onward(self, h: Tensor, length: int, n_tasks: int = 1, start: int = 0) -> Output:
+        """The rest of the way from block `start`, which is given h (G, B * S, D) with S = `length`."""
         routings = []
-        for block in self.blocks:
+        for block in self.blocks[start:]:
             h, routing = block(h)
             routings.append(routing)
-        features = self.norm(h.reshape(n_gates, batch, length, width).mean(2))
+        features = self.norm(h.view(len(h), -1, length, h.shape[-1]).mean(2))
+        n_gates = len(features)
         logits = tuple(head(features[min(task, n_gates - 1)]) for task, head in enumerate(self.heads[:n_tasks]))
         return Output(logits, features, tuple(routings))
+
+    @contextmanager
+    def spare_layer(self, block: int) -> Iterator[MoE]:
+        """A copy of a block's layer, in its place for as long as the context lasts: to see what surgery would do."""
+        whole, original = self.blocks[block], self.layers[block]
+        whole.moe = copy.deepcopy(original)
+        try:
+            yield whole.moe
+        finally:
+            whole.moe = original
 
 
 class Cost(NamedTuple):

@@ -139,7 +139,9 @@ class MoE(nn.Module):
         if self.top_k > 1:  # a lone gate keeps its probability, else the router would get no gradient (Switch)
             gates = gates / gates.sum(-1, keepdim=True)
         experts, teaching = self._leaves(x, families)
-        y = self._mix(x.flatten(0, 1), experts.flatten(0, 1), (gates * teaching).flatten(0, 1)).view_as(x)
+        if self.training:
+            self.load += torch.bincount(experts.flatten(), minlength=self.n_routed)
+        y = ((gates * teaching).unsqueeze(-1) * self.outputs(x, experts)).sum(2)
         if self.n_shared:
             y = y + (x @ self.shared_in).relu() @ self.shared_out
         return y, Routing(x, logits, probs, families, gates, experts)
@@ -166,27 +168,27 @@ class MoE(nn.Module):
         """Signed margins of tokens x (G, N, D) at every inner node (G, N, L)."""
         return x @ self.node_weight.T + self.node_offset
 
+    def weights(self, e: int) -> Tensor:
+        """All weights of expert index e, (2 * D * H,)."""
+        return torch.cat([self.w_in[e].flatten(), self.w_out[e].flatten()])
+
     def run(self, e: int, x: Tensor) -> Tensor:
         """What expert index e makes of tokens x (M, D), ungated -> (M, D)."""
         return (x @ self.w_in[e]).relu() @ self.w_out[e]
 
-    def _mix(self, x: Tensor, experts: Tensor, gates: Tensor) -> Tensor:
-        """Gated sum of expert outputs; x (N, D), experts and gates (N, K) -> (N, D).
+    def outputs(self, x: Tensor, experts: Tensor) -> Tensor:
+        """What the chosen experts make of each token, ungated: x (G, N, D), experts (G, N, K) -> (G, N, K, D).
 
         Tokens are sorted by expert once, so that each expert is one contiguous matrix product.
         """
-        chosen = experts.flatten()  # (N*K,)
+        chosen = experts.flatten()  # (G*N*K,)
         order = chosen.argsort(stable=True)
-        counts = torch.bincount(chosen, minlength=self.n_routed)
-        if self.training:
-            self.load += counts
-        ends = counts.cumsum(0)
-        sorted_x = x.index_select(0, order // self.top_k)  # (N*K, D)
+        ends = torch.bincount(chosen, minlength=self.n_routed).cumsum(0)
+        sorted_x = x.flatten(0, 1).index_select(0, order // self.top_k)  # (G*N*K, D)
         sorted_y = grouped_mm(grouped_mm(sorted_x, self.w_in, ends).relu(), self.w_out, ends)
         inverse = torch.empty_like(order)
         inverse[order] = torch.arange(len(order), device=order.device)
-        y = sorted_y.index_select(0, inverse).view(*experts.shape, -1)  # (N, K, D)
-        return (gates.unsqueeze(-1) * y).sum(1)
+        return sorted_y.index_select(0, inverse).view(*experts.shape, -1)
 
 
 def grouped_mm(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
@@ -207,6 +209,11 @@ def routing_entropy(probs: Tensor) -> Tensor:
         return probs.new_zeros(probs.shape[:-1])
     entropy: Tensor = torch.special.entr(probs).sum(-1)
     return entropy / math.log(families)
+
+
+def relative_distance(one: Tensor, other: Tensor) -> float:
+    """Norm of the difference, relative to that of the mean; zero for nothing."""
+    return float((one - other).norm() / ((one + other) / 2).norm().clamp(min=torch.finfo(one.dtype).tiny))
 
 
 def uniform(shape: tuple[int, ...], fan_in: int, generator: torch.Generator | None = None) -> Tensor:

@@ -7,7 +7,7 @@ choice, and every set is a sum of look-ups.
 Shapes: N examples, D model width, E experts, K chosen, P ways to choose K of E.
 """
 
-import copy
+from collections.abc import Iterable
 from functools import lru_cache
 from itertools import combinations
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from phasegate.expert_manager import ExpertManager, SurgeryRefused
 from phasegate.model import Model
+from phasegate.probe import Probe
 from phasegate.training import Examples, predict
 
 MOST_EXPERTS = 16  # of the exhaustive oracle: it holds one loss per set of experts
@@ -32,25 +33,45 @@ def example_losses(model: Model, examples: Examples) -> Tensor:
 
 
 @torch.no_grad()
-def losses_without_each(model: Model, block: int, examples: Examples) -> Tensor:
-    """The loss of every example after each expert's removal (E, N), nats; infinite where it can't be removed."""
-    whole, layer = model.blocks[block], model.layers[block]
-    losses = torch.full((layer.n_routed, len(examples)), float("inf"), dtype=examples.x.dtype, device=examples.x.device)
-    try:
-        for e, expert in enumerate(layer.expert_id.tolist()):
-            whole.moe = copy.deepcopy(layer)
+def losses_without_each(probe: Probe) -> Tensor:
+    """The loss of every example with each expert masked at selection (E, N), nats; infinite where it can't be.
+
+    Only the examples that run the expert are computed anew: K passes in all, not E.
+    """
+    model, layer, examples, length = probe.model.eval(), probe.layer, probe.examples, probe.length
+    losses = probe.losses.repeat(layer.n_routed, 1)
+    stream = probe.stream.view(1, len(examples), length, -1)  # (1, N, S, D)
+    for e, expert in enumerate(layer.expert_id.tolist()):
+        runs = (probe.routing.experts[0] == e).any(-1).view(-1, length).any(-1)  # (N,)
+        if layer.top_k == 1:
+            runs = torch.ones_like(runs)  # a lone gate depends on all families that there are
+        with model.spare_layer(probe.block) as spare:
             try:
-                ExpertManager(whole.moe).remove(expert)
+                ExpertManager(spare).remove(expert)
             except SurgeryRefused:
+                losses[e] = float("inf")
                 continue
-            losses[e] = example_losses(model, examples)
-    finally:
-        whole.moe = layer
+            if runs.any():
+                logits = model.onward(stream[:, runs].flatten(1, 2), length, start=probe.block).logits[0]
+                losses[e, runs] = F.cross_entropy(logits, examples.y[runs], reduction="none")
     return losses
 
 
 @torch.no_grad()
-def losses_of_all_sets(model: Model, block: int, examples: Examples) -> Tensor:
+def loss_without(probe: Probe, experts: Iterable[int]) -> float:
+    """The mean loss (nats) once experts, by index, have been removed one after the other; inf if they can't be."""
+    ids = probe.layer.expert_id[list(experts)].tolist()
+    with probe.model.spare_layer(probe.block) as spare:
+        try:
+            for expert in ids:
+                ExpertManager(spare).remove(expert)
+        except SurgeryRefused:
+            return float("inf")
+        return float(example_losses(probe.model, probe.examples).mean())
+
+
+@torch.no_grad()
+def losses_of_all_sets(probe: Probe) -> Tensor:
     """The mean loss (nats) with every set of a layer's experts: (2**E,), bit e of the index set if e is alive.
 
     Infinite where fewer than K are alive.
@@ -58,10 +79,12 @@ def losses_of_all_sets(model: Model, block: int, examples: Examples) -> Tensor:
     Raises:
         ValueError: for a layer with siblings, more than MOST_EXPERTS experts, or several tokens per example.
     """
-    moe = model.layers[block]
+    moe, examples = probe.layer, probe.examples
     if moe.path.shape[1] or moe.n_routed > MOST_EXPERTS:
         raise ValueError(f"the oracle tries all sets of at most {MOST_EXPERTS} experts without siblings")
-    choosing = _Choosing(model, block, examples)
+    if probe.length > 1:
+        raise ValueError("the oracle needs one token per example")
+    choosing = _Choosing(probe)
     table = choosing.losses() if moe.top_k > 1 else None
     choices = choice_of_set(moe.n_routed, moe.top_k).to(examples.y.device)
     total = torch.zeros(1 << moe.n_routed, dtype=torch.float64, device=examples.x.device)
@@ -88,37 +111,29 @@ def choice_of_set(n: int, k: int) -> Tensor:
 class _Choosing:
     """A layer whose experts have all been run on all tokens, so that any choice among them is a weighted sum."""
 
-    def __init__(self, model: Model, block: int, examples: Examples) -> None:
-        self.model, self.block, self.y = model.eval(), block, examples.y
-        moe, inputs = model.layers[block], []
-        hook = model.blocks[block].register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
-        with hook:
-            outputs = predict(model, examples.x)
-        self.stream = torch.cat([rows[0] for rows in inputs])  # (N, D) what the block is given
-        if len(self.stream) != len(examples):
-            raise ValueError("the oracle needs one token per example")
-        tokens = torch.cat([output.routings[block].tokens[0] for output in outputs])  # (N, D)
-        probs = torch.cat([output.routings[block].probs[0] for output in outputs])  # (N, E): each its own family
-        scores = torch.cat([output.routings[block].logits[0] for output in outputs]) + moe.selection_bias[0]
-        order = scores.argsort(descending=True, stable=True)  # (N, E) families by rank
+    def __init__(self, probe: Probe) -> None:
+        self.probe, moe = probe, probe.layer
+        tokens, probs = probe.routing.tokens[0], probe.routing.probs[0]  # (N, D), (N, E): each expert its own family
+        order = (probe.routing.logits[0] + moe.selection_bias[0]).argsort(descending=True, stable=True)  # by rank
         family = moe.family_of.argsort()  # the only expert of each family
         self.rank = order.argsort()[:, moe.family_of]  # (N, E) of each expert with each token
         self.probs = probs.gather(1, order)  # (N, E) by rank
         by_expert = torch.stack([moe.run(e, tokens) for e in family.tolist()], dim=1)
         self.outputs = by_expert.gather(1, order[:, :, None].expand_as(by_expert))  # (N, E, D) by rank
+        self.stream = probe.stream[0]  # (N, D)
         if moe.n_shared:
             self.stream = self.stream + (tokens @ moe.shared_in).relu() @ moe.shared_out
 
     def losses(self) -> Tensor:
         """Loss of each token under each choice of K ranks, and infinity last: (N, P + 1)."""
-        n, moe = len(self.y), self.model.layers[self.block]
-        choices = torch.tensor(list(combinations(range(moe.n_routed), moe.top_k)), device=self.y.device)
+        n, moe, device = len(self.rank), self.probe.layer, self.rank.device
+        choices = torch.tensor(list(combinations(range(moe.n_routed), moe.top_k)), device=device)
         parts = []
         for some in torch.split(choices, max(1, ROWS // n)):  # (p, K)
             gates = self.probs[:, some]  # (N, p, K)
             gates = gates / gates.sum(-1, keepdim=True)
             mixed = torch.stack([gates[:, :, k, None] * self.outputs[:, some[:, k]] for k in range(moe.top_k)]).sum(0)
-            parts.append(self._rest(mixed, torch.arange(n, device=self.y.device)))
+            parts.append(self._rest(mixed, torch.arange(n, device=device)))
         return torch.cat([*parts, parts[0].new_full((n, 1), float("inf"))], dim=1)
 
     def losses_alone(self, some: Tensor, sets: Tensor) -> Tensor:
@@ -134,8 +149,6 @@ class _Choosing:
     def _rest(self, mixed: Tensor, some: Tensor) -> Tensor:
         """Pass mixtures (n, S, D) of tokens (n,) through the rest of the model -> losses (n, S)."""
         h = (self.stream[some][:, None] + mixed).flatten(0, 1)[None]
-        for block in self.model.blocks[self.block + 1 :]:
-            h, _ = block(h)
-        logits = self.model.heads[0](self.model.norm(h[0]))
-        targets = self.y[some][:, None].expand(mixed.shape[:2]).flatten()
+        logits = self.probe.model.onward(h, 1, start=self.probe.block + 1).logits[0]
+        targets = self.probe.examples.y[some][:, None].expand(mixed.shape[:2]).flatten()
         return F.cross_entropy(logits, targets, reduction="none").view(mixed.shape[:2])

@@ -34,12 +34,13 @@ Text = Annotated[str, Field(min_length=1)]
 RAW = "data/raw"  # where downloads go, and the path of data sets that need no file
 BASE = "base"  # a search's own base configuration, as a candidate
 Scalar = bool | int | float | str
-Phase = Literal["p7a", "p7b1", "p7b2", "p7b3", "surgery"]
+Phase = Literal["p7a", "p7b1", "p7b2", "p7b3", "p7b4", "surgery"]
 
 ARMS: dict[str, tuple[str, ...]] = {
     "p7b1": ("noise_acting", "noise", "noise_detached", "random_acting"),
     "p7b2": ("split", "clone", "reinit", "split_thresholds", "entropy_loss"),
     "p7b3": ("task_gates", "heads", "single"),
+    "p7b4": ("counterfactual_head", "oracle", "frequency", "keep"),
     "surgery": (
         *("split", "clone", "reinit", "remove_by_usage", "remove_by_loss", "merge"),
         *("split_principal", "split_loss", "split_trained", "split_balanced"),
@@ -232,6 +233,32 @@ class MultiTask(Section):
     task_weight: NonNegative
 
 
+class UsageLabels(Section):
+    """When an expert's load, as a multiple of the even share, says grow or prune."""
+
+    grow_above: NonNegative
+    prune_below: NonNegative
+
+    @model_validator(mode="after")
+    def _check(self) -> "UsageLabels":
+        if self.prune_below > self.grow_above:
+            raise ValueError(f"prune_below is {self.prune_below}: it must be at most grow_above = {self.grow_above}")
+        return self
+
+
+class GroundTruth(Section):
+    """Phase 7b.4: how changes of the loss are measured, and what they must be worth."""
+
+    recovery_steps: Count
+    repeats: Annotated[int, Field(ge=2, strict=True)]
+    surveys: Count
+    survey_every: Count
+    surveyed: Count
+    candidates: Count
+    price: NonNegative
+    usage: UsageLabels
+
+
 class SurgeryStudy(Section):
     """The study of surgery apart from any signal."""
 
@@ -286,6 +313,7 @@ class Params(Section):
     p7b1: RandomLabels
     p7b2: RoutingEntropy
     p7b3: MultiTask
+    p7b4: GroundTruth
     surgery: SurgeryStudy
     decisions: Decisions
     headline: Headline
@@ -320,6 +348,20 @@ class Params(Section):
             raise ValueError(
                 f"p7b.cooldown is {self.p7b.cooldown}: it must be at most {wait} (act_every * surgery.operations / 2), "
                 "else the surgery study has no rested halves to merge"
+            )
+        if self.seeds < 2:
+            raise ValueError("seeds is 1: 7b.4's control head learns from the other seeds, so it must be at least 2")
+        if self.p7b4.recovery_steps > self.p7b.settle:
+            raise ValueError(
+                f"p7b4.recovery_steps is {self.p7b4.recovery_steps}: it must be at most p7b.settle = "
+                f"{self.p7b.settle}, else the last forks would outlast the phase"
+            )
+        last = self.p7b4.survey_every * (self.p7b4.surveys - 1)
+        if last + self.p7b4.recovery_steps > self.p7b.steps:
+            raise ValueError(
+                f"the last of p7b4.surveys = {self.p7b4.surveys}, one every survey_every = {self.p7b4.survey_every}, "
+                f"is at step {last}: with recovery_steps = {self.p7b4.recovery_steps} it must end by p7b.steps = "
+                f"{self.p7b.steps}"
             )
         if "default" not in self.references:
             raise ValueError("references.default is missing: the models of data sets that have none of their own")

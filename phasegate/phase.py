@@ -13,6 +13,7 @@ from torch import Tensor
 
 from phasegate import checkpoint, execution
 from phasegate.checkpoint import RECORD, WEIGHTS, Checkpoint, Record
+from phasegate.counterfactual_head import HEAD
 from phasegate.data import fit_file
 from phasegate.hyperplanes import sibling_balance
 from phasegate.logs import CURVE, SURGERIES, SURGERY_COLUMNS, Curve
@@ -22,7 +23,7 @@ from phasegate.multitask import add_tasks, further_losses
 from phasegate.params import Schedule
 from phasegate.randomness import derived_seed
 from phasegate.surgeon import Surgeon, Treatment
-from phasegate.training import Batches, Examples, cosine, fit, load_examples, main_loss, nudge_selection
+from phasegate.training import Course, fit, load_examples, main_loss, nudge_selection
 from phasegate.trials import Trial
 
 
@@ -46,15 +47,21 @@ class Arm:
 
 
 def continuations(
-    prepared: Path, baselines: Path, phase: str, arms: list[Arm], seeds: int, schedule: Schedule
+    prepared: Path,
+    baselines: Path,
+    phase: str,
+    arms: list[Arm],
+    seeds: int,
+    schedule: Schedule,
+    heads: Path | None = None,
 ) -> list[Trial]:
-    """The trials of all arms and seeds: seed s goes on from `baselines`/seed-s."""
+    """The trials of all arms and seeds: seed s goes on from `baselines`/seed-s, and may read `heads`/seed-s."""
     return [
         Trial(
             f"{arm.name}/seed-{seed}",
             run_arm,
             {"prepared": prepared, "start": start, "phase": phase, "arm": arm, "seed": seed, "schedule": schedule},
-            (fit_file(prepared), start / WEIGHTS, start / RECORD),
+            (*begin_files(prepared, start), *([heads / f"seed-{seed}" / HEAD] if heads else [])),
         )
         for arm in arms
         for seed in range(seeds)
@@ -64,66 +71,72 @@ def continuations(
 
 def run_arm(folder: Path, *, prepared: Path, start: Path, phase: str, arm: Arm, seed: int, schedule: Schedule) -> None:
     """Run one trial and leave a checkpoint, a learning curve and the log of surgeries in `folder`."""
-    train, signal, gate = load_examples(prepared, execution.device())
-    trial = _Trial(checkpoint.load(start, gate, train.x.device), arm, seed, schedule, signal, gate)
-    batches = Batches(train, trial.training.batch, derived_seed(seed, "7b"), trial.training)
-    rates = cosine(schedule.lr_scale * trial.training.lr, schedule.steps)
+    start_from, course = begin(prepared, start, seed, schedule)
+    trial = _Trial(start_from, arm, course)
     trial.curve.measure(0)
-    fit(trial.model, trial.optimizer, batches, trial.objective, rates, trial.after_step)
-    record = Record(phase, arm.name, seed, trial.training, trial.n_routed_start)
-    checkpoint.save(folder, trial.model, None, record, gate)
+    fit(trial.model, trial.optimizer, course.batches, trial.objective, course.rates, trial.after_step)
+    record = Record(phase, arm.name, seed, course.training, trial.n_routed_start)
+    checkpoint.save(folder, trial.model, None, record, course.gate)
     trial.curve.table().to_csv(folder / CURVE, index=False)
     pd.DataFrame(trial.surgeon.log if trial.surgeon else [], columns=SURGERY_COLUMNS).to_csv(
         folder / SURGERIES, index=False
     )
 
 
+def begin_files(prepared: Path, start: Path) -> tuple[Path, ...]:
+    """The files that `begin` reads."""
+    return fit_file(prepared), start / WEIGHTS, start / RECORD
+
+
+def begin(prepared: Path, start: Path, seed: int, schedule: Schedule) -> tuple[Checkpoint, Course]:
+    """A verified 7a checkpoint, and what lies before it."""
+    train, signal, gate = load_examples(prepared, execution.device())
+    loaded = checkpoint.load(start, gate, train.x.device)
+    return loaded, Course(train, signal, gate, loaded.record.training, schedule, seed)
+
+
 class _Trial:
     """The moving parts of a trial: the loss of a step, and what happens after it."""
 
-    def __init__(
-        self, start: Checkpoint, arm: Arm, seed: int, schedule: Schedule, signal: Examples, gate: Examples
-    ) -> None:
+    def __init__(self, start: Checkpoint, arm: Arm, course: Course) -> None:
         assert isinstance(start.model, Model) and start.optimizer is not None, "not a 7a checkpoint"
-        self.model, self.optimizer, self.training = start.model, start.optimizer, start.record.training
-        self.arm, self.schedule, self.gate = arm, schedule, gate
+        self.model, self.optimizer, self.arm, self.course = start.model, start.optimizer, arm, course
         self.n_routed_start = self.model.n_routed
-        self.curve = Curve(self.model, gate)
+        self.curve = Curve(self.model, course.gate)
         label_maps = arm.tasks.label_maps if arm.tasks else ()
-        self._label_maps = [torch.tensor(m, device=gate.x.device) for m in label_maps]
+        self._label_maps = [torch.tensor(m, device=course.gate.x.device) for m in label_maps]
         if arm.tasks:
-            torch.manual_seed(derived_seed(seed, "task heads"))
+            torch.manual_seed(derived_seed(course.seed, "task heads"))
             add_tasks(self.model, self.optimizer, [max(m) + 1 for m in label_maps], arm.tasks.own_gates)
         for moe in self.model.layers:
             for hyperplane in (moe.node_weight, moe.node_offset):
-                hyperplane.requires_grad_(schedule.hyperplanes != "fixed")
+                hyperplane.requires_grad_(course.schedule.hyperplanes != "fixed")
         self.surgeon: Surgeon | None = None
         if arm.treatment is not None:
-            rate = schedule.lr_scale * self.training.lr
-            self.surgeon = Surgeon(self.model, self.optimizer, arm.treatment, schedule, rate, seed, signal, gate)
+            self.surgeon = Surgeon(self.model, self.optimizer, arm.treatment, course)
 
     def objective(self, x: Tensor, y: Tensor, step: int) -> Tensor:
         """The control arm's loss, plus what the arm adds to it."""
         output = self.model(x, n_tasks=1 + len(self._label_maps))
         nudge_selection(self.model, output)
-        loss = main_loss(self.model, output, y, self.training.label_smoothing)
+        loss = main_loss(self.model, output, y, self.course.training.label_smoothing)
         if self.arm.tasks:
             loss = loss + self.arm.tasks.weight * further_losses(output, y, self._label_maps)
         if self.arm.entropy_weight:
             entropies = [routing_entropy(routing.probs).mean() for routing in output.routings]
             loss = loss + self.arm.entropy_weight * torch.stack(entropies).mean()
-        if self.schedule.hyperplanes == "balanced":
+        if self.course.schedule.hyperplanes == "balanced":
             for moe, routing in zip(self.model.layers, output.routings, strict=True):
-                loss = loss + self.schedule.sibling_balance * sibling_balance(moe, routing)
+                loss = loss + self.course.schedule.sibling_balance * sibling_balance(moe, routing)
         return loss + self.surgeon.loss(output.routings, step) if self.surgeon else loss
 
     def after_step(self, step: int, loss: Tensor) -> None:
         """Operate where the controllers say so, and take a point of the learning curve."""
         self.curve.add_loss(loss)
-        schedule = self.schedule
+        schedule = self.course.schedule
         if self.surgeon and step % schedule.act_every == 0 and step <= schedule.steps - schedule.settle:
             self.surgeon.act(step)
         if step % schedule.eval_every == 0 or step == schedule.steps:
-            accuracy = 100 * self.curve.measure(step) / len(self.gate)
+            accuracy = 100 * self.curve.measure(step) / len(self.course.gate)
             if self.surgeon:
                 self.surgeon.recovered(step, accuracy)

@@ -13,7 +13,7 @@ from phasegate.model import Model, ModelSpec
 from phasegate.params import Training
 from phasegate.randomness import derived_seed
 from phasegate.references import Reference, ReferenceSpec
-from phasegate.training import Batches, cosine, fit, load_examples, main_loss, make_optimizer, nudge_selection
+from phasegate.training import Batches, cosine, fit, load_examples, make_optimizer, plain_objective
 from phasegate.trials import Trial
 
 CURVE_POINTS = 20
@@ -67,14 +67,9 @@ def pretrain(
         if step % every == 0 or step == training.steps:
             curve.measure(step)
 
-    def objective(x: Tensor, y: Tensor, step: int) -> Tensor:
-        output = model(x)
-        nudge_selection(model, output)
-        return main_loss(model, output, y, training.label_smoothing)
-
     batches = Batches(train, training.batch, seed, training)
     rates = cosine(training.lr, training.steps, training.warmup)
-    fit(model, optimizer, batches, objective, rates, after_step)
+    fit(model, optimizer, batches, plain_objective(model, training.label_smoothing), rates, after_step)
     n_routed = model.n_routed if isinstance(model, Model) else 0
     record = Record(phase, arm, seed, training, n_routed)
     checkpoint.save(folder, model, optimizer if keep_optimizer else None, record, gate)

@@ -12,6 +12,8 @@ PREPARED = Path("data/prepared")
 EVALUATED = Path("data/evaluated")
 MODELS = Path("models")
 BASELINES = MODELS / "p7a/baseline"
+SURVEYS = MODELS / "survey"
+HEADS = MODELS / "heads"
 REPORTS = Path("reports")
 
 

@@ -1,25 +1,26 @@
 """What happens when a controller acts: it decides, the operation is carried out, and its effect is logged."""
 
-import copy
 import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.optim import Optimizer
 
 from phasegate import hyperplanes
-from phasegate.control import Allowed, Control, Controller, HeadControl, Proposal, Situation
+from phasegate.control import Allowed, Control, HeadControl, Proposal, Situation
+from phasegate.counterfactual import Forked, Forks, removals
+from phasegate.counterfactual_head import describe
 from phasegate.expert_manager import ExpertManager, Surgery
 from phasegate.model import Model, Output
 from phasegate.moe import Routing
-from phasegate.params import Schedule
+from phasegate.oracle import example_losses
+from phasegate.probe import Probe
 from phasegate.randomness import derived_seed, generator
-from phasegate.signals import ExpertSignals, expert_signals, routing_kl
-from phasegate.training import EVALUATION_BATCH, PROBE, Examples, correct, predict
+from phasegate.signals import expert_signals, routing_kl
+from phasegate.training import EVALUATION_BATCH, PROBE, Course, correct, predict
 
 Grow = Literal["split", "clone", "reinit"]
 Prune = Literal["remove", "merge"]
@@ -39,31 +40,20 @@ class Surgeon:
 
     Args:
         optimizer: of the model; the controllers' heads, if any, join it.
-        rate: the model's peak learning rate, relative to which the heads' is set.
     """
 
-    def __init__(
-        self,
-        model: Model,
-        optimizer: Optimizer,
-        treatment: Treatment,
-        schedule: Schedule,
-        rate: float,
-        seed: int,
-        signal: Examples,
-        gate: Examples,
-    ) -> None:
+    def __init__(self, model: Model, optimizer: Optimizer, treatment: Treatment, course: Course) -> None:
         self.model, self.optimizer, self.treatment = model, optimizer, treatment
-        self.schedule, self.seed, self.gate = schedule, seed, gate
-        self.signal = Examples(signal.x[:EVALUATION_BATCH], signal.y[:EVALUATION_BATCH])
+        self.course, self.schedule, self.seed = course, course.schedule, course.seed
         self.log: list[dict[str, Any]] = []
-        self._rests_until: dict[tuple[int, int], int] = {}  # (block, expert id) -> step
-        torch.manual_seed(derived_seed(seed, "control head"))
+        self._touched: dict[tuple[int, int], int] = {}  # (block, expert id) -> step of its last surgery
+        self._born: dict[tuple[int, int], int] = {}  # (block, expert id) -> step, of those made in this phase
+        torch.manual_seed(derived_seed(self.seed, "control head"))
         control, width = treatment.control, model.spec.architecture.width
-        self.controllers: list[Controller] = [control.build(width, gate.x.device) for _ in model.layers]
+        self.controllers = [control.build(width, self.seed, course.gate.x.device) for _ in model.layers]
         if isinstance(control, HeadControl):
             heads = [parameter for controller in self.controllers for parameter in controller.parameters()]
-            factor = control.labels.head_lr / rate
+            factor = control.labels.head_lr / (self.schedule.lr_scale * course.training.lr)
             optimizer.add_param_group({"params": heads, "lr_factor": factor, "weight_decay": 0.0})
 
     def loss(self, routings: tuple[Routing, ...], step: int) -> Tensor | float:
@@ -85,26 +75,37 @@ class Surgeon:
     @torch.no_grad()
     def act(self, step: int) -> None:
         """Ask each controller for one operation on its layer, do it, and log what it did."""
-        for block, moe in enumerate(self.model.layers):
-            signals = expert_signals(self._routing(block), moe.n_routed)
-            draws = generator(self.seed, "decision", step, block)
-            loss_after = partial(self._loss_after, block, signals)
-            proposal = self.controllers[block].propose(
-                Situation(signals, self._allowed(block, step), loss_after, draws)
-            )
+        for block in range(len(self.model.layers)):
+            probe, draws = Probe(self.model, block, self.course.signal), generator(self.seed, "decision", step, block)
+            proposal = self.controllers[block].propose(self.situation(probe, step, draws))
             if proposal is not None:
-                self._carry_out(proposal, block, step, signals, draws)
+                self._carry_out(proposal, probe, step, draws)
 
-    def _carry_out(
-        self, proposal: Proposal, block: int, step: int, signals: ExpertSignals, draws: torch.Generator
-    ) -> None:
+    def situation(self, probe: Probe, step: int, draws: torch.Generator) -> Situation:
+        """What the controller of the probed layer is shown."""
+        return Situation(
+            signals=expert_signals(probe.routing, probe.layer.n_routed),
+            allowed=self._allowed(probe.block, step),
+            loss_after=partial(self._loss_after, probe),
+            draws=draws,
+            features=partial(self._features, probe.block, step),
+            removals=partial(removals, probe),
+            forks=partial(self._forks, probe, step),
+            expert_size=probe.layer.weights(0).numel(),
+        )
+
+    def _carry_out(self, proposal: Proposal, probe: Probe, step: int, draws: torch.Generator) -> None:
         """Do one operation between two measurements."""
-        before, right_before = self._probe(), correct(self.model, self.gate)
-        surgery = self._operate(block, self.optimizer, proposal, signals, draws)
-        after, right_after = self._probe(), correct(self.model, self.gate)
+        block, gate = probe.block, self.course.gate
+        before, right_before = self._glance(), correct(self.model, gate)
+        manager = ExpertManager(probe.layer, self.optimizer)
+        surgery = self._operate(manager, proposal, probe, draws)
+        after, right_after = self._glance(), correct(self.model, gate)
+        if proposal.action == "grow":
+            self._born[block, surgery.expert] = step
         for expert in (surgery.expert, surgery.parent):
             if expert is not None:
-                self._rests_until[block, expert] = step + self.schedule.cooldown
+                self._touched[block, expert] = step
         change = (after.logits[0] - before.logits[0]).norm() / before.logits[0].norm()
         probs_before, probs_after = (output.routings[block].probs[0] for output in (before, after))
         self.log.append(
@@ -117,28 +118,20 @@ class Surgeon:
                 "n_routed_before": surgery.n_routed_before,
                 "n_routed_after": surgery.n_routed_after,
                 "output_change": float(change),
-                "accuracy_before": 100 * right_before / len(self.gate),
-                "accuracy_after": 100 * right_after / len(self.gate),
+                "accuracy_before": 100 * right_before / len(gate),
+                "accuracy_after": 100 * right_after / len(gate),
                 "routing_kl": routing_kl(probs_before, probs_after, surgery.family_source),
                 "recovery_steps": 0 if right_after >= right_before else math.nan,
             }
         )
 
-    def _operate(
-        self,
-        block: int,
-        optimizer: Optimizer | None,
-        proposal: Proposal,
-        signals: ExpertSignals,
-        draws: torch.Generator,
-    ) -> Surgery:
-        """Carry out a proposal by the arm's kind of surgery."""
-        moe = self.model.layers[block]
-        manager, e = ExpertManager(moe, optimizer), proposal.expert
-        expert = int(moe.expert_id[e])
+    def _operate(self, manager: ExpertManager, proposal: Proposal, probe: Probe, draws: torch.Generator) -> Surgery:
+        """Carry out a proposal by the arm's kind of surgery, on the probed layer or on a copy of it."""
+        e = proposal.expert
+        expert = int(manager.moe.expert_id[e])
         match self.treatment.grow if proposal.action == "grow" else self.treatment.prune:
             case "split":
-                return manager.split(expert, *self._plane(block, e, draws))
+                return manager.split(expert, *self._plane(probe, e, draws))
             case "clone":
                 return manager.clone(expert)
             case "reinit":
@@ -148,49 +141,53 @@ class Surgeon:
             case "merge":
                 sibling = manager.sibling(expert)
                 assert sibling is not None, "only experts with a sibling may be merged"
-                both = signals.load[e] + signals.load[moe.expert_id == sibling].sum()
-                return manager.merge(expert, sibling, float(signals.load[e] / both) if both else 0.5)
+                load = probe.visits.count_nonzero(0)
+                both = load[e] + load[manager.moe.expert_id == sibling].sum()
+                return manager.merge(expert, sibling, float(load[e] / both) if both else 0.5)
 
-    def _plane(self, block: int, e: int, draws: torch.Generator) -> tuple[Tensor, float]:
-        """The hyperplane that halves the signal tokens of expert index e."""
-        moe, direction = self.model.layers[block], self.schedule.split_direction
-        routing, slopes = self._slopes(block) if direction == "loss" else (self._routing(block), None)
-        slot = routing.experts[0] == e  # (N, K)
-        tokens = routing.tokens[0][slot.any(-1)]
+    def _plane(self, probe: Probe, e: int, draws: torch.Generator) -> tuple[Tensor, float]:
+        """The hyperplane that halves the probed tokens of expert index e."""
+        tokens, direction = probe.tokens_of(e), self.schedule.split_direction
         if direction == "random":
             return hyperplanes.halve(tokens, hyperplanes.random_direction(tokens.shape[1], draws).to(tokens))
-        if slopes is None:
+        if direction == "principal":
             return hyperplanes.halve(tokens, hyperplanes.principal_direction(tokens))
-        gradients = routing.gates[0][slot][:, None] * slopes[slot.any(-1)]
+        slopes = (probe.visits[:, e, None] * probe.slopes)[(probe.routing.experts[0] == e).any(-1)]
         every = -(-len(tokens) // EVALUATION_BATCH) or 1  # an image may be many tokens, and the kernel is square
         some = tokens[::every]
-        kernel = hyperplanes.gradient_kernel(moe, e, some, gradients[::every])
+        kernel = hyperplanes.gradient_kernel(probe.layer, e, some, slopes[::every])
         return hyperplanes.halve(tokens, hyperplanes.loss_direction(some, kernel))
 
-    def _slopes(self, block: int) -> tuple[Routing, Tensor]:
-        """A layer's routing, and the gradient of the signal loss with respect to its output (N, D)."""
-        outputs: list[Tensor] = []
-        hook = self.model.layers[block].register_forward_hook(lambda moe, x, y: outputs.append(y[0]))
-        with hook, torch.enable_grad():
-            output = self.model.eval()(self.signal.x)
-            (slopes,) = torch.autograd.grad(F.cross_entropy(output.logits[0], self.signal.y), outputs)
-        return Routing(*(tensor.detach() for tensor in output.routings[block])), slopes[0]
-
-    def _loss_after(self, block: int, signals: ExpertSignals, proposal: Proposal) -> float:
+    def _loss_after(self, probe: Probe, proposal: Proposal) -> float:
         """Mean signal loss (nats) right after an operation, which is done on a copy of the layer."""
-        whole, original = self.model.blocks[block], self.model.layers[block]
-        whole.moe = copy.deepcopy(original)
-        try:
-            self._operate(block, None, proposal, signals, generator(self.seed, "tried", block))
-            return float(F.cross_entropy(predict(self.model, self.signal.x)[0].logits[0], self.signal.y))
-        finally:
-            whole.moe = original
+        draws = generator(self.seed, "tried", probe.block)
+        with self.model.spare_layer(probe.block) as spare:
+            self._operate(ExpertManager(spare), proposal, probe, draws)
+            return float(example_losses(self.model, probe.examples).mean())
+
+    def _features(self, block: int, step: int) -> Tensor:
+        """What a counterfactual head reads, (E, F), from the gate split."""
+        ages = torch.tensor([step - self._born.get((block, e), -self.course.training.steps) for e in self._ids(block)])
+        return describe(Probe(self.model, block, self.course.gate), ages, step / self.schedule.steps)
+
+    def _forks(self, probe: Probe, step: int, proposals: list[Proposal], steps: int, repeats: int) -> Forked:
+        """Measured changes by each proposal, done in the arm's way; what is random is drawn for every repeat."""
+
+        def operate(manager: ExpertManager, repeat: int, proposal: Proposal) -> None:
+            self._operate(manager, proposal, probe, generator(self.seed, "fork", step, probe.block, repeat))
+
+        forks = Forks(self.model, self.optimizer, self.course, steps, repeats)
+        return forks.measure(probe.block, step, [partial(operate, proposal=proposal) for proposal in proposals])
+
+    def _ids(self, block: int) -> list[int]:
+        return [int(expert) for expert in self.model.layers[block].expert_id]
 
     def _allowed(self, block: int, step: int) -> Allowed:
         """Within the bounds on the number of experts; none that surgery touched lately."""
         moe, schedule = self.model.layers[block], self.schedule
         experts = moe.expert_id.tolist()
-        rest = {expert: self._rests_until.get((block, expert), 0) <= step for expert in experts}
+        touched = [self._touched.get((block, expert), -schedule.cooldown) for expert in experts]
+        rest = {expert: last + schedule.cooldown <= step for expert, last in zip(experts, touched, strict=True)}
         rested = torch.tensor([rest[expert] for expert in experts])
         if self.treatment.prune == "merge":
             siblings = map(ExpertManager(moe).sibling, experts)
@@ -202,9 +199,6 @@ class Surgeon:
             prune=rested & prunable & (moe.n_routed > schedule.min_experts),
         )
 
-    def _routing(self, block: int) -> Routing:
-        return predict(self.model, self.signal.x)[0].routings[block]
-
-    def _probe(self) -> Output:
+    def _glance(self) -> Output:
         """The model's output on the first examples of the signal split."""
-        return predict(self.model, self.signal.x[:PROBE])[0]
+        return predict(self.model, self.course.signal.x[:PROBE])[0]

@@ -6,7 +6,7 @@ Everything random is drawn from `randomness.generator`, so a step depends on the
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import torch
@@ -17,8 +17,8 @@ from torch.optim import AdamW, Optimizer
 from phasegate import data
 from phasegate.model import Model, Output
 from phasegate.moe import Routing
-from phasegate.params import Architecture, Training
-from phasegate.randomness import derived_seed, generator
+from phasegate.params import Architecture, Schedule, Training
+from phasegate.randomness import derived_seed, generator, seed_default_generators
 
 EVALUATION_BATCH = 2048
 PROBE = 256  # signal examples on which the change of the output by surgery is measured
@@ -71,6 +71,28 @@ def cosine(peak: float, steps: int, warmup: int = 0) -> list[float]:
     rising = [peak * (step + 1) / warmup for step in range(warmup)]
     falling = steps - warmup
     return rising + [peak * 0.5 * (1 + math.cos(math.pi * step / falling)) for step in range(falling)]
+
+
+@dataclass(frozen=True, eq=False)
+class Course:
+    """What every 7b trial of a seed goes through, whatever its arm."""
+
+    train: Examples
+    signal: Examples
+    gate: Examples
+    training: Training  # the configuration of 7a
+    schedule: Schedule
+    seed: int
+
+    @cached_property
+    def rates(self) -> list[float]:
+        """Learning rates of all steps."""
+        return cosine(self.schedule.lr_scale * self.training.lr, self.schedule.steps)
+
+    @cached_property
+    def batches(self) -> "Batches":
+        """The batches of the phase, the same for all arms."""
+        return Batches(self.train, self.training.batch, derived_seed(self.seed, "7b"), self.training)
 
 
 class Batches:
@@ -161,6 +183,17 @@ def main_loss(model: nn.Module, output: Output, y: Tensor, label_smoothing: floa
     return loss + routing_penalty(output.routings, model.spec.architecture)
 
 
+def plain_objective(model: nn.Module, label_smoothing: float) -> Objective:
+    """The loss of training without anything added, with loss-free balancing where that is asked for."""
+
+    def objective(x: Tensor, y: Tensor, step: int) -> Tensor:
+        output = model(x)
+        nudge_selection(model, output)
+        return main_loss(model, output, y, label_smoothing)
+
+    return objective
+
+
 def fit(
     model: nn.Module,
     optimizer: Optimizer,
@@ -179,8 +212,9 @@ def fit(
     for step, rate in enumerate(rates, start=1):
         for group in optimizer.param_groups:
             group["lr"] = rate * group.get("lr_factor", 1.0)
-        torch.manual_seed(derived_seed(batches.seed, "dropout", step))
-        model.train()
+        seed_default_generators(derived_seed(batches.seed, "dropout", step))
+        if not model.training:
+            model.train()
         loss = objective(*batches(step), step)
         if not loss.isfinite():
             raise FloatingPointError(f"the loss is {loss.item()} at step {step}")

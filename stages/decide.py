@@ -8,6 +8,7 @@ from phasegate.decisions import decide, leaderboard, relabel_control
 from phasegate.files import write_atomic
 from phasegate.params import EVALUATED_PHASES, Params
 from phasegate.report.tables import decisions_markdown
+from phasegate.signal_summary import signal_summary
 from phasegate.stage import EVALUATED, MODELS, PREPARED, REPORTS, run
 from phasegate.surgery_summary import surgery_summary
 
@@ -26,6 +27,7 @@ def main(params: Params) -> None:
     summary = surgery_summary(tables["surgeries"], tables["halves"], tables["curves"], decisions, claims.confidence)
     write("decisions", decisions)
     write("surgery_summary", summary)
+    write("signal_summary", signal_summary(pd.read_csv(REPORTS / "signals.csv"), claims.confidence))
     write_atomic(REPORTS / "decisions.json", decisions.to_json(orient="records", indent=2) + "\n")
     markdown = decisions_markdown(decisions, hypotheses, claims.margin_pp, claims.confidence)
     write_atomic(REPORTS / "decisions.md", markdown)

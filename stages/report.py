@@ -9,11 +9,11 @@ import pandas as pd
 from phasegate.data import load_meta
 from phasegate.files import write_atomic
 from phasegate.params import Params
-from phasegate.report import drawing, html, plots, surgery_plots
+from phasegate.report import drawing, html, plots, signal_plots, surgery_plots
 from phasegate.stage import PREPARED, REPORTS, run
 
 TABLES = (
-    *("decisions", "curves", "surgeries", "surgery_summary", "halves", "preservation"),
+    *("decisions", "curves", "surgeries", "surgery_summary", "signal_summary", "halves", "preservation"),
     *("routing", "tasks", "leaderboard_q1", "leaderboard_q2"),
 )
 LIBRARIES = ("torch", "numpy", "scipy", "pandas", "dvc")
@@ -32,6 +32,8 @@ def main(params: Params) -> None:
         "expert_routing": plots.expert_routing(table["routing"], decisions),
         "surgery": surgery_plots.surgery(summary, surgeries, claims.margin_pp),
         "halves": surgery_plots.halves(table["preservation"], table["halves"], summary, params.p7b.steps),
+        "signals": signal_plots.signals(table["signal_summary"], claims.confidence),
+        "regret": signal_plots.regret(table["signal_summary"], claims.confidence),
         "leaderboard_q1": plots.leaderboard(table["leaderboard_q1"], "Q1"),
         "leaderboard_q2": plots.leaderboard(table["leaderboard_q2"], "Q2"),
     }
@@ -43,7 +45,9 @@ def main(params: Params) -> None:
         claims.margin_pp,
         figures={name: (REPORTS / f"{name}.svg").read_text() for name in figures},
         leaderboards={"q1": table["leaderboard_q1"], "q2": table["leaderboard_q2"]},
-        surgeries=summary,
+        surgeries=surgeries,
+        surgery_summary=summary,
+        signals=table["signal_summary"],
         curves=table["curves"],
         tasks=table["tasks"],
         provenance=provenance(params),

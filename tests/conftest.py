@@ -7,10 +7,12 @@ import pytest
 import torch
 from hypothesis import settings
 
+from phasegate.counterfactual_head import SURVEY, learn
 from phasegate.data import Split, save
 from phasegate.model import ModelSpec
-from phasegate.params import Architecture, Schedule, Training
+from phasegate.params import Architecture, GroundTruth, Schedule, Training, UsageLabels
 from phasegate.pretraining import pretrain
+from phasegate.survey import survey
 from phasegate.training import Examples, load_examples
 from phasegate.trials import SECONDS
 
@@ -39,6 +41,14 @@ def schedule() -> Schedule:
     return Schedule(
         steps=60, lr_scale=0.5, act_every=4, settle=12, cooldown=8, min_experts=4, max_experts=7,
         eval_every=4, split_direction="random", hyperplanes="fixed", sibling_balance=0.01,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def truth() -> GroundTruth:
+    return GroundTruth(
+        recovery_steps=3, repeats=2, surveys=2, survey_every=8, surveyed=1, candidates=1, price=1e-8,
+        usage=UsageLabels(grow_above=1.3, prune_below=0.7),
     )  # fmt: skip
 
 
@@ -76,4 +86,25 @@ def baselines(prepared: Path, spec: ModelSpec, training: Training, tmp_path_fact
     (folder / "seed-0").mkdir()
     pretrain(folder / "seed-0", **arguments, spec=spec, training=training, keep_optimizer=True)  # type: ignore[arg-type]
     (folder / "seed-0" / SECONDS).write_text("1.5\n")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def surveys(
+    prepared: Path, baselines: Path, schedule: Schedule, truth: GroundTruth, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The folder of surveys of two seeds; both go on from the one baseline that there is."""
+    folder = tmp_path_factory.mktemp("surveys")
+    for seed in (0, 1):
+        (folder / f"seed-{seed}").mkdir()
+        start = baselines / "seed-0"
+        survey(folder / f"seed-{seed}", prepared=prepared, start=start, seed=seed, schedule=schedule, truth=truth)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def heads(surveys: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the control head of `seed-0`, which learned from the survey of seed 1."""
+    folder = tmp_path_factory.mktemp("heads")
+    learn(folder / "seed-0", surveys=(surveys / "seed-1" / SURVEY,), seed=0)
     return folder

@@ -1,5 +1,7 @@
 """Controllers label as they say, learn what can be learned, and propose only what is allowed."""
 
+from typing import NoReturn
+
 import pytest
 import torch
 from hypothesis import given
@@ -24,8 +26,9 @@ from phasegate.control import (
     Situation,
     entropy_labels,
     random_labels,
+    usage_labels,
 )
-from phasegate.params import EntropyLabels, RandomLabels
+from phasegate.params import EntropyLabels, RandomLabels, UsageLabels
 from phasegate.signals import N_SCALARS, ExpertSignals
 
 WIDTH = 4
@@ -56,7 +59,11 @@ def situation(
         return losses[proposal.expert]
 
     yes = torch.ones(len(given.load), dtype=torch.bool)
-    return Situation(given, allowed or Allowed(yes, yes), loss_after, draws(seed))
+
+    def unasked(*questions: object) -> NoReturn:
+        raise AssertionError("nobody needs to know")
+
+    return Situation(given, allowed or Allowed(yes, yes), loss_after, draws(seed), unasked, unasked, unasked, 1)
 
 
 @given(st.integers(0, 10), st.integers(0, 10), st.integers(0, 10**6))
@@ -74,6 +81,13 @@ def test_random_labels_are_drawn_anew() -> None:
     assert torch.equal(label(signals(100, 1), draws()), label(signals(100, 2), draws()))
 
 
+def test_usage_labels_follow_the_thresholds_in_even_shares() -> None:
+    load = torch.tensor([0.35, 0.25, 0.2, 0.15, 0.05])
+    given = ExpertSignals(load, load, load, torch.zeros(5, WIDTH), torch.tensor(0.5))
+    assert usage_labels(1.5, 0.5)(given, draws()).tolist() == [GROW, KEEP, KEEP, KEEP, PRUNE]
+    assert usage_labels(1.2, 0.8)(given, draws()).tolist() == [GROW, GROW, KEEP, PRUNE, PRUNE]
+
+
 def test_entropy_labels_follow_the_thresholds() -> None:
     entropy = torch.tensor([0.50, 0.44, 0.46, 0.54, 0.56, 0.44])
     load = torch.tensor([0.2, 0.2, 0.2, 0.2, 0.2, 0.0])
@@ -83,14 +97,15 @@ def test_entropy_labels_follow_the_thresholds() -> None:
 
 
 labels = st.sampled_from([NOISE, ENTROPY])
+any_labels = st.sampled_from([NOISE, ENTROPY, UsageLabels(grow_above=1.5, prune_below=0.5)])
 acts = st.sampled_from(["sample", "argmax", "never"])
 masks = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=8)
 plans = st.builds(Plan, st.integers(0, 4), st.integers(0, 4), st.sampled_from(["usage", "loss"]))
-controls = st.one_of(st.builds(LabelControl, labels), st.builds(HeadControl, labels, acts, st.booleans()), plans)
+controls = st.one_of(st.builds(LabelControl, any_labels), st.builds(HeadControl, labels, acts, st.booleans()), plans)
 
 
 def built(control: Control) -> Controller:
-    return control.build(WIDTH, torch.device("cpu"))
+    return control.build(WIDTH, 0, torch.device("cpu"))
 
 
 @given(controls, masks, st.integers(0, 10**6))

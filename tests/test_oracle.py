@@ -13,6 +13,7 @@ from phasegate.expert_manager import ExpertManager
 from phasegate.model import Model, ModelSpec
 from phasegate.oracle import choice_of_set, example_losses, losses_of_all_sets, losses_without_each
 from phasegate.params import Architecture, override
+from phasegate.probe import Probe
 from phasegate.training import Examples
 
 sizes = st.tuples(st.integers(1, 4), st.integers(0, 3)).map(lambda pair: {"top_k": pair[0], "n_routed": sum(pair)})
@@ -42,7 +43,7 @@ def test_the_loss_of_every_set_is_that_of_the_model_with_the_others_removed(
     architecture: Architecture, seed: int, size: dict[str, int], shared: int, block: int
 ) -> None:
     model, examples = study(architecture, seed, n_shared=shared, **size)
-    losses = losses_of_all_sets(model, block, examples)
+    losses = losses_of_all_sets(Probe(model, block, examples))
     n, k = size["n_routed"], size["top_k"]
     for index, loss in enumerate(losses):
         alive = {e for e in range(n) if index >> e & 1}
@@ -65,7 +66,7 @@ def test_the_loss_without_each_expert_is_that_of_the_model_with_it_removed(
         ExpertManager(moe).split(int(moe.expert_id[pick % moe.n_routed]), torch.randn(16).double(), 0.0)
         moe.w_out.data += 0.1 * torch.randn_like(moe.w_out)
     before = copy.deepcopy(model.state_dict())
-    losses = losses_without_each(model, 0, examples).mean(1)
+    losses = losses_without_each(Probe(model, 0, examples)).mean(1)
     ids = set(model.layers[0].expert_id.tolist())
     for loss, expert in zip(losses, model.layers[0].expert_id.tolist(), strict=True):
         torch.testing.assert_close(loss, loss_of(model, 0, ids - {expert}, examples), rtol=1e-9, atol=1e-12)
@@ -74,7 +75,7 @@ def test_the_loss_without_each_expert_is_that_of_the_model_with_it_removed(
 
 def test_an_expert_that_top_k_needs_can_not_be_done_without(architecture: Architecture) -> None:
     model, examples = study(architecture, 0, n_routed=2)
-    assert losses_without_each(model, 0, examples).isinf().all()
+    assert losses_without_each(Probe(model, 0, examples)).isinf().all()
 
 
 @given(st.integers(1, 6), st.integers(1, 4))
@@ -89,11 +90,11 @@ def test_of_a_set_of_ranks_the_best_are_chosen(n: int, k: int) -> None:
 def test_what_the_oracle_can_not_try_is_refused(architecture: Architecture) -> None:
     model, examples = study(architecture, 0, stem="conv")
     with pytest.raises(ValueError, match="one token per example"):
-        losses_of_all_sets(model, 0, examples)
+        losses_of_all_sets(Probe(model, 0, examples))
     model, examples = study(architecture, 0)
     ExpertManager(model.layers[0]).split(0, torch.ones(16).double(), 0.0)
     with pytest.raises(ValueError, match="at most 16 experts without siblings"):
-        losses_of_all_sets(model, 0, examples)
+        losses_of_all_sets(Probe(model, 0, examples))
     model, examples = study(architecture, 0, n_routed=17)
     with pytest.raises(ValueError, match="at most 16 experts"):
-        losses_of_all_sets(model, 0, examples)
+        losses_of_all_sets(Probe(model, 0, examples))

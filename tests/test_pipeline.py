@@ -1,6 +1,7 @@
 """The pipeline as a whole: its dependencies are true, it runs, and it reruns just what a change concerns."""
 
 import ast
+import hashlib
 import json
 import os
 import re
@@ -154,6 +155,8 @@ def test_every_phase_and_arm_gets_a_verdict(checkout: Checkout) -> None:
     assert decisions.groupby("phase")["primary"].sum().drop("p7a").eq(1).all()
     assert (checkout.table("trials").groupby(["phase", "arm"]).size() == 2).all()
     assert not checkout.table("surgeries").empty
+    scored = checkout.table("signals").groupby("signal").size()
+    assert len(scored) == 10 and (scored == 2).all()
 
 
 def test_the_headline_is_a_row_of_the_decisions(checkout: Checkout) -> None:
@@ -196,3 +199,33 @@ def test_the_dvc_commands_work(checkout: Checkout) -> None:
     assert "accuracy" in checkout.command("dvc", "exp", "show", "--csv")
     checkout.command("dvc", "plots", "show")
     assert (checkout.folder / "dvc_plots/index.html").exists()
+
+
+def content(folder: Path) -> dict[str, str]:
+    """The files below a folder by name: tables without what they say of time, all else as it is."""
+    found = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "seconds.txt"):
+        if path.suffix == ".csv":
+            table = pd.read_csv(path)
+            text = table.loc[:, ~table.columns.str.contains("seconds")].to_csv(index=False)
+        else:
+            text = hashlib.sha256(path.read_bytes()).hexdigest()
+        found[str(path.relative_to(folder))] = text
+    return found
+
+
+def test_permuting_the_test_labels_changes_nothing_but_the_evaluation(checkout: Checkout) -> None:
+    folder = checkout.folder
+    checkout.repro()  # whatever a test above has left
+    models, signals = content(folder / "models"), content(folder / "reports")["signals.csv"]
+    accuracy = checkout.table("trials")["accuracy"]
+    path = folder / "phasegate/prepare.py"
+    honest, permuted = '"test": raw.test', '"test": Split(raw.test.x, np.random.default_rng(0).permutation(raw.test.y))'
+    assert honest in path.read_text()
+    path.write_text(path.read_text().replace(honest, permuted))
+    shutil.rmtree(folder / ".phasegate")  # no kept trial is taken for a new one: everything is trained again
+    assert {"prepare", "pretrain", "survey", "control_heads", "p7b4", "signals", "decide"} <= checkout.repro()
+    assert content(folder / "models") == models
+    assert content(folder / "reports")["signals.csv"] == signals
+    after = checkout.table("trials")["accuracy"]
+    assert (after < accuracy).mean() > 0.9 and abs(after.mean() - 10) < 3  # ten classes: chance

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from phasegate.decisions import decide, leaderboard
 from phasegate.errors import UserError
 from phasegate.report import drawing, html, plots, surgery_plots, surgery_tables, tables
+from phasegate.signal_summary import signal_summary
 from phasegate.surgery_summary import surgery_summary
 
 ARMS = {
@@ -105,6 +106,16 @@ def summed(surgeries: pd.DataFrame = SURGERIES) -> pd.DataFrame:
     return surgery_summary(surgeries, HALVES, curves(), decided(), 0.95)
 
 
+SIGNALS = signal_summary(
+    pd.DataFrame(
+        {"signal": signal, "seed": seed, "seconds": 0.1, "spearman_prune": 0.5 + 0.01 * seed}
+        | {"spearman_recovered": 0.5, "spearman_grow": 0.1 * seed}
+        | {f"{name}_{gone}": 0.1 * gone + seed for name in ("regret", "chance") for gone in (1, 2, 4)}
+        for signal in ("random_labels", "usage_frequency")
+        for seed in range(3)
+    ),
+    0.95,
+)
 TASKS = pd.DataFrame(
     [("p7b3", "heads", seed, "parity", 80.0 + seed, 79.0) for seed in range(3)],
     columns=["phase", "arm", "seed", "task", "accuracy", "derived"],
@@ -116,7 +127,9 @@ def page(**changes: object) -> str:
     inputs: dict[str, object] = {
         "figures": {name: drawing.svg(plots.leaderboard(board(), "7a Q1")) for name in ("leaderboard_q1", "again")},
         "leaderboards": {"q1": board()},
-        "surgeries": summed(),
+        "surgeries": SURGERIES,
+        "surgery_summary": summed(),
+        "signals": SIGNALS,
         "curves": curves(),
         "tasks": TASKS,
         "confidence": 0.95,
@@ -278,4 +291,4 @@ def test_the_page_is_well_formed_self_contained_and_escapes_what_people_wrote() 
 
 
 def test_a_study_without_surgeries_or_leaderboards_has_a_page_too() -> None:
-    assert "No arm had any" in page(surgeries=summed(SURGERIES.head(0)), leaderboards={}, figures={})
+    assert "No arm had any" in page(surgery_summary=summed(SURGERIES.head(0)), leaderboards={}, figures={})

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from phasegate.params import load_params
-from phasegate.report.readme import refreshed
+from phasegate.report.readme import TABLES, refreshed
 
 ROOT = Path(__file__).parent.parent
 DVC = [str(Path(sys.executable).parent / "dvc")]
@@ -37,8 +37,8 @@ def test_nothing_is_left_to_run_in_a_clone_without_a_cache(tmp_path: Path, resul
 
 def test_the_readme_shows_the_committed_results() -> None:
     text, claims = (ROOT / "README.md").read_text(), load_params(ROOT / "params.yaml").decisions
-    decisions, summary = (pd.read_csv(ROOT / f"reports/{name}.csv") for name in ("decisions", "surgery_summary"))
-    assert refreshed(text, decisions, summary, claims.margin_pp, claims.confidence) == text, "run `make readme`"
+    tables = {name: pd.read_csv(ROOT / f"reports/{name}.csv") for name in TABLES}
+    assert refreshed(text, tables, claims.margin_pp, claims.confidence) == text, "run `make readme`"
 
 
 def test_every_link_of_the_readme_leads_somewhere() -> None:

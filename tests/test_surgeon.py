@@ -18,7 +18,7 @@ from phasegate.model import Model
 from phasegate.moe import MoE
 from phasegate.params import Schedule, override
 from phasegate.surgeon import Grow, Prune, Surgeon, Treatment
-from phasegate.training import correct, load_examples, predict
+from phasegate.training import Course, correct, load_examples, predict
 
 CPU = torch.device("cpu")
 BLOCKS = (0, 1)
@@ -42,7 +42,7 @@ def nothing(situation: Situation) -> None:
 @pytest.fixture
 def make(prepared: Path, baselines: Path, schedule: Schedule) -> Callable[..., Surgeon]:
     """Makes a surgeon of the baseline: plain, or with siblings of different weights, some of them nested."""
-    _, signal, gate = load_examples(prepared, CPU)
+    train, signal, gate = load_examples(prepared, CPU)
 
     def surgeon(grow: Grow = "split", prune: Prune = "remove", grown: bool = False, **changes: Any) -> Surgeon:
         start = load(baselines / "seed-0", gate)
@@ -56,7 +56,8 @@ def make(prepared: Path, baselines: Path, schedule: Schedule) -> Callable[..., S
                 for weight in (moe.w_in, moe.w_out):
                     weight.data += 0.2 * torch.randn(weight.shape, generator=draws)
         made = override(schedule, {"max_experts": 12, **changes}, "p7b")
-        return Surgeon(start.model, start.optimizer, Treatment(Plan(1), grow, prune), made, 0.005, 0, signal, gate)
+        course = Course(train, signal, gate, start.record.training, made, 0)
+        return Surgeon(start.model, start.optimizer, Treatment(Plan(1), grow, prune), course)
 
     return surgeon
 
@@ -70,7 +71,7 @@ def act(surgeon: Surgeon, block: int, controller: Asked, step: int = 4) -> Any:
 
 def signal_loss(surgeon: Surgeon) -> float:
     with torch.no_grad():
-        return F.cross_entropy(surgeon.model.eval()(surgeon.signal.x).logits[0], surgeon.signal.y).item()
+        return F.cross_entropy(surgeon.model.eval()(surgeon.course.signal.x).logits[0], surgeon.course.signal.y).item()
 
 
 def state(surgeon: Surgeon) -> list[Any]:
@@ -136,7 +137,7 @@ def test_asking_changes_nothing(prune: Prune, direction: str, make: Callable[...
 
 
 def train_step(surgeon: Surgeon) -> None:
-    loss = F.cross_entropy(surgeon.model.train()(surgeon.signal.x).logits[0], surgeon.signal.y)
+    loss = F.cross_entropy(surgeon.model.train()(surgeon.course.signal.x).logits[0], surgeon.course.signal.y)
     surgeon.optimizer.zero_grad()
     loss.backward()  # type: ignore[no-untyped-call]
     surgeon.optimizer.step()
@@ -154,7 +155,10 @@ def tokens_of(surgeon: Surgeon, block: int) -> Tensor:
     """Signal tokens per expert."""
     moe = surgeon.model.layers[block]
     return (
-        predict(surgeon.model, surgeon.signal.x)[0].routings[block].experts.flatten().bincount(minlength=moe.n_routed)
+        predict(surgeon.model, surgeon.course.signal.x)[0]
+        .routings[block]
+        .experts.flatten()
+        .bincount(minlength=moe.n_routed)
     )
 
 
@@ -166,12 +170,12 @@ def test_a_split_along_any_direction_keeps_the_function_and_halves_the_tokens(
     surgeon = make(split_direction=direction, grown=grown, cooldown=0)
     for block in BLOCKS:
         for e in range(3):
-            logits, count = predict(surgeon.model, surgeon.signal.x)[0].logits[0], tokens_of(surgeon, block)
+            logits, count = predict(surgeon.model, surgeon.course.signal.x)[0].logits[0], tokens_of(surgeon, block)
             act(surgeon, block, Asked(nothing, Proposal("grow", e)))
             after = tokens_of(surgeon, block)
             assert after[e] + after[-1] == count[e] > 1 and abs(int(after[e]) - int(after[-1])) <= 1
             assert torch.equal(after[:-1].index_fill(0, torch.tensor(e), 0), count.index_fill(0, torch.tensor(e), 0))
-            change = predict(surgeon.model, surgeon.signal.x)[0].logits[0] - logits
+            change = predict(surgeon.model, surgeon.course.signal.x)[0].logits[0] - logits
             assert change.norm() <= 1e-6 * logits.norm() and surgeon.log[-1]["output_change"] <= 1e-6
 
 
@@ -179,9 +183,9 @@ def test_a_split_along_any_direction_keeps_the_function_and_halves_the_tokens(
 def test_an_expert_without_tokens_can_be_split_too(direction: str, make: Callable[..., Surgeon]) -> None:
     surgeon = make(split_direction=direction)
     surgeon.model.layers[0].selection_bias[:, 1] = -1e3
-    logits = predict(surgeon.model, surgeon.signal.x)[0].logits[0]
+    logits = predict(surgeon.model, surgeon.course.signal.x)[0].logits[0]
     act(surgeon, 0, Asked(nothing, Proposal("grow", 1)))
-    torch.testing.assert_close(predict(surgeon.model, surgeon.signal.x)[0].logits[0], logits)
+    torch.testing.assert_close(predict(surgeon.model, surgeon.course.signal.x)[0].logits[0], logits)
     assert surgeon.model.layers[0].node_weight.norm().item() == pytest.approx(1, abs=1e-6)
 
 
@@ -215,7 +219,7 @@ def test_the_gradients_behind_the_loss_direction_sum_to_the_weights_gradient(
     monkeypatch.setattr(hyperplanes, "gradient_kernel", spy)
     moe = copy.deepcopy(surgeon.model.layers[block])
     layer = surgeon.model.layers[block]
-    loss = F.cross_entropy(surgeon.model.eval()(surgeon.signal.x).logits[0], surgeon.signal.y)
+    loss = F.cross_entropy(surgeon.model.eval()(surgeon.course.signal.x).logits[0], surgeon.course.signal.y)
     expected = [gradient[e] for gradient in torch.autograd.grad(loss, [layer.w_in, layer.w_out])]
     act(surgeon, block, Asked(nothing, Proposal("grow", e)))
     ((_, index, tokens, gradients),) = seen
@@ -325,12 +329,12 @@ def test_as_many_families_stay_as_a_token_runs(make: Callable[..., Surgeon]) -> 
 
 def test_an_operation_is_noted_as_recovered_at_the_first_point_that_makes_it_good(make: Callable[..., Surgeon]) -> None:
     surgeon = make()
-    before = 100 * correct(surgeon.model, surgeon.gate) / len(surgeon.gate)
+    before = 100 * correct(surgeon.model, surgeon.course.gate) / len(surgeon.course.gate)
     worst = max(range(5), key=lambda e: act(make(), 0, Asked(every_prune))[e])
     act(surgeon, 0, Asked(nothing, Proposal("prune", worst)))
     (row,) = surgeon.log
     assert row["accuracy_before"] == before > row["accuracy_after"]
-    assert row["accuracy_after"] == 100 * correct(surgeon.model, surgeon.gate) / len(surgeon.gate)
+    assert row["accuracy_after"] == 100 * correct(surgeon.model, surgeon.course.gate) / len(surgeon.course.gate)
     surgeon.recovered(8, before - 0.5)
     assert row["recovery_steps"] != row["recovery_steps"]
     for step in (12, 16):

@@ -8,7 +8,7 @@ import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from phasegate.report import surgery_tables, tables
+from phasegate.report import signal_tables, surgery_tables, tables
 
 CAPTIONS = {
     "differences": "Difference of each arm from the control",
@@ -16,6 +16,8 @@ CAPTIONS = {
     "expert_routing": "Which expert serves which class",
     "surgery": "What each kind of surgery does, at once and in the end",
     "halves": "What operations in a row leave of the function, and what becomes of the halves of a split",
+    "signals": "How well each signal tells what surgery will do",
+    "regret": "What it costs to let each signal choose the experts that go",
     "leaderboard_q1": "Search of the training configuration (7a Q1)",
     "leaderboard_q2": "Search of the architecture (7a Q2)",
 }
@@ -29,6 +31,8 @@ def render(
     figures: Mapping[str, str],
     leaderboards: Mapping[str, pd.DataFrame],
     surgeries: pd.DataFrame,
+    surgery_summary: pd.DataFrame,
+    signals: pd.DataFrame,
     curves: pd.DataFrame,
     tasks: pd.DataFrame,
     provenance: Mapping[str, object],
@@ -37,7 +41,7 @@ def render(
     """The whole page as HTML.
 
     `figures` maps names (`CAPTIONS` has those known) to SVG text from `drawing.svg`, `leaderboards` maps `q1`
-    and `q2` to their tables; `surgeries` is their summary, `tasks` may be empty, `provenance` may nest mappings.
+    and `q2` to their tables; `signals` is their summary, `tasks` may be empty, `provenance` may nest mappings.
     Raises UserError for a phase without a hypothesis.
     """
     environment = Environment(
@@ -66,9 +70,11 @@ def render(
             {"name": name, "caption": CAPTIONS.get(name, name), "svg": inline_svg(svg, name)}
             for name, svg in figures.items()
         ],
-        surgeries=surgery_tables.surgery_cells(surgeries) if len(surgeries) > 1 else [],
+        findings=signal_tables.signal_findings(signals, decisions, surgeries, confidence),
+        signals=signal_tables.signal_cells(signals, confidence),
+        surgeries=surgery_tables.surgery_cells(surgery_summary) if len(surgery_summary) > 1 else [],
         dead=surgery_tables.dead_finding(curves),
-        halves=surgery_tables.halves_cells(surgeries),
+        halves=surgery_tables.halves_cells(surgery_summary),
         tasks=tables.task_cells(tasks, confidence),
         leaderboards={f"7a {name.upper()}": tables.leaderboard_cells(t) for name, t in leaderboards.items()},
         provenance=list(_flat(provenance)),

@@ -1,28 +1,35 @@
 """The README's blocks of results, written from the committed tables: `python -m phasegate.report.readme`."""
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import pandas as pd
 
 from phasegate.decisions import START
 from phasegate.params import load_params
+from phasegate.report.signal_tables import signal_findings
 from phasegate.report.surgery_tables import surgery_finding
 from phasegate.report.tables import markdown_rows, rule
 
+TABLES = ("decisions", "surgery_summary", "signal_summary", "surgeries")
 COLUMNS = ["phase", "arm", "verdict", "accuracy, %", "difference, pp", "experts"]
 
 
-def refreshed(readme: str, decisions: pd.DataFrame, summary: pd.DataFrame, margin_pp: float, confidence: float) -> str:
-    """The README's text with what stands between its markers written anew: primary arms, and the surgery study.
+def refreshed(readme: str, tables: Mapping[str, pd.DataFrame], margin_pp: float, confidence: float) -> str:
+    """The README's text with what stands between its markers written anew: primary arms, surgery, and signals.
 
     Raises:
         ValueError: if the markers are not there.
     """
+    decisions = tables["decisions"]
     first = decisions[decisions["primary"].astype(bool) | (decisions["phase"] == START)]
     results = [*markdown_rows(first, COLUMNS), "", rule(margin_pp, confidence)]
-    findings = [f"- {sentence}" for sentence in surgery_finding(summary)]
-    for name, lines in {"results": results, "surgery": findings}.items():
+    surgery = surgery_finding(tables["surgery_summary"])
+    signals = signal_findings(tables["signal_summary"], decisions, tables["surgeries"], confidence)
+    findings = {"surgery": surgery, "signals": signals}
+    blocks = {name: [f"- {sentence}" for sentence in sentences] for name, sentences in findings.items()}
+    for name, lines in {"results": results, **blocks}.items():
         parts = re.split(rf"(<!-- /?{name} -->\n)", readme)
         if len(parts) != 5:
             raise ValueError(
@@ -34,6 +41,5 @@ def refreshed(readme: str, decisions: pd.DataFrame, summary: pd.DataFrame, margi
 
 if __name__ == "__main__":
     path, claims = Path("README.md"), load_params().decisions
-    decisions = pd.read_csv("reports/decisions.csv")
-    summary = pd.read_csv("reports/surgery_summary.csv")
-    path.write_text(refreshed(path.read_text(), decisions, summary, claims.margin_pp, claims.confidence))
+    tables = {name: pd.read_csv(f"reports/{name}.csv") for name in TABLES}
+    path.write_text(refreshed(path.read_text(), tables, claims.margin_pp, claims.confidence))

@@ -1,0 +1,162 @@
+"""The scoring of signals as text: what phase 7b.4 found, in plain words, and the table of the page."""
+
+from typing import Any
+
+import pandas as pd
+
+from phasegate.decisions import CONTROL
+from phasegate.report.tables import interval, number, rows_of
+from phasegate.signal_summary import CORRELATIONS, GONE, beats_chance
+
+PHASE = "p7b4"
+MEASURED = "measured_change"
+KINDS = dict(
+    zip(
+        CORRELATIONS,
+        ("a removal does at once", "a removal does after recovery", "a split does after training"),
+        strict=True,
+    )
+)
+MOST_GONE = GONE[-1]
+
+
+def words(signal: str) -> str:
+    """A signal's name as people read it."""
+    return signal.replace("_", " ")
+
+
+def signal_findings(
+    summary: pd.DataFrame, decisions: pd.DataFrame, surgeries: pd.DataFrame, confidence: float
+) -> list[str]:
+    """Which signals beat chance, what trusting each costs, and whether acting on ground truth pays: a sentence each."""
+    return [
+        *(_told_apart(summary, name, confidence) for name in CORRELATIONS),
+        regret_finding(summary, confidence),
+        *acting_findings(decisions, surgeries),
+    ]
+
+
+def correlation_finding(summary: pd.DataFrame, confidence: float) -> str:
+    """How many signals tell better than chance what a removal and a split would do, for a title."""
+    parts = []
+    for name, what in KINDS.items():
+        rows = [row for row in _ranked(summary, name) if row.signal != MEASURED]
+        better = [row for row in rows if beats_chance(row, name, confidence)]
+        best = f", {words(better[0].signal)} best" if better else ""
+        parts.append(f"{len(better)} of {len(rows)} signals tell better than chance what {what}{best}")
+    return "; ".join(parts)
+
+
+def _told_apart(summary: pd.DataFrame, name: str, confidence: float) -> str:
+    """One kind of operation: the signals that beat chance, best first, and those that don't."""
+    rows = _ranked(summary, name)
+    better = [row for row in rows if beats_chance(row, name, confidence)]
+    rest = [row for row in rows if row not in better]
+    text = f"What {KINDS[name]}: "
+    if better:
+        text += f"rank correlation better than chance for {_listed(better, name)}"
+        text += f"; not for {_listed(rest, name)}" if rest else ""
+    else:
+        text += f"no signal's rank correlation is better than chance: {_listed(rest, name)}"
+    return f"{text}."
+
+
+def regret_finding(summary: pd.DataFrame, confidence: float) -> str:
+    """What it costs to let each signal choose the experts that go, cheapest first."""
+    name = f"regret_{MOST_GONE}"
+    rows = sorted(
+        (row for row in rows_of(summary) if not pd.isna(getattr(row, name))), key=lambda row: getattr(row, name)
+    )
+    if not rows:
+        return f"No signal could be asked to let {MOST_GONE} experts go."
+    costs = ", ".join(
+        f"{words(row.signal)} {_of(row, name, 3)}"
+        + ("" if beats_chance(row, name, confidence) else " (no better than chance)")
+        for row in rows
+    )
+    return (
+        f"Letting a signal choose the {MOST_GONE} experts that go costs, beyond the best choice, in nats: {costs}; "
+        f"chance costs {number(getattr(rows[0], f'chance_{MOST_GONE}'), 3)}."
+    )
+
+
+def regret_title(summary: pd.DataFrame, confidence: float) -> str:
+    """The signal that it costs least to go by, measurement aside, beside chance; for a title."""
+    name = f"regret_{MOST_GONE}"
+    rows = [row for row in rows_of(summary) if row.signal != MEASURED and not pd.isna(getattr(row, name))]
+    if not rows:
+        return f"No signal could be asked to let {MOST_GONE} experts go"
+    best = min(rows, key=lambda row: getattr(row, name))
+    better = sum(beats_chance(row, name, confidence) for row in rows)
+    return (
+        f"When {MOST_GONE} experts go, {better} of {len(rows)} signals choose better than chance; "
+        f"{words(best.signal)} costs least, {_of(best, name, 3)} nats beyond the best choice, where chance costs "
+        f"{number(getattr(best, f'chance_{MOST_GONE}'), 3)}"
+    )
+
+
+def acting_findings(decisions: pd.DataFrame, surgeries: pd.DataFrame) -> list[str]:
+    """How often each arm of 7b.4 changed the architecture, and whether it beat the fixed one at the same budget."""
+    control = rows_of(decisions[decisions["arm"] == CONTROL])[0]
+    sentences = []
+    for row in rows_of(decisions[decisions["phase"] == PHASE]):
+        who = "Self-modification on ground truth" if row.primary else "Arm"
+        difference = interval(row.delta_pp, row.delta_lo, row.delta_hi, signed=True).replace(" [", " pp [")
+        sentences.append(
+            f"{who} `{row.arm}` operated {_times(row, surgeries)} and {_beside(row)} the fixed architecture trained "
+            f"for as many steps: {difference}, at {row.train_seconds:.0f} s a trial instead of "
+            f"{control.train_seconds:.0f} s."
+        )
+    return sentences
+
+
+def signal_cells(summary: pd.DataFrame, confidence: float) -> list[dict[str, str]]:
+    """The signals as people read them: one dict of column title and text per row; a star marks what beats chance."""
+    names = {
+        **{name: f"what {what}" for name, what in KINDS.items()},
+        **{f"regret_{gone}": f"regret of {gone}, nats" for gone in GONE},
+    }
+    return [
+        {"signal": words(row.signal)}
+        | {
+            title: _of(row, name, 3 if name.startswith("regret") else 2)
+            + (" *" if beats_chance(row, name, confidence) else "")
+            for name, title in names.items()
+        }
+        | {"seconds": number(row.seconds, 3)}
+        for row in rows_of(summary)
+    ]
+
+
+def _ranked(summary: pd.DataFrame, name: str) -> list[Any]:
+    """Rows that say something of the kind, best correlation first."""
+    rows = [row for row in rows_of(summary) if not pd.isna(getattr(row, name))]
+    return sorted(rows, key=lambda row: -getattr(row, name))
+
+
+def _listed(rows: list[Any], name: str) -> str:
+    return ", ".join(f"{words(row.signal)} {_of(row, name, 2)}" for row in rows)
+
+
+def _of(row: Any, name: str, digits: int) -> str:
+    """A measure of a row with its interval; blank for a blank."""
+    return interval(getattr(row, name), getattr(row, f"{name}_lo"), getattr(row, f"{name}_hi"), digits)
+
+
+def _times(row: Any, surgeries: pd.DataFrame) -> str:
+    done = surgeries[(surgeries["phase"] == PHASE) & (surgeries["arm"] == row.arm)]
+    if done.empty:
+        return f"not once in {row.n_seeds} seeds"
+    kinds = ", ".join(
+        f"{count} \N{MULTIPLICATION SIGN} {name}" for name, count in done["operation"].value_counts().items()
+    )
+    return f"{len(done)} times in {done['seed'].nunique()} of {row.n_seeds} seeds ({kinds})"
+
+
+def _beside(row: Any) -> str:
+    """What the interval of the difference says."""
+    if row.delta_lo > 0:
+        return "beats"
+    if row.delta_hi < 0:
+        return "is worse than"
+    return "equals" if row.delta_lo == row.delta_hi == 0 else "neither beats nor loses to"

@@ -1,0 +1,16 @@
+"""Measure on the 7a checkpoints what surgery would do: what control heads learn from, and signals are judged by."""
+
+from phasegate.params import Params
+from phasegate.stage import BASELINES, PREPARED, SURVEYS, run
+from phasegate.survey import surveys
+from phasegate.trials import run_trials
+
+
+def main(params: Params) -> None:
+    """Survey every seed."""
+    trials = surveys(PREPARED, BASELINES, params.seeds, params.p7b, params.p7b4)
+    run_trials(trials, SURVEYS, "survey")
+
+
+if __name__ == "__main__":
+    run(main)
