@@ -4,7 +4,7 @@ VENV := .venv
 READY := $(VENV)/.ready
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: help repro study readme test lint lock clean
+.PHONY: help repro study phases readme test lint lock clean
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
@@ -20,6 +20,9 @@ study: $(READY) ## the study on other data: make study DATA=fashion_mnist fills 
 	ref=$$(git for-each-ref --format='%(refname)' 'refs/exps/**/$(DATA)') && \
 	git archive $$ref:reports | tar -x --exclude='*/*' -C reports/$(DATA) && \
 	git archive $$ref metrics.json params.yaml dvc.lock | tar -x -C reports/$(DATA)
+
+phases: $(READY) ## every phase as a DVC experiment; other arms: make phases ARMS="p7b2/clone p7b1/noise"
+	@python -m phasegate.experiments $(ARMS)
 
 readme: $(READY) ## the README's block of results, from the committed tables
 	python -m phasegate.report.readme

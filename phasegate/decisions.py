@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from phasegate.errors import UserError
+from phasegate.params import PRIMARY, START, START_ARMS
 from phasegate.statistics import (
     DECIMALS,
     Interval,
@@ -22,8 +23,7 @@ from phasegate.statistics import (
     seeds_needed,
 )
 
-START = "p7a"  # the phase whose checkpoints all later phases start from
-BASELINE, CONTROL = "baseline", "continue"  # its two arms
+BASELINE, CONTROL = START_ARMS
 REFERENCES = "references"  # published models trained for comparison: no verdict
 
 COSTS = ["params_total", "params_active", "flops_per_example", "train_seconds"]
@@ -56,7 +56,7 @@ def decide(trials: pd.DataFrame, margin_pp: float, confidence: float, primary: M
     """
     if not margin_pp >= 0:
         raise UserError(f"margin_pp is {margin_pp}: the largest loss accepted, in pp, is 0 or more")
-    arms = _paired_arms(trials)
+    arms = paired_arms(trials)
     primary = {**primary, START: BASELINE}
     for phase in {phase for phase, _ in arms} - {START}:
         if (phase, primary.get(phase, "")) not in arms:
@@ -119,16 +119,17 @@ def _seeds(row: Any, margin_pp: float, confidence: float) -> int | None:
     return seeds_needed(row.delta_pp, row.delta_sd, margin_pp, confidence=confidence)
 
 
-def metrics(decisions: pd.DataFrame, phase: str) -> dict[str, str | bool | int | float]:
-    """The headline: the row of the phase's primary arm (p7a: the baseline) as plain Python values.
+def metrics(decisions: pd.DataFrame, phase: str, arm: str = PRIMARY) -> dict[str, str | bool | int | float]:
+    """The headline: the row of the phase's primary arm (p7a: the baseline), or another, as plain Python values.
 
     What the row leaves blank, and the infinite bounds of a single seed, are left out. Raises UserError for an
-    unknown phase, and for any other number that isn't finite: DVC would pass it on silently.
+    unknown phase or arm, and for any other number that isn't finite: DVC would pass it on silently.
     """
-    rows = decisions[(decisions["phase"] == phase) & decisions["primary"].astype(bool)]
+    chosen = decisions["primary"].astype(bool) if arm == PRIMARY else decisions["arm"] == arm
+    rows = decisions[(decisions["phase"] == phase) & chosen]
     if len(rows) != 1:
-        known = ", ".join(dict.fromkeys(decisions["phase"]))
-        raise UserError(f"phase {phase} has {len(rows)} headline rows in the decisions: the phases are {known}")
+        known = ", ".join(f"{row.phase}/{row.arm}" for row in decisions.itertuples())
+        raise UserError(f"the decisions have {len(rows)} rows for phase {phase}, arm {arm}: they have {known}")
     may_be_blank = {
         "accuracy_lo",
         "accuracy_hi",
@@ -218,7 +219,7 @@ def _test_result(reference: str, trials: pd.DataFrame | None, confidence: float)
     return _columns("test_accuracy", "test", mean_interval(runs["accuracy"], confidence)) if len(runs) else {}
 
 
-def _paired_arms(trials: pd.DataFrame) -> dict[tuple[str, str], pd.DataFrame]:
+def paired_arms(trials: pd.DataFrame) -> dict[tuple[str, str], pd.DataFrame]:
     """Trials by phase and arm, each indexed by seed and with exactly the seeds of the control."""
     _check_numbers(trials, [], ["phase", "arm", "seed"])
     trials = relabel_control(trials[trials["phase"] != REFERENCES])

@@ -19,6 +19,7 @@ from phasegate.data import Array
 from phasegate.errors import UserError
 from phasegate.files import write_atomic
 from phasegate.halves import halves
+from phasegate.lineage import LOAD_COLUMNS, LOADS
 from phasegate.logs import CURVE, SURGERIES, SURGERY_COLUMNS
 from phasegate.model import Model, Output, cost
 from phasegate.moe import routing_entropy
@@ -52,7 +53,8 @@ def evaluate_phase(models: Path, prepared: Path, output: Path) -> None:
     if not folders:
         raise UserError(f"{models} holds no checkpoints: run `dvc repro` for the stage that writes it")
     results = {
-        folder: evaluate(checkpoint.load(folder, gate, device), test, tasks, _surgeries(folder)) for folder in folders
+        folder: evaluate(checkpoint.load(folder, gate, device), test, tasks, _left(folder / SURGERIES, SURGERY_COLUMNS))
+        for folder in folders
     }
     trials = [result.trial | {"train_seconds": seconds(folder)} for folder, result in results.items()]
     output.mkdir(parents=True, exist_ok=True)
@@ -63,8 +65,10 @@ def evaluate_phase(models: Path, prepared: Path, output: Path) -> None:
         "tasks": pd.concat([result.tasks for result in results.values()]),
         "halves": pd.concat([result.halves for result in results.values()]),
         "curves": pd.concat([_with(_key(result.trial), pd.read_csv(f / CURVE)) for f, result in results.items()]),
-        "surgeries": pd.concat([_with(_key(result.trial), _surgeries(f)) for f, result in results.items()]),
     }
+    for name, file, columns in (("surgeries", SURGERIES, SURGERY_COLUMNS), ("loads", LOADS, LOAD_COLUMNS)):
+        parts = [_with(_key(result.trial), _left(f / file, columns)) for f, result in results.items()]
+        tables[name] = pd.concat(parts)
     for name, table in tables.items():
         write_atomic(output / f"{name}.csv", table.to_csv(index=False))
     predictions = {f"{r.trial['arm']}/seed-{r.trial['seed']}": r.predictions for r in results.values()}
@@ -176,10 +180,9 @@ def _long(usage: dict[tuple[int, int], Array]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["block", "expert", "class", "tokens"])
 
 
-def _surgeries(folder: Path) -> pd.DataFrame:
-    """The log of surgeries that a trial left in its folder; empty for a trial that has none."""
-    path = folder / SURGERIES
-    return pd.read_csv(path) if path.exists() else pd.DataFrame(columns=SURGERY_COLUMNS)
+def _left(path: Path, columns: list[str]) -> pd.DataFrame:
+    """A table that a trial left in its folder; empty for a kind of trial that leaves none."""
+    return pd.read_csv(path) if path.exists() else pd.DataFrame(columns=columns)
 
 
 def _key(trial: Mapping[str, Any]) -> dict[str, Any]:

@@ -37,8 +37,11 @@ Scalar = bool | int | float | str
 Phase = Literal["p7a", "p7b1", "p7b2", "p7b3", "p7b4", "surgery"]
 
 ARMS: dict[str, tuple[str, ...]] = {
-    "p7b1": ("noise_acting", "noise", "noise_detached", "random_acting"),
-    "p7b2": ("split", "clone", "reinit", "split_thresholds", "entropy_loss"),
+    "p7b1": ("noise_acting", "noise", "noise_detached", "random_acting", "random_split", "random_clone"),
+    "p7b2": (
+        *("split", "clone", "reinit", "split_thresholds", "clone_thresholds", "reinit_thresholds"),
+        "entropy_loss",
+    ),
     "p7b3": ("task_gates", "heads", "single"),
     "p7b4": ("counterfactual_head", "oracle", "frequency", "keep"),
     "surgery": (
@@ -47,6 +50,10 @@ ARMS: dict[str, tuple[str, ...]] = {
     ),
 }
 """The arms of each phase that is decided on."""
+START, START_ARMS = "p7a", ("baseline", "continue")
+"""The phase whose checkpoints all later phases start from; its second arm is the control."""
+PRIMARY = "primary"
+"""Stands for the arm that decides a phase."""
 EVALUATED_PHASES = ("references", "p7a", "continue", *ARMS)
 """Everything that leaves checkpoints to be evaluated."""
 
@@ -296,6 +303,14 @@ class Headline(Section):
     """What metrics.json holds."""
 
     phase: Phase
+    arm: Text  # of the phase; "primary" for the one that decides it
+
+    @model_validator(mode="after")
+    def _check(self) -> "Headline":
+        known = (PRIMARY, *({START: START_ARMS} | ARMS)[self.phase])
+        if self.arm not in known:
+            raise ValueError(f"arm is {self.arm!r}, but the arms of {self.phase} are {', '.join(known)}")
+        return self
 
 
 class Params(Section):

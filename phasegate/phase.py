@@ -16,6 +16,7 @@ from phasegate.checkpoint import RECORD, WEIGHTS, Checkpoint, Record
 from phasegate.counterfactual_head import HEAD
 from phasegate.data import fit_file
 from phasegate.hyperplanes import sibling_balance
+from phasegate.lineage import LOADS, Loads
 from phasegate.logs import CURVE, SURGERIES, SURGERY_COLUMNS, Curve
 from phasegate.model import Model
 from phasegate.moe import routing_entropy
@@ -70,7 +71,7 @@ def continuations(
 
 
 def run_arm(folder: Path, *, prepared: Path, start: Path, phase: str, arm: Arm, seed: int, schedule: Schedule) -> None:
-    """Run one trial and leave a checkpoint, a learning curve and the log of surgeries in `folder`."""
+    """Run one trial and leave a checkpoint, the learning curve, the loads and the log of surgeries in `folder`."""
     start_from, course = begin(prepared, start, seed, schedule)
     trial = _Trial(start_from, arm, course)
     trial.curve.measure(0)
@@ -78,6 +79,7 @@ def run_arm(folder: Path, *, prepared: Path, start: Path, phase: str, arm: Arm, 
     record = Record(phase, arm.name, seed, course.training, trial.n_routed_start)
     checkpoint.save(folder, trial.model, None, record, course.gate)
     trial.curve.table().to_csv(folder / CURVE, index=False)
+    trial.loads.table().to_csv(folder / LOADS, index=False)
     pd.DataFrame(trial.surgeon.log if trial.surgeon else [], columns=SURGERY_COLUMNS).to_csv(
         folder / SURGERIES, index=False
     )
@@ -102,7 +104,7 @@ class _Trial:
         assert isinstance(start.model, Model) and start.optimizer is not None, "not a 7a checkpoint"
         self.model, self.optimizer, self.arm, self.course = start.model, start.optimizer, arm, course
         self.n_routed_start = self.model.n_routed
-        self.curve = Curve(self.model, course.gate)
+        self.curve, self.loads = Curve(self.model, course.gate), Loads(self.model)
         label_maps = arm.tasks.label_maps if arm.tasks else ()
         self._label_maps = [torch.tensor(m, device=course.gate.x.device) for m in label_maps]
         if arm.tasks:
@@ -134,9 +136,12 @@ class _Trial:
         """Operate where the controllers say so, and take a point of the learning curve."""
         self.curve.add_loss(loss)
         schedule = self.course.schedule
+        point = step % schedule.eval_every == 0 or step == schedule.steps
+        if point:
+            self.loads.measure(step)
         if self.surgeon and step % schedule.act_every == 0 and step <= schedule.steps - schedule.settle:
             self.surgeon.act(step)
-        if step % schedule.eval_every == 0 or step == schedule.steps:
+        if point:
             accuracy = 100 * self.curve.measure(step) / len(self.course.gate)
             if self.surgeon:
                 self.surgeon.recovered(step, accuracy)

@@ -9,7 +9,8 @@ from typing import Any
 import pandas as pd
 from numpy.typing import ArrayLike
 
-from phasegate.decisions import CONTROL, START, relabel_control
+from phasegate.decisions import CONTROL, relabel_control
+from phasegate.params import START
 from phasegate.statistics import mean_interval, paired_difference
 
 COLUMNS = [

@@ -2,7 +2,8 @@
 
 A trial is a function that fills a folder. Its fingerprint covers everything that its result depends on: the
 function and its arguments, the content of its input files, the library's code and torch's version. So raising the
-number of seeds trains only the new ones, and a killed stage goes on with the trials that it had not finished.
+number of seeds or adding an arm trains only the new ones, and a killed stage goes on with the trials that it had not
+finished.
 """
 
 import hashlib
@@ -28,6 +29,8 @@ SECONDS = "seconds.txt"
 STORE = Path(".phasegate/trials")
 KEEP_DAYS = 30
 SECONDS_BETWEEN_LINES = 20
+OUTSIDE = ("phasegate.params", "phasegate.decisions", "phasegate.statistics")
+"""Modules that no trial runs: parameters reach it as values, which are among its arguments, and it is judged later."""
 
 
 @dataclass(frozen=True)
@@ -102,8 +105,9 @@ def _fingerprint(trial: Trial, content: dict[Path, str], code: str) -> str:
 
 
 def _code_hash() -> str:
-    """Hash of every module of the library that the running stage has imported."""
-    modules = sorted((name, module) for name, module in sys.modules.items() if name.startswith("phasegate."))
+    """Hash of every module of the library that the running stage has imported, but for those in `OUTSIDE`."""
+    library = {name: module for name, module in sys.modules.items() if name.startswith("phasegate.")}
+    modules = sorted((name, module) for name, module in library.items() if name not in OUTSIDE)
     paths = [Path(module.__file__) for _, module in modules if module.__file__]
     return hashlib.sha256("".join(map(sha256, paths)).encode()).hexdigest()
 

@@ -3,6 +3,7 @@
 import pandas as pd
 import yaml
 
+from phasegate.attribution import attribution
 from phasegate.data import load_meta
 from phasegate.decisions import decide, leaderboard, relabel_control
 from phasegate.files import write_atomic
@@ -16,9 +17,8 @@ from phasegate.surgery_summary import surgery_summary
 def main(params: Params) -> None:
     """Write the tables of `reports/`."""
     claims = params.decisions
-    tables = {
-        name: collect(name) for name in ("trials", "classes", "tasks", "routing", "curves", "surgeries", "halves")
-    }
+    names = ("trials", "classes", "tasks", "routing", "loads", "curves", "surgeries", "halves")
+    tables = {name: collect(name) for name in names}
     primary = {phase: claim.primary for phase, claim in claims.phases.items()}
     decisions = decide(tables["trials"], claims.margin_pp, claims.confidence, primary)
     hypotheses = {phase: claim.hypothesis for phase, claim in claims.phases.items()}
@@ -26,6 +26,7 @@ def main(params: Params) -> None:
         write(name, relabel_control(table))
     summary = surgery_summary(tables["surgeries"], tables["halves"], tables["curves"], decisions, claims.confidence)
     write("decisions", decisions)
+    write("attribution", attribution(tables["trials"], claims.confidence))
     write("surgery_summary", summary)
     write("signal_summary", signal_summary(pd.read_csv(REPORTS / "signals.csv"), claims.confidence))
     write_atomic(REPORTS / "decisions.json", decisions.to_json(orient="records", indent=2) + "\n")
@@ -41,10 +42,10 @@ def main(params: Params) -> None:
 
 
 def collect(name: str) -> pd.DataFrame:
-    """One table of all phases. Routing is kept for the first seed alone: it is for looking at."""
+    """One table of all phases. Routing and loads are kept for the first seed alone: they are for looking at."""
     parts = [pd.read_csv(EVALUATED / phase / f"{name}.csv") for phase in EVALUATED_PHASES]
     table = pd.concat([part for part in parts if len(part)] or parts[:1], ignore_index=True)
-    return table[table["seed"] == 0] if name == "routing" else table
+    return table[table["seed"] == 0] if name in ("routing", "loads") else table
 
 
 def results(search: str) -> pd.DataFrame:

@@ -14,7 +14,7 @@ from phasegate.stage import REPORTS, run
 def main(params: Params) -> None:
     """Write `metrics.json`."""
     decisions = pd.DataFrame(json.loads((REPORTS / "decisions.json").read_text()))
-    row = metrics(decisions, params.headline.phase)
+    row = metrics(decisions, params.headline.phase, params.headline.arm)
     write_atomic(Path("metrics.json"), json.dumps(row, indent=2) + "\n")
 
 

@@ -9,14 +9,16 @@ from phasegate.trials import run_trials
 
 
 def main(params: Params) -> None:
-    """One control head with three kinds of growth; the bare thresholds; the entropy as a regulariser."""
+    """A control head and bare thresholds, each with three kinds of growth; the entropy as a regulariser."""
     entropy = params.p7b2
-    control = HeadControl(entropy.labels, acts="argmax")
+    control, thresholds = HeadControl(entropy.labels, acts="argmax"), LabelControl(entropy.labels)
     arms = [
         Arm("split", Treatment(control, grow="split")),
         Arm("clone", Treatment(control, grow="clone")),
         Arm("reinit", Treatment(control, grow="reinit")),
-        Arm("split_thresholds", Treatment(LabelControl(entropy.labels), grow="split")),
+        Arm("split_thresholds", Treatment(thresholds, grow="split")),
+        Arm("clone_thresholds", Treatment(thresholds, grow="clone")),
+        Arm("reinit_thresholds", Treatment(thresholds, grow="reinit")),
         Arm("entropy_loss", entropy_weight=entropy.entropy_weight),
     ]
     trials = continuations(PREPARED, BASELINES, "p7b2", arms, params.seeds, params.p7b)

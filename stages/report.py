@@ -9,18 +9,18 @@ import pandas as pd
 from phasegate.data import load_meta
 from phasegate.files import write_atomic
 from phasegate.params import Params
-from phasegate.report import drawing, html, plots, signal_plots, surgery_plots
+from phasegate.report import attribution_plots, drawing, html, lineage_plots, plots, signal_plots, surgery_plots
 from phasegate.stage import PREPARED, REPORTS, run
 
 TABLES = (
-    *("decisions", "curves", "surgeries", "surgery_summary", "signal_summary", "halves", "preservation"),
-    *("routing", "tasks", "leaderboard_q1", "leaderboard_q2"),
+    *("decisions", "attribution", "curves", "loads", "routing", "surgeries", "surgery_summary", "signal_summary"),
+    *("halves", "preservation", "tasks", "leaderboard_q1", "leaderboard_q2"),
 )
 LIBRARIES = ("torch", "numpy", "scipy", "pandas", "dvc")
 
 
 def main(params: Params) -> None:
-    """Write `reports/*.svg` and `reports/report.html`."""
+    """Write every figure as SVG and PNG, and `reports/report.html`."""
     claims = params.decisions
     table = {name: pd.read_csv(REPORTS / f"{name}.csv") for name in TABLES}
     decisions, surgeries, summary = table["decisions"], table["surgeries"], table["surgery_summary"]
@@ -29,6 +29,9 @@ def main(params: Params) -> None:
         "learning_curves": plots.learning_curves(
             table["curves"], decisions, claims.margin_pp, claims.confidence, surgeries
         ),
+        "attribution": attribution_plots.attribution(table["attribution"], claims.confidence),
+        "lineage": lineage_plots.lineage(table["loads"], surgeries, decisions),
+        "entropy": lineage_plots.entropy(table["curves"], decisions, claims.confidence),
         "expert_routing": plots.expert_routing(table["routing"], decisions),
         "surgery": surgery_plots.surgery(summary, surgeries, claims.margin_pp),
         "halves": surgery_plots.halves(table["preservation"], table["halves"], summary, params.p7b.steps),
@@ -38,7 +41,7 @@ def main(params: Params) -> None:
         "leaderboard_q2": plots.leaderboard(table["leaderboard_q2"], "Q2"),
     }
     for name, figure in figures.items():
-        drawing.save(figure, REPORTS / f"{name}.svg")
+        drawing.save(figure, REPORTS / name)
     page = html.render(
         decisions,
         {phase: claim.hypothesis for phase, claim in claims.phases.items()},
@@ -48,6 +51,7 @@ def main(params: Params) -> None:
         surgeries=surgeries,
         surgery_summary=summary,
         signals=table["signal_summary"],
+        attribution=table["attribution"],
         curves=table["curves"],
         tasks=table["tasks"],
         provenance=provenance(params),

@@ -1,6 +1,6 @@
 """Verdicts follow from the trials, the margin and the primary arm, and from nothing else."""
 
-from math import inf
+from math import inf, isfinite
 
 import numpy as np
 import pandas as pd
@@ -8,8 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from phasegate.decisions import COLUMNS, decide, leaderboard, metrics, relabel_control, winner
+from phasegate import decisions
+from phasegate.decisions import AVERAGED, COLUMNS, decide, leaderboard, metrics, relabel_control, winner
 from phasegate.errors import UserError
+from phasegate.statistics import holm, margin_p_value
 
 PRIMARY = {"p7b1": "noise_acting", "p7b2": "split"}
 CONTROL = np.array([67.0, 66.4, 67.9, 68.2])
@@ -96,6 +98,44 @@ def test_one_seed_decides_nothing_and_its_headline_has_no_infinite_numbers() -> 
     assert all(type(value) in (str, bool, int, float) for value in headline.values())
 
 
+@pytest.mark.parametrize(
+    ("delta", "primary", "exploratory"),
+    [(0.0, "GO", "GO"), (-1.0, "GO", "INCONCLUSIVE"), (-1.1, "NO-GO", "NO-GO")],
+)
+def test_equal_differences_have_a_verdict_and_no_nan(delta: float, primary: str, exploratory: str) -> None:
+    table = decide(trials(p7b2__split=[delta] * 4, p7b2__clone=[delta] * 4), 1.0, 0.95, PRIMARY)
+    for arm, verdict in {"split": primary, "clone": exploratory}.items():
+        headline = metrics(table, "p7b2", arm)
+        assert headline["verdict"] == verdict and "seeds_needed" not in headline
+        assert [headline[bound] for bound in ("delta_lo", "delta_pp", "delta_hi")] == [delta] * 3
+        assert all(isfinite(value) for value in headline.values() if not isinstance(value, str))
+
+
+@pytest.mark.parametrize("seeds", [5, 20])
+def test_a_difference_of_exactly_the_margin_is_rarely_a_go_or_a_no_go(
+    seeds: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decisions, "seeds_needed", lambda *_, **__: None)  # slow, and not asked for here
+    deltas = np.random.default_rng(seeds).normal(-1, 0.8, size=(600, seeds))
+    study, seed = map(np.ravel, np.indices(deltas.shape))
+    tried = pd.DataFrame({"phase": study, "seed": seed, "accuracy": 70 + deltas.ravel()}).assign(arm="split")
+    control = pd.DataFrame({"phase": "continue", "seed": range(seeds), "accuracy": 70.0}).assign(arm="continue")
+    studies = pd.concat([tried, control]).astype({"phase": str}).assign(**dict.fromkeys(AVERAGED, 1))
+    table = decide(studies, 1.0, 0.95, {str(phase): "split" for phase in range(600)})
+    rates = table[table["primary"]]["verdict"].value_counts(normalize=True)
+    assert abs(rates["GO"] - 0.025) < 0.02 and abs(rates["NO-GO"] - 0.025) < 0.02
+
+
+def test_the_seeds_an_exploratory_arm_needs_decide_it_four_times_in_five_whatever_becomes_of_the_others() -> None:
+    arms = {f"p7b2__{arm}": [0.0] * 4 for arm in ("split", "reinit", "split_thresholds")}
+    pilot = decide(trials(**arms, p7b2__clone=[-1.5, 0.5, -1.7, 0.7]), 1.0, 0.95, PRIMARY)
+    clone = pilot[pilot["arm"] == "clone"].to_dict("records")[0]
+    studies = np.random.default_rng(0).normal(clone["delta_pp"], clone["delta_sd"], size=(4000, clone["seeds_needed"]))
+    ps = [margin_p_value(study, 1.0) for study in studies]
+    worst, easy = (np.mean([holm([p, other, other])[0] < 0.05 for p in ps]) for other in (1, 0))
+    assert abs(worst - 0.8) < 0.015 and easy > 0.85
+
+
 def test_a_missing_seed_is_named_on_either_side_and_so_is_a_number_that_is_none() -> None:
     lacking = (STUDY["arm"] == "split") & (STUDY["seed"] == 3)
     with pytest.raises(UserError, match="phase p7b2, arm split has no trial for seed 3"):
@@ -104,17 +144,33 @@ def test_a_missing_seed_is_named_on_either_side_and_so_is_a_number_that_is_none(
         decide(STUDY[~((STUDY["arm"] == "continue") & (STUDY["seed"] == 2))], 1.0, 0.95, PRIMARY)
     with pytest.raises(UserError, match="accuracy of phase p7b2, arm split, seed 3 is nan"):
         decide(STUDY.assign(accuracy=STUDY["accuracy"].mask(lacking)), 1.0, 0.95, PRIMARY)
+    control = STUDY["arm"] == "continue"
+    with pytest.raises(UserError, match="accuracy of phase p7a, arm continue, seed 0 is inf"):
+        decide(STUDY.assign(accuracy=STUDY["accuracy"].mask(control, inf)), 1.0, 0.95, PRIMARY)
+    with pytest.raises(UserError, match="no control arm: phase continue, arm continue"):
+        decide(STUDY[~control], 1.0, 0.95, PRIMARY)
     with pytest.raises(UserError, match="twice"):
         decide(pd.concat([STUDY, STUDY.tail(1)]), 1.0, 0.95, PRIMARY)
     with pytest.raises(UserError, match="primary arm of phase p7b2"):
         decide(STUDY, 1.0, 0.95, PRIMARY | {"p7b2": "merge"})
 
 
-def test_the_headline_refuses_unknown_phases_and_silent_nan() -> None:
+def test_the_headline_is_of_the_primary_arm_or_of_the_one_named() -> None:
     table = decide(STUDY, 1.0, 0.95, PRIMARY)
     assert metrics(table, "p7a")["verdict"] == "BASELINE"
-    with pytest.raises(UserError, match="the phases are p7a, p7b1, p7b2"):
+    assert metrics(table, "p7a", "continue")["verdict"] == "CONTROL"
+    assert metrics(table, "p7b1") == metrics(table, "p7b1", "primary") == metrics(table, "p7b1", "noise_acting")
+    headline = metrics(table, "p7b1", "noise")
+    assert (headline["arm"], headline["primary"], headline["verdict"]) == ("noise", False, "GO")
+    assert headline["p_holm"] == headline["p_value"]
+
+
+def test_the_headline_refuses_unknown_phases_and_arms_and_silent_nan() -> None:
+    table = decide(STUDY, 1.0, 0.95, PRIMARY)
+    with pytest.raises(UserError, match=r"0 rows for phase p7b9, arm primary: they have p7a/baseline, .*p7b2/clone$"):
         metrics(table, "p7b9")
+    with pytest.raises(UserError, match="0 rows for phase p7b2, arm noise: they have"):
+        metrics(table, "p7b2", "noise")
     with pytest.raises(UserError, match="train_seconds"):
         metrics(table.assign(train_seconds=np.nan), "p7b1")
 

@@ -36,8 +36,12 @@ ROOM = {"surgery": {"max_experts": 9}}
 OPERATIONS = {
     "p7b1/noise_acting": {"reinit", "remove"},
     "p7b1/random_acting": {"reinit", "remove"},
+    "p7b1/random_split": {"split", "remove"},
+    "p7b1/random_clone": {"clone", "remove"},
     "p7b2/split": {"split", "remove"},
     "p7b2/split_thresholds": {"split", "remove"},
+    "p7b2/clone_thresholds": {"clone", "remove"},
+    "p7b2/reinit_thresholds": {"reinit", "remove"},
     "p7b2/clone": {"clone", "remove"},
     "p7b2/reinit": {"reinit", "remove"},
     "p7b4/counterfactual_head": {"split", "remove"},
@@ -189,6 +193,18 @@ def test_the_log_of_surgeries_explains_the_number_of_experts(
             experts = [row[name] for name in ("expert", "parent") if not pd.isna(row[name])]
             assert all(row["step"] - touched.get(expert, -8) >= 8 for expert in experts)
             touched |= dict.fromkeys(experts, row["step"])
+
+
+@pytest.mark.parametrize("arm", ARM_NAMES)
+def test_the_loads_are_of_the_experts_that_were_there(arm: str, ended: dict[str, Path]) -> None:
+    (curve, log), loads = tables(ended[arm]), pd.read_csv(ended[arm] / "loads.csv")
+    assert list(loads["step"].unique()) == list(curve["step"])[1:]
+    grown = log["n_routed_after"] > log["n_routed_before"]
+    for (step, block), rows in loads.groupby(["step", "block"]):
+        assert rows["share"].sum() == pytest.approx(1) and (rows["share"] >= 0).all()
+        before = (log["step"] < step) & (log["block"] == block)  # a point is taken before the surgery of its step
+        born, gone = set(log["expert"][grown & before]), set(log["expert"][~grown & before])
+        assert set(rows["expert"]) == (set(range(5)) | born) - gone
 
 
 @pytest.mark.parametrize("arm", OPERATIONS)

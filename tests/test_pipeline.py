@@ -201,6 +201,53 @@ def test_the_dvc_commands_work(checkout: Checkout) -> None:
     assert (checkout.folder / "dvc_plots/index.html").exists()
 
 
+def test_dvc_compares_phases_saved_as_experiments(checkout: Checkout) -> None:
+    def save(*arms: str, ok: bool = True) -> str:
+        return checkout.command("python", "-m", "phasegate.experiments", *arms, ok=ok)
+
+    def references() -> list[str]:
+        return checkout.command("git", "for-each-ref", "--format=%(refname)", "refs/exps").split()
+
+    checkout.repro()  # whatever a test above has left
+    checkout.command("git", "add", "params.yaml", "dvc.lock", "metrics.json", "reports")
+    checkout.command("git", "commit", "-qm", "results")
+    rows = {(row["phase"], row["arm"]): row for row in checkout.table("decisions").to_dict("records")}
+    old, new = rows["p7a", "baseline"], rows["p7b2", "clone"]
+    assert save("p7a", "p7b2/clone").splitlines() == [
+        f"phase-7a: baseline, BASELINE, {old['accuracy']:.2f} %",
+        f"phase-7b2-clone: clone, {new['verdict']}, {new['accuracy']:.2f} %",
+    ]
+    for reference in references():  # nothing else was made anew
+        changed = checkout.command("git", "diff", "--name-only", "HEAD", reference).split()
+        assert changed == ["dvc.lock", "metrics.json", "params.yaml"]
+
+    pair = ("phase-7a", "phase-7b2-clone")
+    metrics = json.loads(checkout.command("dvc", "metrics", "diff", "--json", *pair))["metrics.json"]
+    assert metrics["accuracy"]["old"] == pytest.approx(old["accuracy"])
+    assert metrics["accuracy"]["new"] == pytest.approx(new["accuracy"])
+    params = json.loads(checkout.command("dvc", "params", "diff", "--json", *pair))["params.yaml"]
+    assert params["headline.phase"] == {"old": "p7a", "new": "p7b2"}
+    table = checkout.command("dvc", "exp", "show", "--md", "--only-changed")
+    assert all(
+        any(name in line and verdict in line for line in table.splitlines())
+        for name, verdict in zip(pair, (old["verdict"], new["verdict"]), strict=True)
+    )
+    checkout.command("dvc", "plots", "diff", *pair)
+    assert all(name in (checkout.folder / "dvc_plots/index.html").read_text() for name in pair)
+
+    own = references()[0].replace("phase-7a", "own")
+    checkout.command("git", "update-ref", own, "HEAD")
+    checkout.change({"p7b2": {"entropy_weight": 9.0}})
+    assert "params.yaml changed since the last commit" in save("p7a", ok=False)
+    checkout.command("git", "commit", "-qam", "other parameters, the same results")
+    assert "would start at stage p7b2" in save("p7a", ok=False)
+    checkout.command("git", "revert", "--no-edit", "HEAD")
+    assert "arm is 'clones', but the arms of p7b2 are" in save("p7b2/clones", ok=False)
+    save("p7a")
+    assert own in references()
+    assert json.loads(checkout.command("dvc", "metrics", "diff", "--json", *pair))["metrics.json"] == metrics
+
+
 def content(folder: Path) -> dict[str, str]:
     """The files below a folder by name: tables without what they say of time, all else as it is."""
     found = {}

@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,9 +12,20 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
-from phasegate.decisions import decide, leaderboard
+from phasegate.attribution import ACCOUNTS, attribution
+from phasegate.decisions import decide, leaderboard, relabel_control
 from phasegate.errors import UserError
-from phasegate.report import drawing, html, plots, surgery_plots, surgery_tables, tables
+from phasegate.report import (
+    attribution_plots,
+    attribution_tables,
+    drawing,
+    html,
+    lineage_plots,
+    plots,
+    surgery_plots,
+    surgery_tables,
+    tables,
+)
 from phasegate.signal_summary import signal_summary
 from phasegate.surgery_summary import surgery_summary
 
@@ -116,6 +128,28 @@ SIGNALS = signal_summary(
     ),
     0.95,
 )
+EXPLAINED = {arm for account in ACCOUNTS.values() for part in account.parts.values() for arm in part}
+ATTRIBUTION = attribution(
+    pd.DataFrame(
+        {"phase": arm.split("/")[0], "arm": arm.split("/")[1], "seed": seed, "n_routed_start": 12, "n_routed_end": 13}
+        | {"accuracy": 67 - 3 * ("random" in arm) - (7 + 0.1 * seed) * ("noise_acting" in arm), "params_total": 9000}
+        | {"params_active": 2000, "flops_per_example": 4000, "train_seconds": 2.5}
+        for arm in sorted(EXPLAINED)
+        for seed in range(3)
+    ),
+    0.95,
+)
+LOADS = pd.DataFrame(
+    {"phase": phase, "arm": "split", "seed": 0, "step": step, "block": 0, "expert": expert, "share": share}
+    for phase in ("p7b2", "surgery")
+    for step, shares in ((1, {0: 0.5, 1: 0.5}), (2, {0: 0.5, 2: 0.2, 3: 0.3}))
+    for expert, share in shares.items()
+)
+BORN = pd.DataFrame(
+    {"phase": "p7b2", "arm": "split", "seed": 0, "step": 1, "block": 0, "operation": operation, "expert": expert}
+    | {"parent": parent}
+    for operation, expert, parent in (("split", 2, 0), ("reinit", 3, np.nan), ("remove", 1, np.nan))
+)
 TASKS = pd.DataFrame(
     [("p7b3", "heads", seed, "parity", 80.0 + seed, 79.0) for seed in range(3)],
     columns=["phase", "arm", "seed", "task", "accuracy", "derived"],
@@ -125,11 +159,12 @@ TASKS = pd.DataFrame(
 def page(**changes: object) -> str:
     """The page of the study above."""
     inputs: dict[str, object] = {
-        "figures": {name: drawing.svg(plots.leaderboard(board(), "7a Q1")) for name in ("leaderboard_q1", "again")},
+        "figures": {name: drawing.svg(plots.leaderboard(board(), "7a Q1")) for name in html.CAPTIONS},
         "leaderboards": {"q1": board()},
         "surgeries": SURGERIES,
         "surgery_summary": summed(),
         "signals": SIGNALS,
+        "attribution": ATTRIBUTION,
         "curves": curves(),
         "tasks": TASKS,
         "confidence": 0.95,
@@ -153,7 +188,47 @@ def test_each_finding_agrees_with_its_row() -> None:
     rows = {row.phase: row for row in tables.headline_rows(decided())}
     assert re.match(r"NO-GO: noise_acting loses 4\.90 pp \[", tables.finding(rows["p7b1"], 1.0))
     assert re.match(r"GO: split gains \+2\.10 pp \[", tables.finding(rows["p7b2"], 1.0))
-    assert tables.outcome(rows["p7b3"], 1.0).startswith("INCONCLUSIVE: task_gates may or may not")
+    assert tables.outcome(rows["p7b3"], decided(), 1.0).startswith("INCONCLUSIVE: task_gates may or may not")
+    assert tables.finding(rows["surgery"], 1.0) == "GO: split equals continue in every seed"
+
+
+def test_an_arm_that_spends_more_than_the_control_says_so() -> None:
+    costs = {"params_total": 100.0, "flops_per_example": 100.0}
+    control, row = SimpleNamespace(**costs), SimpleNamespace(**costs | {"params_total": 165.0})
+    assert tables.spending(control, control) == ""
+    assert tables.spending(row, control) == ", with 65 % more parameters than continue"
+    row.flops_per_example = 102.0
+    assert tables.spending(row, control) == ", with 65 % more parameters and 2 % more FLOPs per example than continue"
+
+
+def test_the_attribution_names_the_costliest_part_and_what_is_certain() -> None:
+    first, second, factorial = attribution_tables.attribution_findings(ATTRIBUTION, 0.95)
+    assert first.startswith("7b.1 noise_acting ends −7.10 pp [−7.35, −6.85] from its 7a checkpoint; the costliest")
+    assert first.endswith("a head deciding, not the labels, −4.10 pp [−4.35, −3.85].")
+    assert "splits and removals at random, −3.00 pp [−3.00, −3.00]." in second
+    assert factorial.startswith(
+        "signal by growth: certain (Holm) is the effect of entropy instead of random labels, +3"
+    )
+    assert len(attribution_tables.attribution_cells(ATTRIBUTION)) == len(ATTRIBUTION)
+
+
+def test_lineages_count_births_and_name_phases_that_changed_nothing() -> None:
+    figure = lineage_plots.lineage(LOADS, BORN, decided())
+    (axes,) = figure.axes
+    said = axes.get_title(loc="left").replace("\n", " ")
+    assert said == "7b.2 split: 2 born, 1 gone, 3 in the end; the busiest takes 50 % of the tokens"
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["0", "2", "1", "3"]  # children below parents
+    assert "7b.1 and 7b.3 and surgery changed nothing" in figure.get_suptitle().replace("\n", " ")
+
+
+def test_the_title_on_entropy_says_where_it_ends_beside_the_control() -> None:
+    steps = curves().assign(routing_entropy=lambda table: 0.8 + 0.1 * (table["arm"] == "noise_acting"))
+    figure = lineage_plots.entropy(relabel_control(steps), decided(), 0.95)
+    titles = [axes.get_title(loc="left").replace("\n", " ") for axes in figure.axes]
+    assert titles[:2] == [
+        "7b.1 noise_acting: ends at 0.900, above the control",
+        "7b.2 split: ends at 0.800, the same as the control",
+    ]
 
 
 def test_the_markdown_table_has_a_cell_for_every_column_and_bold_primary_arms() -> None:
@@ -239,10 +314,14 @@ def test_equal_data_gives_equal_figures(seeds: int, tmp_path: Path) -> None:
         lambda: plots.leaderboard(board(seeds), "7a Q1"),
         lambda: surgery_plots.surgery(summed(), SURGERIES, 1.0),
         lambda: surgery_plots.halves(PRESERVATION, HALVES, summed(), 100),
+        lambda: attribution_plots.attribution(ATTRIBUTION, 0.95),
+        lambda: lineage_plots.lineage(LOADS, BORN, decisions),
     ]
     for figure in figures:
-        drawing.save(figure(), tmp_path / "figure.svg")
-        assert (tmp_path / "figure.svg").read_text(encoding="utf-8") == drawing.svg(figure())
+        for name in ("first", "second"):
+            drawing.save(figure(), tmp_path / name)
+        for kind in ("svg", "png"):
+            assert (tmp_path / f"first.{kind}").read_bytes() == (tmp_path / f"second.{kind}").read_bytes()
 
 
 def test_titles_say_the_verdict_and_the_ranking() -> None:

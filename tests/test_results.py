@@ -5,22 +5,27 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
+import yaml
+from scipy import stats
 
 from phasegate.params import load_params
 from phasegate.report.readme import TABLES, refreshed
 
 ROOT = Path(__file__).parent.parent
 DVC = [str(Path(sys.executable).parent / "dvc")]
+RESULTS = ["", *sorted(str(lock.parent) for lock in Path("reports").glob("*/dvc.lock"))]
 
 
 def run(folder: Path, *words: str) -> str:
     return subprocess.run(words, cwd=folder, capture_output=True, text=True, check=True).stdout
 
 
-@pytest.mark.parametrize("results", ["", *sorted(str(lock.parent) for lock in Path("reports").glob("*/dvc.lock"))])
+@pytest.mark.parametrize("results", RESULTS)
 def test_nothing_is_left_to_run_in_a_clone_without_a_cache(tmp_path: Path, results: str) -> None:
     for name in run(ROOT, "git", "ls-files").splitlines():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -33,6 +38,43 @@ def test_nothing_is_left_to_run_in_a_clone_without_a_cache(tmp_path: Path, resul
     output = run(tmp_path, *DVC, "repro", "--dry", "--allow-missing")
     assert "Running stage" not in output
     assert len(re.findall("didn't change, skipping", output)) >= 15
+
+
+@pytest.mark.parametrize("results", RESULTS)
+def test_the_decisions_follow_from_the_trials_by_textbook_formulas_alone(results: str) -> None:
+    claims = yaml.safe_load((ROOT / results / "params.yaml").read_text())["decisions"]
+    trials, decisions = (pd.read_csv(ROOT / (results or "reports") / f"{name}.csv") for name in ("trials", "decisions"))
+    keys = ["phase", "arm"]
+    expected = textbook(trials[trials["phase"] != "references"], **claims).sort_values(keys, ignore_index=True)
+    found = decisions[expected.columns].sort_values(keys, ignore_index=True)
+    pd.testing.assert_frame_equal(found, expected, rtol=1e-6, atol=1e-9)
+
+
+def textbook(trials: pd.DataFrame, margin_pp: float, confidence: float, phases: dict[Any, Any]) -> pd.DataFrame:
+    """Paired t intervals, t-tests against the margin, Holm's correction by hand, and the rule of the verdicts."""
+    accuracy = {key: rows.set_index("seed")["accuracy"] for key, rows in trials.groupby(["phase", "arm"])}
+    rows = []
+    for (phase, arm), values in accuracy.items():
+        deltas = (values - accuracy["p7a", "continue"]).round(9)
+        if deltas.nunique() == 1:  # without variance there is no t statistic, but nothing uncertain either
+            mean = lo = hi = deltas.iloc[0]
+            p = float(mean == -margin_pp)
+        else:
+            test = stats.ttest_1samp(deltas, -margin_pp)
+            mean, p, (lo, hi) = deltas.mean(), float(test.pvalue), test.confidence_interval(confidence)
+        primary = arm == ("baseline" if phase == "p7a" else phases[phase]["primary"])
+        rows.append((phase, arm, primary, mean, lo, hi, np.nan if phase == "p7a" else p))
+    columns = ["phase", "arm", "primary", "delta_pp", "delta_lo", "delta_hi", "p_value"]
+    table = pd.DataFrame(rows, columns=columns).assign(p_holm=np.nan, verdict="INCONCLUSIVE")
+    for phase in phases:
+        ordered = table[(table["phase"] == phase) & ~table["primary"]]["p_value"].sort_values()
+        table.loc[ordered.index, "p_holm"] = (ordered * np.arange(len(ordered), 0, -1)).cummax().clip(upper=1)
+    certain = table["primary"] | (table["p_holm"] < 1 - confidence)
+    table.loc[certain & (table["delta_lo"] >= -margin_pp), "verdict"] = "GO"
+    table.loc[certain & (table["delta_hi"] < -margin_pp), "verdict"] = "NO-GO"
+    started = table["phase"] == "p7a"
+    table.loc[started, "verdict"] = table["arm"].map({"baseline": "BASELINE", "continue": "CONTROL"})
+    return table
 
 
 def test_the_readme_shows_the_committed_results() -> None:

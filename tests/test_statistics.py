@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
+from scipy import stats
 
 from phasegate.errors import UserError
 from phasegate.statistics import holm, margin_p_value, mean_interval, paired_difference, seeds_needed
@@ -13,10 +15,22 @@ from phasegate.statistics import holm, margin_p_value, mean_interval, paired_dif
 VALUES = st.lists(st.floats(-100, 100).map(lambda x: round(x, 3)), min_size=2, max_size=12)
 
 
-def test_a_95_percent_interval_covers_the_mean_95_percent_of_the_time() -> None:
-    draws = np.random.default_rng(0).normal(3, 2, size=(2000, 5))
-    covered = np.mean([lo <= 3 <= hi for _, lo, hi in map(mean_interval, draws)])
-    assert abs(covered - 0.95) < 3 * np.sqrt(0.95 * 0.05 / 2000)
+def decided(studies: NDArray[np.float64], margin: float) -> float:
+    """The share of studies (rows of paired differences) whose interval says GO or NO-GO."""
+    return float(np.mean([lo >= -margin or hi < -margin for _, lo, hi in map(mean_interval, studies)]))
+
+
+@pytest.mark.parametrize("seeds", [5, 10, 20])
+def test_a_95_percent_interval_covers_the_mean_95_percent_of_the_time(seeds: int) -> None:
+    studies = np.random.default_rng(seeds).normal(3, 2, size=(4000, seeds))
+    covered = np.mean([lo <= 3 <= hi for _, lo, hi in map(mean_interval, studies)])
+    assert abs(covered - 0.95) < 3 * np.sqrt(0.95 * 0.05 / 4000)
+
+
+@pytest.mark.parametrize("seeds", [5, 10, 20])
+def test_the_p_value_is_uniform_where_the_difference_is_exactly_the_margin(seeds: int) -> None:
+    studies = np.random.default_rng(seeds).normal(-1, 0.7, size=(2000, seeds))
+    assert stats.kstest([margin_p_value(study, 1.0) for study in studies], "uniform").pvalue > 0.01
 
 
 @given(VALUES, st.floats(0, 10))
@@ -56,11 +70,19 @@ def test_holm_keeps_false_rejections_at_5_percent_where_raw_values_do_not() -> N
     assert holm([0.01, 0.04, 0.03]).tolist() == pytest.approx([0.03, 0.06, 0.06])
 
 
-def test_the_seeds_needed_give_the_power_they_promise() -> None:
-    n = seeds_needed(mean=0.0, sd=1.0, margin=1.0)
-    assert n == 10  # G*Power, two-sided one-sample t-test, d = 1
-    draws = np.random.default_rng(2).normal(0, 1, size=(2000, n))
-    assert abs(np.mean([margin_p_value(d, 1.0) < 0.05 for d in draws]) - 0.8) < 0.04
+def test_the_seeds_needed_are_those_of_another_program() -> None:
+    assert seeds_needed(mean=0.0, sd=1.0, margin=1.0) == 10  # G*Power, two-sided one-sample t-test, d = 1
+
+
+@pytest.mark.parametrize(
+    ("mean", "sd", "margin"),
+    [(0.25, 0.8, 1.0), (0.0, 1.0, 1.0), (-0.6, 1.3, 1.0), (-0.2, 0.9, 0.0), (-2.2, 1.1, 1.0), (-1.6, 1.9, 1.0)],
+)
+def test_the_seeds_needed_and_no_fewer_decide_four_studies_in_five(mean: float, sd: float, margin: float) -> None:
+    n = seeds_needed(mean, sd, margin)
+    assert n is not None
+    studies = np.random.default_rng(n).normal(mean, sd, size=(4000, n))
+    assert decided(studies[:, 1:], margin) - 0.015 < 0.8 < decided(studies, margin) + 0.015
 
 
 @given(st.floats(-5, 5), st.floats(0, 20), st.floats(0, 3))

@@ -1,6 +1,7 @@
 """A trial that was trained is never trained again, unless something that its result depends on has changed."""
 
 import os
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ from phasegate.errors import UserError
 from phasegate.model import ModelSpec
 from phasegate.params import Training
 from phasegate.pretraining import pretraining
-from phasegate.trials import Trial, run_trials
+from phasegate.trials import OUTSIDE, Trial, run_trials
+from tests.test_pipeline import ROOT, closure
 
 
 def write(folder: Path, *, log: Path, seed: int, lr: float) -> None:
@@ -96,9 +98,19 @@ def test_changed_code_trains_again(study: Study, monkeypatch: pytest.MonkeyPatch
     other = study.folder / "moe.py"
     other.write_text("x = 1")
     import phasegate.moe
+    import phasegate.params
 
+    monkeypatch.setattr(phasegate.params, "__file__", str(other))
+    assert study.run(1) == []  # its values are arguments of the trial
     monkeypatch.setattr(phasegate.moe, "__file__", str(other))
     assert study.run(1) == [0]
+
+
+def test_no_module_that_trains_or_measures_a_network_reaches_what_only_judges_trials() -> None:
+    judges = {f"{module.replace('.', '/')}.py" for module in OUTSIDE if module != "phasegate.params"}
+    assert all((ROOT / judge).exists() for judge in judges)
+    runs = [path for path in ROOT.glob("phasegate/*.py") if re.search("^(import|from) torch", path.read_text(), re.M)]
+    assert len(runs) > 20 and {path.name: reached for path in runs if (reached := closure(path) & judges)} == {}
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])

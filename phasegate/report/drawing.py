@@ -4,20 +4,26 @@ Colours are Okabe and Ito's. Figures never touch pyplot's global state, and the 
 """
 
 import re
-from io import StringIO
+from io import BytesIO, StringIO
 from math import ceil, isfinite
 from pathlib import Path
 from textwrap import fill
 from typing import Any
 
 import matplotlib as mpl
+import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+from phasegate.files import write_atomic
+from phasegate.statistics import mean_interval
 
 BLACK, ORANGE, SKY, GREEN, BLUE, VERMILION, PURPLE = (
     *("#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7"),
 )
 GREY = "#767676"
+DPI = 110  # of the PNGs
 STYLE: dict[Any, Any] = {
     "font.size": 10,
     "axes.titlesize": 10,
@@ -38,9 +44,18 @@ def svg(figure: Figure) -> str:
     return buffer.getvalue()
 
 
+@mpl.rc_context(STYLE)
+def png(figure: Figure) -> bytes:
+    """The figure as PNG, free of versions."""
+    buffer = BytesIO()
+    figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
+    return buffer.getvalue()
+
+
 def save(figure: Figure, path: Path) -> None:
-    """Write the figure to `path` as SVG."""
-    path.write_text(svg(figure), encoding="utf-8")
+    """Write the figure as `path`.svg and `path`.png."""
+    write_atomic(path.with_suffix(".svg"), svg(figure))
+    write_atomic(path.with_suffix(".png"), png(figure))
 
 
 def new_figure(
@@ -67,6 +82,27 @@ def dot(
         axes.hlines(y, lo, hi, color=colour, linewidth=2.5 if strong else 1.3)
     if isfinite(mean):
         axes.plot(mean, y, marker, color=colour, markersize=9 if strong else 6)
+
+
+def band(
+    axes: Axes,
+    rows: pd.DataFrame,
+    column: str,
+    colour: str,
+    dash: Any,
+    confidence: float,
+    label: str,
+    width: float = 1.3,
+) -> None:
+    """One arm's mean over seeds by step, with its interval as a band; steps at which a seed is blank are left out."""
+    points = rows.dropna(subset=column).groupby("step")[column]
+    if not len(points):
+        return
+    steps, values = zip(*points, strict=True)
+    means, lows, highs = np.array([mean_interval(value, confidence) for value in values]).T
+    axes.plot(steps, means, color=colour, linestyle=dash, linewidth=width, label=label)
+    known = np.isfinite(lows)
+    axes.fill_between(np.array(steps)[known], lows[known], highs[known], color=colour, alpha=0.15, linewidth=0)
 
 
 def name_rows(axes: Axes, names: list[str], xlabel: str) -> None:

@@ -8,11 +8,14 @@ import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from phasegate.report import signal_tables, surgery_tables, tables
+from phasegate.report import attribution_tables, signal_tables, surgery_tables, tables
 
 CAPTIONS = {
     "differences": "Difference of each arm from the control",
+    "attribution": "What each ingredient of an arm does",
     "learning_curves": "Learning curves and surgeries",
+    "lineage": "Lineages of the experts, with their load over time",
+    "entropy": "Routing entropy over time",
     "expert_routing": "Which expert serves which class",
     "surgery": "What each kind of surgery does, at once and in the end",
     "halves": "What operations in a row leave of the function, and what becomes of the halves of a split",
@@ -33,6 +36,7 @@ def render(
     surgeries: pd.DataFrame,
     surgery_summary: pd.DataFrame,
     signals: pd.DataFrame,
+    attribution: pd.DataFrame,
     curves: pd.DataFrame,
     tasks: pd.DataFrame,
     provenance: Mapping[str, object],
@@ -40,7 +44,7 @@ def render(
 ) -> str:
     """The whole page as HTML.
 
-    `figures` maps names (`CAPTIONS` has those known) to SVG text from `drawing.svg`, `leaderboards` maps `q1`
+    `figures` maps all names of `CAPTIONS` to SVG text from `drawing.svg`, `leaderboards` maps `q1`
     and `q2` to their tables; `signals` is their summary, `tasks` may be empty, `provenance` may nest mappings.
     Raises UserError for a phase without a hypothesis.
     """
@@ -56,7 +60,7 @@ def render(
             "label": tables.phase_label(row.phase),
             "verdict": row.verdict,
             "hypothesis": tables.hypothesis(hypotheses, row.phase),
-            "outcome": tables.outcome(row, margin_pp),
+            "outcome": tables.outcome(row, decisions, margin_pp),
         }
         for row in tables.headline_rows(decisions)
     ]
@@ -65,18 +69,21 @@ def render(
         rule=tables.rule(margin_pp, confidence),
         decisions=tables.decision_cells(decisions),
         primary=list(decisions["primary"]),
+        costs=tables.cost_cells(decisions),
         story=tables.story_cells(decisions, leaderboards),
-        figures=[
-            {"name": name, "caption": CAPTIONS.get(name, name), "svg": inline_svg(svg, name)}
+        figures={
+            name: {"name": name, "caption": CAPTIONS[name], "svg": inline_svg(svg, name)}
             for name, svg in figures.items()
-        ],
+        },
+        broken=attribution_tables.attribution_findings(attribution, confidence),
+        attribution=attribution_tables.attribution_cells(attribution),
         findings=signal_tables.signal_findings(signals, decisions, surgeries, confidence),
         signals=signal_tables.signal_cells(signals, confidence),
         surgeries=surgery_tables.surgery_cells(surgery_summary) if len(surgery_summary) > 1 else [],
         dead=surgery_tables.dead_finding(curves),
         halves=surgery_tables.halves_cells(surgery_summary),
         tasks=tables.task_cells(tasks, confidence),
-        leaderboards={f"7a {name.upper()}": tables.leaderboard_cells(t) for name, t in leaderboards.items()},
+        leaderboards={name: tables.leaderboard_cells(table) for name, table in leaderboards.items()},
         provenance=list(_flat(provenance)),
     )
 

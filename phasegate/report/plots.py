@@ -15,8 +15,9 @@ from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from phasegate.decisions import BASELINE, CONTROL, START, relabel_control
+from phasegate.decisions import BASELINE, CONTROL, relabel_control
 from phasegate.errors import UserError
+from phasegate.params import START
 from phasegate.report.drawing import (
     BLACK,
     BLUE,
@@ -27,13 +28,13 @@ from phasegate.report.drawing import (
     SKY,
     STYLE,
     VERMILION,
+    band,
     dot,
     name_rows,
     new_figure,
     wrapped,
 )
 from phasegate.report.tables import MINUS, finding, headline_rows, interval, number, phase_label, rows_of
-from phasegate.statistics import mean_interval
 
 ARM_STYLES = [  # colour and dash of the arms of a phase, primary first
     (BLUE, "-"),
@@ -106,21 +107,19 @@ def learning_curves(
     figure, panels = new_figure(6.4 * columns, 3.7 * ceil(len(heads) / columns), len(heads), columns)
     for axes, head in zip(panels, heads, strict=True):
         if head.phase != START:
-            _curve(axes, curves[(curves["phase"] == START) & (curves["arm"] == CONTROL)], GREY, "-", confidence)
+            control = curves[(curves["phase"] == START) & (curves["arm"] == CONTROL)]
+            band(axes, control, "accuracy", GREY, "-", confidence, CONTROL)
         arms = decisions[(decisions["phase"] == head.phase) & (decisions["arm"] != CONTROL)]["arm"]
         arms = list(arms)[: len(ARM_STYLES)]  # the primary arm comes first in the decisions
         for arm, (colour, dash) in zip(arms, ARM_STYLES, strict=False):
-            _curve(
-                *(axes, curves[(curves["phase"] == head.phase) & (curves["arm"] == arm)], colour, dash),
-                confidence,
-                width=2.2 if arm == head.arm else 1.3,
-            )
+            rows = curves[(curves["phase"] == head.phase) & (curves["arm"] == arm)]
+            band(axes, rows, "accuracy", colour, dash, confidence, arm, width=2.2 if arm == head.arm else 1.3)
         if surgeries is not None:
             _surgery_marks(axes, surgeries[surgeries["phase"] == head.phase], arms)
         axes.set_title(wrapped(f"{phase_label(head.phase)} {finding(head, margin_pp)}"))
         axes.set(xlabel="training step", ylabel="gate accuracy, %")
         more = len(decisions[decisions["phase"] == head.phase]) - len(arms) - (head.phase == START)
-        title = f"and {more} more arms" if more else None
+        title = f"and {more} more arm{'s' if more > 1 else ''}" if more else None
         axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1), title=title, title_fontsize=8)
     if surgeries is not None and len(surgeries):
         marks = [
@@ -161,13 +160,16 @@ def expert_routing(routing: pd.DataFrame, decisions: pd.DataFrame, seed: int = 0
     most = max(float(_shares(counts).to_numpy().max()) for counts in panels.values())
     for axes, ((phase, arm), counts) in zip(all_axes, panels.items(), strict=True):
         mesh = _heatmap(axes, _shares(counts).reindex(old.union(counts.index)), old, most)
-        busiest = f"the busiest takes {100 * counts.sum(axis=1).max() / counts.to_numpy().sum():.0f} %"
+        busiest = f"the busiest takes {_busiest(counts):.0f} %"
         kept, born = len(old.intersection(counts.index)), len(counts.index.difference(old))
         what = f"{len(old)} experts" if phase == START else f"{kept} of {len(old)} experts kept, {born} born"
         axes.set_title(f"{phase_label(phase)} {arm}: {what},\n{busiest} of all tokens")
     figure.colorbar(mesh, ax=all_axes, label="share of the class's tokens, %", shrink=0.6, aspect=25)
+    after = [_busiest(counts) for (phase, _), counts in panels.items() if phase != START]
+    then = f", and {min(after):.0f} to {max(after):.0f} % at the end of the phases after it" if after else ""
     figure.suptitle(
-        f"Which expert serves which class (seed {seed}, block {block}; grey: removed, +: born)",
+        f"The busiest expert takes {_busiest(panels[START, BASELINE]):.0f} % of all tokens in 7a{then}\n"
+        f"(seed {seed}, block {block}; grey: removed, +: born)",
         x=0.01,
         ha="left",
     )
@@ -207,17 +209,6 @@ def leaderboard(table: pd.DataFrame, title_prefix: str) -> Figure:
     return figure
 
 
-def _curve(axes: Axes, rows: pd.DataFrame, colour: str, dash: Any, confidence: float, width: float = 1.3) -> None:
-    """One arm's mean over seeds with its band; `rows` are that arm's curves."""
-    if rows.empty:
-        return
-    steps, accuracies = zip(*rows.dropna(subset="accuracy").groupby("step")["accuracy"], strict=True)
-    means, lows, highs = np.array([mean_interval(values, confidence) for values in accuracies]).T
-    axes.plot(steps, means, color=colour, linestyle=dash, linewidth=width, label=rows["arm"].iloc[0])
-    known = np.isfinite(lows)
-    axes.fill_between(np.array(steps)[known], lows[known], highs[known], color=colour, alpha=0.15, linewidth=0)
-
-
 def _surgery_marks(axes: Axes, surgeries: pd.DataFrame, arms: list[str]) -> None:
     """A strip below the curves: a row for each arm and operation, marks growing with the number of seeds."""
     rows = [
@@ -236,6 +227,11 @@ def _surgery_marks(axes: Axes, surgeries: pd.DataFrame, arms: list[str]) -> None
             linewidth=0,
             transform=axes.get_xaxis_transform(),
         )
+
+
+def _busiest(counts: pd.DataFrame) -> float:
+    """The share (percent) of all tokens that the busiest expert gets; counts (experts, classes)."""
+    return float(100 * counts.sum(axis=1).max() / max(1, counts.to_numpy().sum()))
 
 
 def _shares(counts: pd.DataFrame) -> pd.DataFrame:

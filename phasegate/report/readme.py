@@ -6,18 +6,18 @@ from pathlib import Path
 
 import pandas as pd
 
-from phasegate.decisions import START
-from phasegate.params import load_params
+from phasegate.params import START, load_params
+from phasegate.report.attribution_tables import attribution_findings
 from phasegate.report.signal_tables import signal_findings
 from phasegate.report.surgery_tables import surgery_finding
 from phasegate.report.tables import markdown_rows, rule
 
-TABLES = ("decisions", "surgery_summary", "signal_summary", "surgeries")
+TABLES = ("decisions", "attribution", "surgery_summary", "signal_summary", "surgeries")
 COLUMNS = ["phase", "arm", "verdict", "accuracy, %", "difference, pp", "experts"]
 
 
 def refreshed(readme: str, tables: Mapping[str, pd.DataFrame], margin_pp: float, confidence: float) -> str:
-    """The README's text with what stands between its markers written anew: primary arms, surgery, and signals.
+    """The README's text with what stands between its markers written anew: primary arms, and findings.
 
     Raises:
         ValueError: if the markers are not there.
@@ -27,7 +27,8 @@ def refreshed(readme: str, tables: Mapping[str, pd.DataFrame], margin_pp: float,
     results = [*markdown_rows(first, COLUMNS), "", rule(margin_pp, confidence)]
     surgery = surgery_finding(tables["surgery_summary"])
     signals = signal_findings(tables["signal_summary"], decisions, tables["surgeries"], confidence)
-    findings = {"surgery": surgery, "signals": signals}
+    broken = attribution_findings(tables["attribution"], confidence)
+    findings = {"attribution": broken, "surgery": surgery, "signals": signals}
     blocks = {name: [f"- {sentence}" for sentence in sentences] for name, sentences in findings.items()}
     for name, lines in {"results": results, **blocks}.items():
         parts = re.split(rf"(<!-- /?{name} -->\n)", readme)

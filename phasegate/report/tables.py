@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from phasegate.decisions import CONTROL, START
+from phasegate.decisions import CONTROL, COSTS
 from phasegate.errors import UserError
+from phasegate.params import START
 from phasegate.statistics import mean_interval
 
 MINUS = "\N{MINUS SIGN}"
@@ -75,6 +76,8 @@ def finding(row: Any, margin_pp: float) -> str:
     if row.verdict == "NO-GO":
         loss = interval(-row.delta_pp, -row.delta_hi, -row.delta_lo)
         said = f"loses {loss.replace(' [', ' pp [')} against {CONTROL}"
+    elif row.delta_lo == row.delta_hi == 0:
+        said = f"equals {CONTROL} in every seed"
     elif row.verdict == "GO" and row.delta_lo > 0:
         said = f"gains {signed.replace(' [', ' pp [')} over {CONTROL}"
     elif row.verdict == "GO":
@@ -86,16 +89,29 @@ def finding(row: Any, margin_pp: float) -> str:
     return f"{row.verdict}: {row.arm} {said}"
 
 
-def outcome(row: Any, margin_pp: float) -> str:
-    """The finding as a sentence, with the number of seeds behind it and the number that would decide."""
+def outcome(row: Any, decisions: pd.DataFrame, margin_pp: float) -> str:
+    """The finding as a sentence: with the seeds behind it, the number that would decide, and what the arm spends."""
     seeds = f"{row.n_seeds} seed{'s' if row.n_seeds != 1 else ''}"
-    if row.verdict != "INCONCLUSIVE":
-        return f"{finding(row, margin_pp)} ({seeds})."
-    if not pd.isna(row.seeds_needed):
-        more = f"about {int(row.seeds_needed):,} would decide"
-    else:
-        more = "no realistic number would decide" if row.n_seeds > 1 else "one can't decide"
-    return f"{finding(row, margin_pp)} ({seeds}; {more})."
+    if row.verdict == "INCONCLUSIVE":
+        if not pd.isna(row.seeds_needed):
+            seeds += f"; about {int(row.seeds_needed):,} would decide"
+        else:
+            seeds += "; no realistic number would decide" if row.n_seeds > 1 else "; one can't decide"
+    control = rows_of(decisions[(decisions["phase"] == START) & (decisions["arm"] == CONTROL)])[0]
+    return f"{finding(row, margin_pp)} ({seeds}){spending(row, control)}."
+
+
+def spending(row: Any, control: Any) -> str:
+    """What an arm's model takes beyond the control's, `, with 65 % more parameters`; blank below one percent.
+
+    Seconds are left to the tables: they depend on what else the machine did.
+    """
+    more = {
+        "parameters": row.params_total / control.params_total,
+        "FLOPs per example": row.flops_per_example / control.flops_per_example,
+    }
+    said = [f"{100 * (ratio - 1):.0f} % more {what}" for what, ratio in more.items() if ratio >= 1.01]
+    return f", with {' and '.join(said)} than {CONTROL}" if said else ""
 
 
 def rows_of(table: pd.DataFrame) -> list[Any]:
@@ -125,9 +141,24 @@ def decision_cells(decisions: pd.DataFrame) -> list[dict[str, str]]:
             "seeds needed": "" if pd.isna(row.seeds_needed) else f"{int(row.seeds_needed):,}",
             "experts": f"{row.n_routed_start:g} → {row.n_routed_end:g}",
             "parameters (active)": f"{row.params_total:,.0f} ({row.params_active:,.0f})",
+            "FLOPs/example": f"{row.flops_per_example:,.0f}",
             "train, s": f"{row.train_seconds:,.0f}",
         }
         for row in rows_of(decisions)
+    ]
+
+
+def cost_cells(decisions: pd.DataFrame) -> list[dict[str, str]]:
+    """What every arm takes, with its ratio to the control's: one dict of column title and text per row."""
+    control = decisions[(decisions["phase"] == START) & (decisions["arm"] == CONTROL)].iloc[0]
+    digits = dict.fromkeys(COSTS, 0) | {"train_seconds": 1}
+    return [
+        {"phase": phase_label(row["phase"]), "arm": row["arm"]}
+        | {
+            title: f"{number(row[name], digits[name])} (\N{MULTIPLICATION SIGN} {number(row[name] / control[name])})"
+            for name, title in zip(COSTS, ("parameters", "active", "FLOPs/example", "train, s"), strict=True)
+        }
+        for _, row in decisions.iterrows()
     ]
 
 
@@ -156,7 +187,7 @@ def decisions_markdown(
     lines = ["# Decisions", "", rule(margin_pp, confidence), ""]
     for row in headline_rows(decisions):
         said = hypothesis(hypotheses, row.phase)
-        lines.append(f"- **{phase_label(row.phase)}** {said} **{outcome(row, margin_pp)}**")
+        lines.append(f"- **{phase_label(row.phase)}** {said} **{outcome(row, decisions, margin_pp)}**")
     lines += ["", "Primary arms in bold; intervals over seeds.", "", *markdown_rows(decisions)]
     return "\n".join(lines) + "\n"
 
