@@ -83,6 +83,21 @@ def test_the_readme_shows_the_committed_results() -> None:
     assert refreshed(text, tables, claims.margin_pp, claims.confidence) == text, "run `make readme`"
 
 
+def test_the_readme_shows_the_output_that_dvc_metrics_diff_has_for_the_committed_results() -> None:
+    lines = re.findall(r"^metrics\.json +(\w+) +(\S+) +(\S+) +\S+$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    decisions = pd.read_csv(ROOT / "reports/decisions.csv").query("primary").set_index("phase")
+    assert len(lines) >= 15
+    for name, *shown in lines:
+        for phase, text in zip(("p7a", "p7b2"), shown, strict=True):
+            value = phase if name == "phase" else decisions.loc[phase, name]
+            if text == "-":
+                assert pd.isna(value)
+            elif isinstance(value, str):
+                assert text == value
+            else:
+                assert float(text) == pytest.approx(value, abs=1e-5)
+
+
 def test_every_link_of_the_readme_leads_somewhere() -> None:
     links = re.findall(r"\]\((?!https?:)([^)#]+)\)", (ROOT / "README.md").read_text())
     assert links
