@@ -13,11 +13,12 @@ import pandas as pd
 
 from phasegate.decisions import paired_arms
 from phasegate.errors import UserError
+from phasegate.params import START, START_ARMS
 from phasegate.statistics import DECIMALS, holm, margin_p_value, mean_interval
 
 Contrast = Mapping[str, float]  # "phase/arm" -> weight; the weights sum to zero
 
-START, CONTROL = "p7a/baseline", "p7a/continue"
+BEGUN, CONTINUED = (f"{START}/{arm}" for arm in START_ARMS)
 WHOLE = "all together"
 COLUMNS = ["account", "part", "contrast", "n_seeds", "effect_pp", "effect_lo", "effect_hi", "p_value", "p_holm"]
 
@@ -59,27 +60,27 @@ def _interaction(growth: str) -> dict[str, float]:
 ACCOUNTS = {
     "p7b1": Account(
         {
-            "extra training": difference(CONTROL, START),
-            "noise gradient in the trunk": difference("p7b1/noise", CONTROL),
-            "splits and removals at random": difference("p7b1/random_split", CONTROL),
+            "extra training": difference(CONTINUED, BEGUN),
+            "noise gradient in the trunk": difference("p7b1/noise", CONTINUED),
+            "splits and removals at random": difference("p7b1/random_split", CONTINUED),
             "fresh experts instead of splits, at random": difference("p7b1/random_acting", "p7b1/random_split"),
             "a head deciding, not the labels": {
                 "p7b1/noise_acting": 1.0,
                 "p7b1/noise": -1.0,
                 "p7b1/random_acting": -1.0,
-                CONTROL: 1.0,
+                CONTINUED: 1.0,
             },
         },
-        difference("p7b1/noise_acting", START),
+        difference("p7b1/noise_acting", BEGUN),
     ),
     "p7b2": Account(
         {
-            "extra training": difference(CONTROL, START),
-            "splits and removals at random": difference("p7b1/random_split", CONTROL),
+            "extra training": difference(CONTINUED, BEGUN),
+            "splits and removals at random": difference("p7b1/random_split", CONTINUED),
             "entropy instead of random labels": difference("p7b2/split_thresholds", "p7b1/random_split"),
             "a head deciding, not the labels": difference("p7b2/split", "p7b2/split_thresholds"),
         },
-        difference("p7b2/split", START),
+        difference("p7b2/split", BEGUN),
     ),
     "factorial": Account(
         {

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 
-from phasegate.attribution import ACCOUNTS, COLUMNS, CONTROL, FACTORIAL, WHOLE, attribution
+from phasegate.attribution import ACCOUNTS, COLUMNS, CONTINUED, FACTORIAL, WHOLE, attribution
 from phasegate.decisions import AVERAGED, decide
 from phasegate.errors import UserError
 from phasegate.params import ARMS, START, START_ARMS
@@ -26,7 +26,7 @@ NOISE = np.random.default_rng(0).normal(80, 3, size=(len(NEEDED), SEEDS))
 
 def trials(accuracy: NDArray[np.float64]) -> pd.DataFrame:
     """Trials of the arms needed, (arms, seeds), the control under the phase that it has before reports."""
-    keys = [("continue", "continue") if key == CONTROL else key.split("/") for key in NEEDED]
+    keys = [("continue", "continue") if key == CONTINUED else key.split("/") for key in NEEDED]
     rows = [(*key, seed, value) for key, row in zip(keys, accuracy, strict=True) for seed, value in enumerate(row)]
     return pd.DataFrame(rows, columns=["phase", "arm", "seed", "accuracy"]).assign(**dict.fromkeys(AVERAGED, 1))
 
@@ -95,7 +95,7 @@ def test_a_part_that_is_an_arm_minus_the_control_is_that_arm_in_the_decisions() 
     assert parts[effects].to_numpy().tolist() == arms[deltas].to_numpy().tolist()
 
 
-@pytest.mark.parametrize("arm", [arm for arm in NEEDED if arm != CONTROL])
+@pytest.mark.parametrize("arm", [arm for arm in NEEDED if arm != CONTINUED])
 def test_an_arm_that_is_missing_is_named(arm: str) -> None:
     table = trials(NOISE)
     with pytest.raises(UserError, match=f"needs the arm {arm}: it has no trials"):

@@ -147,7 +147,7 @@ LOADS = pd.DataFrame(
 )
 BORN = pd.DataFrame(
     {"phase": "p7b2", "arm": "split", "seed": 0, "step": 1, "block": 0, "operation": operation, "expert": expert}
-    | {"parent": parent}
+    | {"parent": parent, "n_routed_before": 12, "n_routed_after": 11 if operation == "remove" else 13}
     for operation, expert, parent in (("split", 2, 0), ("reinit", 3, np.nan), ("remove", 1, np.nan))
 )
 TASKS = pd.DataFrame(

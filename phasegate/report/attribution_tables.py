@@ -53,7 +53,7 @@ def attribution_cells(table: pd.DataFrame) -> list[dict[str, str]]:
 
 def effect(row: Any) -> str:
     """An effect with unit and interval."""
-    return interval(row.effect_pp, row.effect_lo, row.effect_hi, signed=True).replace(" [", " pp [")
+    return interval(row.effect_pp, row.effect_lo, row.effect_hi, signed=True, unit="pp")
 
 
 def _named(row: Any) -> str:

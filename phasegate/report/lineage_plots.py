@@ -15,11 +15,10 @@ from matplotlib.figure import Figure
 from phasegate.decisions import CONTROL
 from phasegate.params import START
 from phasegate.report.drawing import BLUE, GREY, STYLE, VERMILION, band, new_figure, wrapped
-from phasegate.report.tables import headline_rows, number, phase_label, rows_of
+from phasegate.report.tables import headline_rows, number, of_arm, phase_label, rows_of
 from phasegate.statistics import mean_interval
 
 THINNEST, WIDEST = 0.03, 0.42  # half the height of an idle expert, and of the busiest; rows are one apart
-_GROWTH = ("split", "clone", "reinit")
 
 
 @mpl.rc_context(STYLE)
@@ -32,13 +31,13 @@ def lineage(loads: pd.DataFrame, surgeries: pd.DataFrame, decisions: pd.DataFram
     loads, seed = loads[loads["block"] == block], int(loads["seed"].iloc[0])
     done = surgeries[(surgeries["seed"] == seed) & (surgeries["block"] == block)]
     heads = headline_rows(decisions)
-    operated = [row for row in heads if len(_of(done, row))] or heads[:1]
+    operated = [row for row in heads if len(of_arm(done, row.phase, row.arm))] or heads[:1]
     columns = min(2, len(operated))
     figure, panels = new_figure(6.4 * columns, 4.6 * ceil(len(operated) / columns), len(operated), columns)
     most = float(loads["share"].max())
     for axes, head in zip(panels, operated, strict=True):
-        _tree(axes, _of(loads, head), _of(done, head), most)
-        axes.set_title(wrapped(_told(head, _of(loads, head), _of(done, head))))
+        _tree(axes, of_arm(loads, head.phase, head.arm), of_arm(done, head.phase, head.arm), most)
+        axes.set_title(wrapped(_told(head, of_arm(loads, head.phase, head.arm), of_arm(done, head.phase, head.arm))))
     still = [phase_label(row.phase) for row in heads if row not in operated]
     rest = f"; {' and '.join(still)} changed nothing" if still else ""
     title = f"Lineages of the experts, as thick as their load (seed {seed}; blue: born, orange: removed){rest}"
@@ -52,25 +51,19 @@ def entropy(curves: pd.DataFrame, decisions: pd.DataFrame, confidence: float) ->
     heads = headline_rows(decisions)
     columns = min(3, len(heads))
     figure, panels = new_figure(4.2 * columns, 3.2 * ceil(len(heads) / columns), len(heads), columns)
-    control = curves[(curves["phase"] == START) & (curves["arm"] == CONTROL)]
+    control = of_arm(curves, START, CONTROL)
     for axes, head in zip(panels, heads, strict=True):
         band(axes, control, "routing_entropy", GREY, "-", confidence, CONTROL)
-        band(axes, _of(curves, head), "routing_entropy", BLUE, "--", confidence, head.arm, width=2)
+        band(axes, of_arm(curves, head.phase, head.arm), "routing_entropy", BLUE, "--", confidence, head.arm, width=2)
         axes.set(xlabel="training step", ylabel="routing entropy")
-        axes.set_title(wrapped(_change(head, _of(curves, head), control, confidence), 44))
+        axes.set_title(wrapped(_change(head, of_arm(curves, head.phase, head.arm), control, confidence), 44))
         axes.legend(fontsize=8)
     return figure
 
 
-def _of(table: pd.DataFrame, row: Any) -> pd.DataFrame:
-    """The table's rows of the arm that a row of the decisions is about."""
-    rows: pd.DataFrame = table[(table["phase"] == row.phase) & (table["arm"] == row.arm)]
-    return rows
-
-
 def _tree(axes: Axes, loads: pd.DataFrame, surgeries: pd.DataFrame, most: float) -> None:
     """One arm's lineage."""
-    grown = surgeries["operation"].isin(_GROWTH)
+    grown = surgeries["n_routed_after"] > surgeries["n_routed_before"]
     births = {row.expert: row for row in rows_of(surgeries[grown])}
     removed = {row.expert for row in rows_of(surgeries[~grown])}
     experts = {row[0].expert: row for row in map(rows_of, (rows for _, rows in loads.groupby("expert")))}
@@ -108,7 +101,7 @@ def _order(experts: list[int], births: dict[int, Any]) -> list[int]:
 
 def _told(head: Any, loads: pd.DataFrame, surgeries: pd.DataFrame) -> str:
     """How many were born and removed, and how much the busiest takes in the end."""
-    born = surgeries["operation"].isin(_GROWTH).sum()
+    born = (surgeries["n_routed_after"] > surgeries["n_routed_before"]).sum()
     final = loads[loads["step"] == loads["step"].max()]["share"]
     return (
         f"{phase_label(head.phase)} {head.arm}: {born} born, {len(surgeries) - born} gone, {len(final)} in the end; "

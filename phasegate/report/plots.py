@@ -34,7 +34,7 @@ from phasegate.report.drawing import (
     new_figure,
     wrapped,
 )
-from phasegate.report.tables import MINUS, finding, headline_rows, interval, number, phase_label, rows_of
+from phasegate.report.tables import MINUS, finding, headline_rows, interval, number, of_arm, phase_label, rows_of
 
 ARM_STYLES = [  # colour and dash of the arms of a phase, primary first
     (BLUE, "-"),
@@ -107,12 +107,11 @@ def learning_curves(
     figure, panels = new_figure(6.4 * columns, 3.7 * ceil(len(heads) / columns), len(heads), columns)
     for axes, head in zip(panels, heads, strict=True):
         if head.phase != START:
-            control = curves[(curves["phase"] == START) & (curves["arm"] == CONTROL)]
-            band(axes, control, "accuracy", GREY, "-", confidence, CONTROL)
+            band(axes, of_arm(curves, START, CONTROL), "accuracy", GREY, "-", confidence, CONTROL)
         arms = decisions[(decisions["phase"] == head.phase) & (decisions["arm"] != CONTROL)]["arm"]
         arms = list(arms)[: len(ARM_STYLES)]  # the primary arm comes first in the decisions
         for arm, (colour, dash) in zip(arms, ARM_STYLES, strict=False):
-            rows = curves[(curves["phase"] == head.phase) & (curves["arm"] == arm)]
+            rows = of_arm(curves, head.phase, arm)
             band(axes, rows, "accuracy", colour, dash, confidence, arm, width=2.2 if arm == head.arm else 1.3)
         if surgeries is not None:
             _surgery_marks(axes, surgeries[surgeries["phase"] == head.phase], arms)
@@ -146,7 +145,7 @@ def expert_routing(routing: pd.DataFrame, decisions: pd.DataFrame, seed: int = 0
     routing = routing[(routing["seed"] == seed) & (routing["block"] == block)]
     panels = {}
     for row in rows_of(decisions[decisions["primary"].astype(bool)]):
-        part = routing[(routing["phase"] == row.phase) & (routing["arm"] == row.arm)]
+        part = of_arm(routing, row.phase, row.arm)
         if len(part):
             counts = part.pivot_table(index="expert", columns="class", values="tokens", aggfunc="sum", fill_value=0)
             panels[row.phase, row.arm] = counts

@@ -5,7 +5,8 @@ from typing import Any
 import pandas as pd
 
 from phasegate.decisions import CONTROL
-from phasegate.report.tables import interval, number, rows_of
+from phasegate.params import START
+from phasegate.report.tables import interval, number, of_arm, rows_of
 from phasegate.signal_summary import CORRELATIONS, GONE, beats_chance
 
 PHASE = "p7b4"
@@ -97,11 +98,11 @@ def regret_title(summary: pd.DataFrame, confidence: float) -> str:
 
 def acting_findings(decisions: pd.DataFrame, surgeries: pd.DataFrame) -> list[str]:
     """How often each arm of 7b.4 changed the architecture, and whether it beat the fixed one at the same budget."""
-    control = rows_of(decisions[decisions["arm"] == CONTROL])[0]
+    control = rows_of(of_arm(decisions, START, CONTROL))[0]
     sentences = []
     for row in rows_of(decisions[decisions["phase"] == PHASE]):
         who = "Self-modification on ground truth" if row.primary else "Arm"
-        difference = interval(row.delta_pp, row.delta_lo, row.delta_hi, signed=True).replace(" [", " pp [")
+        difference = interval(row.delta_pp, row.delta_lo, row.delta_hi, signed=True, unit="pp")
         sentences.append(
             f"{who} `{row.arm}` operated {_times(row, surgeries)} and {_beside(row)} the fixed architecture trained "
             f"for as many steps: {difference}, at {row.train_seconds:.0f} s a trial instead of "
@@ -144,7 +145,7 @@ def _of(row: Any, name: str, digits: int) -> str:
 
 
 def _times(row: Any, surgeries: pd.DataFrame) -> str:
-    done = surgeries[(surgeries["phase"] == PHASE) & (surgeries["arm"] == row.arm)]
+    done = of_arm(surgeries, PHASE, row.arm)
     if done.empty:
         return f"not once in {row.n_seeds} seeds"
     kinds = ", ".join(

@@ -26,7 +26,7 @@ from phasegate.report.drawing import (
     wrapped,
 )
 from phasegate.report.surgery_tables import STUDY, change, percent, short_finding
-from phasegate.report.tables import rows_of
+from phasegate.report.tables import of_arm, rows_of
 from phasegate.surgery_summary import BALANCED
 
 NOTHING = 1e-10  # where a relative change of zero is drawn on a logarithmic axis
@@ -57,7 +57,7 @@ def surgery(summary: pd.DataFrame, surgeries: pd.DataFrame, margin_pp: float) ->
     figure, (first, second, third, fourth) = new_figure(13, 2 + 0.34 * len(rows), 4, 4)
     for y, row in enumerate(rows):
         colour = COLOURS[row.operation]
-        done = surgeries[(surgeries["phase"] == STUDY) & (surgeries["arm"] == row.arm)]
+        done = of_arm(surgeries, STUDY, row.arm)
         done = done[done["operation"] == row.operation]
         first.plot(done["output_change"].clip(lower=NOTHING), [y] * len(done), "|", color=colour, alpha=0.35)
         dot(first, y, (max(row.output_change, NOTHING), *[float("nan")] * 2), colour, "o")

@@ -38,12 +38,12 @@ def _named(summary: pd.DataFrame, names: Mapping[tuple[str, str], str]) -> list[
 
 
 def _ending(row: Any, name: str) -> str:
-    ends = interval(row.delta_pp, row.delta_lo, row.delta_hi, signed=True).replace(" [", " pp [")
+    ends = interval(row.delta_pp, row.delta_lo, row.delta_hi, signed=True, unit="pp")
     return f"{row.surgeries / row.n_seeds:g} {name} end {ends}"
 
 
 def _at_once(row: Any) -> str:
-    lost = interval(row.accuracy_lost, row.accuracy_lost_lo, row.accuracy_lost_hi).replace(" [", " pp [")
+    lost = interval(row.accuracy_lost, row.accuracy_lost_lo, row.accuracy_lost_hi, unit="pp")
     return f"each changing the output by {change(row.output_change)} and costing {lost} at once"
 
 

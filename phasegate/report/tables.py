@@ -53,13 +53,13 @@ def number(value: float, digits: int = 2, signed: bool = False) -> str:
     return text.replace("-", MINUS) if float(text.replace(",", "")) else text.lstrip("+-")
 
 
-def interval(mean: float, lo: float, hi: float, digits: int = 2, signed: bool = False) -> str:
-    """`−0.42 [−0.91, +0.07]`; says so where one seed gives no interval."""
+def interval(mean: float, lo: float, hi: float, digits: int = 2, signed: bool = False, unit: str = "") -> str:
+    """`−0.42 [−0.91, +0.07]`, a unit after the mean if there is one; says so where one seed gives no interval."""
     if pd.isna(mean):
         return ""
-    if not (isfinite(lo) and isfinite(hi)):
-        return f"{number(mean, digits, signed)} [no interval]"
-    return f"{number(mean, digits, signed)} [{number(lo, digits, signed)}, {number(hi, digits, signed)}]"
+    known = isfinite(lo) and isfinite(hi)
+    bounds = f"{number(lo, digits, signed)}, {number(hi, digits, signed)}" if known else "no interval"
+    return f"{number(mean, digits, signed)}{f' {unit}' if unit else ''} [{bounds}]"
 
 
 def p_text(p: float) -> str:
@@ -70,22 +70,22 @@ def p_text(p: float) -> str:
 def finding(row: Any, margin_pp: float) -> str:
     """What a row of the decisions says in a few words: verdict, arm, difference with interval."""
     margin = f"{margin_pp:g} pp"
-    signed = interval(row.delta_pp, row.delta_lo, row.delta_hi, signed=True)
+    signed = interval(row.delta_pp, row.delta_lo, row.delta_hi, signed=True, unit="pp")
     if row.verdict == "CONTROL":
         return f"{row.arm}: the control"
     if row.verdict == "NO-GO":
-        loss = interval(-row.delta_pp, -row.delta_hi, -row.delta_lo)
-        said = f"loses {loss.replace(' [', ' pp [')} against {CONTROL}"
+        loss = interval(-row.delta_pp, -row.delta_hi, -row.delta_lo, unit="pp")
+        said = f"loses {loss} against {CONTROL}"
     elif row.delta_lo == row.delta_hi == 0:
         said = f"equals {CONTROL} in every seed"
     elif row.verdict == "GO" and row.delta_lo > 0:
-        said = f"gains {signed.replace(' [', ' pp [')} over {CONTROL}"
+        said = f"gains {signed} over {CONTROL}"
     elif row.verdict == "GO":
-        said = f"stays within {margin} of {CONTROL}, {signed.replace(' [', ' pp [')}"
+        said = f"stays within {margin} of {CONTROL}, {signed}"
     elif row.verdict == "INCONCLUSIVE":
-        said = f"may or may not stay within {margin} of {CONTROL}, {signed.replace(' [', ' pp [')}"
+        said = f"may or may not stay within {margin} of {CONTROL}, {signed}"
     else:
-        said = f"stands at {signed.replace(' [', ' pp [')} against {CONTROL}"
+        said = f"stands at {signed} against {CONTROL}"
     return f"{row.verdict}: {row.arm} {said}"
 
 
@@ -97,7 +97,7 @@ def outcome(row: Any, decisions: pd.DataFrame, margin_pp: float) -> str:
             seeds += f"; about {int(row.seeds_needed):,} would decide"
         else:
             seeds += "; no realistic number would decide" if row.n_seeds > 1 else "; one can't decide"
-    control = rows_of(decisions[(decisions["phase"] == START) & (decisions["arm"] == CONTROL)])[0]
+    control = rows_of(of_arm(decisions, START, CONTROL))[0]
     return f"{finding(row, margin_pp)} ({seeds}){spending(row, control)}."
 
 
@@ -117,6 +117,12 @@ def spending(row: Any, control: Any) -> str:
 def rows_of(table: pd.DataFrame) -> list[Any]:
     """The table's rows with columns as attributes (Any: the stubs take a cell for any scalar)."""
     return list(table.itertuples(index=False))
+
+
+def of_arm(table: pd.DataFrame, phase: str, arm: str) -> pd.DataFrame:
+    """The rows of one arm, of any table that has phases and arms."""
+    rows: pd.DataFrame = table[(table["phase"] == phase) & (table["arm"] == arm)]
+    return rows
 
 
 def headline_rows(decisions: pd.DataFrame) -> list[Any]:
@@ -150,7 +156,7 @@ def decision_cells(decisions: pd.DataFrame) -> list[dict[str, str]]:
 
 def cost_cells(decisions: pd.DataFrame) -> list[dict[str, str]]:
     """What every arm takes, with its ratio to the control's: one dict of column title and text per row."""
-    control = decisions[(decisions["phase"] == START) & (decisions["arm"] == CONTROL)].iloc[0]
+    control = of_arm(decisions, START, CONTROL).iloc[0]
     digits = dict.fromkeys(COSTS, 0) | {"train_seconds": 1}
     return [
         {"phase": phase_label(row["phase"]), "arm": row["arm"]}
