@@ -14,9 +14,13 @@ SHRINKAGE = 0.1  # of the tokens' covariance towards the sphere, where a directi
 
 
 def halve(tokens: Tensor, normal: Tensor) -> tuple[Tensor, float]:
-    """The hyperplane (unit normal, offset) along `normal` (D,) that halves tokens (M, D): through their median."""
-    normal = F.normalize(normal, dim=0)
-    return normal, -float((tokens @ normal).quantile(0.5)) if len(tokens) else 0.0
+    """The hyperplane (unit normal, offset) along `normal` (D,) that halves tokens (M, D).
+
+    It lies midway between the two tokens in the middle: on it, rounding would choose a token's side anew every time.
+    """
+    normal, middle = F.normalize(normal, dim=0), len(tokens) // 2
+    positions = (tokens @ normal).sort().values
+    return normal, -float(positions[max(middle - 1, 0) : middle + 1].mean()) if len(tokens) else 0.0
 
 
 def random_direction(width: int, generator: torch.Generator) -> Tensor:

@@ -87,7 +87,9 @@ class Model(nn.Module):
         for block in self.blocks[start:]:
             h, routing = block(h)
             routings.append(routing)
-        features = self.norm(h.view(len(h), -1, length, h.shape[-1]).mean(2))
+        if length > 1:
+            h = h.view(len(h), -1, length, h.shape[-1]).mean(2)
+        features = self.norm(h)
         n_gates = len(features)
         logits = tuple(head(features[min(task, n_gates - 1)]) for task, head in enumerate(self.heads[:n_tasks]))
         return Output(logits, features, tuple(routings))

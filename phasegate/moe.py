@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from phasegate import experts
+
 AXES: dict[str, tuple[str | None, ...]] = {
     "w_in": ("expert", None, None),
     "w_out": ("expert", None, None),
@@ -36,10 +38,14 @@ class Routing(NamedTuple):
 
     tokens: Tensor  # (G, N, D) what the layer was given
     logits: Tensor  # (G, N, F) router scores
-    probs: Tensor  # (G, N, F) softmax of the scores
     families: Tensor  # (G, N, K) chosen families
     gates: Tensor  # (G, N, K) mixture weights; for K > 1 they sum to one
     experts: Tensor  # (G, N, K) the expert that each chosen family runs
+
+    @property
+    def probs(self) -> Tensor:
+        """Softmax of the scores (G, N, F), computed anew at each use: the layer itself does not need it."""
+        return self.logits.softmax(-1)
 
 
 class MoE(nn.Module):
@@ -133,27 +139,37 @@ class MoE(nn.Module):
         """
         n_gates = x.shape[0]
         logits = x @ self.router[:n_gates].transpose(1, 2)  # (G, N, F)
-        probs = logits.softmax(-1)
         families = (logits.detach() + self.selection_bias[:n_gates, None]).topk(self.top_k).indices  # (G, N, K)
-        gates = probs.gather(-1, families)
-        if self.top_k > 1:  # a lone gate keeps its probability, else the router would get no gradient (Switch)
-            gates = gates / gates.sum(-1, keepdim=True)
-        experts, teaching = self._leaves(x, families)
+        gates = self._gates(logits, families)
+        chosen, teaching = self._leaves(x, families)
+        counts = experts.count(chosen, self.n_routed)
         if self.training:
-            self.load += torch.bincount(experts.flatten(), minlength=self.n_routed)
-        y = ((gates * teaching).unsqueeze(-1) * self.outputs(x, experts)).sum(2)
+            self.load += counts
+        rows = experts.sort(chosen.flatten(0, 1), counts)
+        weights = gates if teaching is None else gates * teaching
+        y = experts.mixture(x.flatten(0, 1), weights.flatten(0, 1), self.w_in, self.w_out, rows).view_as(x)
         if self.n_shared:
             y = y + (x @ self.shared_in).relu() @ self.shared_out
-        return y, Routing(x, logits, probs, families, gates, experts)
+        return y, Routing(x, logits, families, gates, chosen)
 
-    def _leaves(self, x: Tensor, families: Tensor) -> tuple[Tensor, Tensor | float]:
+    def _gates(self, logits: Tensor, families: Tensor) -> Tensor:
+        """Mixture weights of the chosen families (G, N, K): their probabilities; for K > 1, scaled to sum to one.
+
+        A lone gate keeps its probability, else the router would get no gradient (Switch, arXiv 2101.03961).
+        """
+        if self.top_k == 1:
+            return logits.softmax(-1).gather(-1, families)
+        return logits.gather(-1, families).softmax(-1)
+
+    def _leaves(self, x: Tensor, families: Tensor) -> tuple[Tensor, Tensor | None]:
         """The expert that each chosen family runs (G, N, K), and a factor of value one that teaches hyperplanes.
 
         The factor is r / stop_gradient(r) with r the product of sigmoid(signed margin) along the path.
         """
-        slots, n_nodes = self._root[families], self.path.shape[1]
+        n_nodes = self.path.shape[1]
+        slots = self._root.take(families)
         if not n_nodes:
-            return slots, 1.0
+            return slots, None
         margins = self.margins(x)
         trained = self.node_weight.requires_grad
         log_r = torch.zeros_like(slots, dtype=x.dtype) if trained else None
@@ -161,8 +177,8 @@ class MoE(nn.Module):
             margin = margins.gather(-1, slots.clamp(max=n_nodes - 1))
             if log_r is not None:
                 log_r = log_r + torch.where(slots < n_nodes, F.logsigmoid(margin.abs()), 0)
-            slots = self._child[slots, (margin > 0).long()]
-        return slots - n_nodes, 1.0 if log_r is None else (log_r - log_r.detach()).exp()
+            slots = self._child.take(2 * slots + (margin > 0))
+        return slots - n_nodes, None if log_r is None else (log_r - log_r.detach()).exp()
 
     def margins(self, x: Tensor) -> Tensor:
         """Signed margins of tokens x (G, N, D) at every inner node (G, N, L)."""
@@ -176,30 +192,10 @@ class MoE(nn.Module):
         """What expert index e makes of tokens x (M, D), ungated -> (M, D)."""
         return (x @ self.w_in[e]).relu() @ self.w_out[e]
 
-    def outputs(self, x: Tensor, experts: Tensor) -> Tensor:
-        """What the chosen experts make of each token, ungated: x (G, N, D), experts (G, N, K) -> (G, N, K, D).
-
-        Tokens are sorted by expert once, so that each expert is one contiguous matrix product.
-        """
-        chosen = experts.flatten()  # (G*N*K,)
-        order = chosen.argsort(stable=True)
-        ends = torch.bincount(chosen, minlength=self.n_routed).cumsum(0)
-        sorted_x = x.flatten(0, 1).index_select(0, order // self.top_k)  # (G*N*K, D)
-        sorted_y = grouped_mm(grouped_mm(sorted_x, self.w_in, ends).relu(), self.w_out, ends)
-        inverse = torch.empty_like(order)
-        inverse[order] = torch.arange(len(order), device=order.device)
-        return sorted_y.index_select(0, inverse).view(*experts.shape, -1)
-
-
-def grouped_mm(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
-    """Rows x (M, A), grouped by expert up to `ends` (E,), times their expert's weights (E, A, B) -> (M, B).
-
-    `torch.nn.functional.grouped_mm` where it can (float32, row strides of 16 bytes), else a plain loop.
-    """
-    if x.dtype == torch.float32 and not x.is_cuda and weights.shape[1] % 4 == weights.shape[2] % 4 == 0:
-        return F.grouped_mm(x, weights, offs=ends.int())
-    sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()
-    return torch.cat([rows @ weight for rows, weight in zip(torch.split(x, sizes), weights, strict=True)])
+    def outputs(self, x: Tensor, chosen: Tensor) -> Tensor:
+        """What the chosen experts make of each token, ungated: x (G, N, D), chosen (G, N, K) -> (G, N, K, D)."""
+        rows = experts.sort(chosen.flatten(0, 1), experts.count(chosen, self.n_routed))
+        return experts.outputs(x.flatten(0, 1), self.w_in, self.w_out, rows).view(*chosen.shape, -1)
 
 
 def routing_entropy(probs: Tensor) -> Tensor:

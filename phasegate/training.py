@@ -21,6 +21,7 @@ from phasegate.params import Architecture, Schedule, Training
 from phasegate.randomness import derived_seed, generator, seed_default_generators
 
 EVALUATION_BATCH = 2048
+AT_ONCE = 20  # batches drawn at a time
 PROBE = 256  # signal examples on which the change of the output by surgery is measured
 
 
@@ -96,28 +97,37 @@ class Course:
 
 
 class Batches:
-    """Shuffled batches without replacement: batch of step s is the same for every trial with this seed."""
+    """Shuffled batches without replacement: batch of step s is the same for every trial with this seed.
+
+    They are drawn and augmented `AT_ONCE` at a time. The last two such draws are kept, so that the paired forks of
+    a model, which all see the same few batches, do not draw them again.
+    """
 
     def __init__(self, examples: Examples, size: int, seed: int, training: Training) -> None:
-        self.examples, self.size, self.seed, self.training = (
-            examples,
-            min(size, len(examples)),
-            seed,
-            training,
-        )
-        self._epoch, self._order = -1, torch.empty(0)
+        self.examples, self.seed, self.training = examples, seed, training
+        self.size = min(size, len(examples))
+        self._kept: dict[int, list[tuple[Tensor, Tensor]]] = {}
 
     def __call__(self, step: int) -> tuple[Tensor, Tensor]:
         """The augmented batch of a step (from one)."""
-        epoch, position = divmod(step - 1, len(self.examples) // self.size)
-        if epoch != self._epoch:
-            self._epoch = epoch
-            order = torch.randperm(len(self.examples), generator=generator(self.seed, "batches", epoch))
-            self._order = order.to(self.examples.y.device)
-        rows = self._order[position * self.size : (position + 1) * self.size]
-        draws = generator(self.seed, "augmentation", step)
+        number, place = divmod(step - 1, AT_ONCE)
+        if number not in self._kept:
+            self._kept = dict([*self._kept.items()][-1:])
+            self._kept[number] = self._draw(number)
+        return self._kept[number][place]
+
+    def _draw(self, number: int) -> list[tuple[Tensor, Tensor]]:
+        per_epoch = len(self.examples) // self.size
+        batches = range(number * AT_ONCE, (number + 1) * AT_ONCE)
+        orders = {epoch: self._order(epoch) for epoch in {batch // per_epoch for batch in batches}}
+        places = ((orders[batch // per_epoch], batch % per_epoch * self.size) for batch in batches)
+        rows = torch.cat([order[start : start + self.size] for order, start in places]).to(self.examples.y.device)
+        draws = generator(self.seed, "augmentation", number)
         x = augment(self.examples.x[rows], self.training.shift, self.training.noise, draws)
-        return x, self.examples.y[rows]
+        return list(zip(torch.split(x, self.size), torch.split(self.examples.y[rows], self.size), strict=True))
+
+    def _order(self, epoch: int) -> Tensor:
+        return torch.randperm(len(self.examples), generator=generator(self.seed, "batches", epoch))
 
 
 def augment(x: Tensor, shift: int, noise: float, draws: torch.Generator) -> Tensor:
@@ -136,7 +146,8 @@ def augment(x: Tensor, shift: int, noise: float, draws: torch.Generator) -> Tens
 
 def load_balance(routing: Routing) -> Tensor:
     """Switch's auxiliary loss: F * sum over families of (share of slots) * (mean probability); one if even."""
-    return routing.probs.shape[-1] * (shares(routing) * routing.probs.mean(1)).sum(-1).mean()
+    families, tokens = routing.logits.shape[-1], routing.logits.shape[1]
+    return (routing.probs @ shares(routing).unsqueeze(-1)).sum() * (families / tokens / len(routing.logits))
 
 
 def router_z(routing: Routing) -> Tensor:
@@ -147,7 +158,7 @@ def router_z(routing: Routing) -> Tensor:
 def shares(routing: Routing) -> Tensor:
     """Share of the token slots that each family got, (G, F)."""
     chosen = routing.families.flatten(1)
-    slots = torch.zeros(len(chosen), routing.probs.shape[-1], device=chosen.device)
+    slots = torch.zeros(len(chosen), routing.logits.shape[-1], device=chosen.device)
     return slots.scatter_add(1, chosen, torch.ones_like(chosen, dtype=slots.dtype)) / chosen.shape[1]
 
 
@@ -209,16 +220,20 @@ def fit(
     Raises:
         FloatingPointError: when the loss stops being finite, at the step where it does.
     """
+    drops = any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
     for step, rate in enumerate(rates, start=1):
         for group in optimizer.param_groups:
             group["lr"] = rate * group.get("lr_factor", 1.0)
-        seed_default_generators(derived_seed(batches.seed, "dropout", step))
+        if drops:
+            seed_default_generators(derived_seed(batches.seed, "dropout", step))
         if not model.training:
             model.train()
         loss = objective(*batches(step), step)
-        if not loss.isfinite():
-            raise FloatingPointError(f"the loss is {loss.item()} at step {step}")
-        optimizer.zero_grad(set_to_none=True)
+        if not math.isfinite(value := loss.item()):
+            raise FloatingPointError(f"the loss is {value} at step {step}")
+        for group in optimizer.param_groups:  # as `zero_grad` does it, but for its bookkeeping
+            for parameter in group["params"]:
+                parameter.grad = None
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         after_step(step, loss.detach())

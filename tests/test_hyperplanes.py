@@ -49,7 +49,14 @@ def test_a_cut_halves_tokens_in_any_direction_even_if_some_are_equal(
     torch.testing.assert_close(normal.norm(), torch.ones(()))
     margins, rounding = (tokens.double() @ normal.double() + offset) / scale, 1e-5
     for side in (margins, -margins):
-        assert side.gt(rounding).sum() <= len(tokens) // 2 <= side.gt(-rounding).sum()
+        assert side.gt(rounding).sum() <= (len(tokens) + 1) // 2 and side.gt(-rounding).sum() >= len(tokens) // 2
+
+
+@pytest.mark.parametrize("count", range(2, 9))
+def test_no_token_lies_on_the_cut(count: int) -> None:
+    tokens = torch.arange(count).float()[torch.randperm(count)][:, None] * torch.eye(8)[0]
+    normal, offset = halve(tokens, torch.eye(8)[0])
+    assert (tokens @ normal + offset).abs().min() == 0.5
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)

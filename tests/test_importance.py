@@ -64,7 +64,7 @@ def test_signals_equal_a_loop_over_experts_and_their_tokens(
     architecture: Architecture, seed: int, case: dict[str, Any]
 ) -> None:
     probe = study(architecture, seed, **case)
-    moe, (tokens, _, probs, _, gates, experts) = probe.layer, probe.routing
+    moe, (tokens, _, _, gates, experts), probs = probe.layer, probe.routing, probe.routing.probs
     entropy = -(probs[0] * probs[0].log()).sum(-1) / torch.tensor(5.0).double().log()
     load, unsure, reap, weights, hits = (torch.zeros(7).double() for _ in range(5))
     for e in range(7):

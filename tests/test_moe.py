@@ -1,5 +1,6 @@
 """The layer is ordinary top-K routing until a family grows, and then each token descends to one leaf."""
 
+from functools import partial
 from unittest.mock import patch
 
 import pytest
@@ -10,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from phasegate.expert_manager import ExpertManager
-from phasegate.moe import MoE, grouped_mm
+from phasegate.experts import count, grouped_mm, mixture, sort
+from phasegate.moe import MoE
 
 seeds = st.integers(0, 10**6)
 
@@ -72,7 +74,7 @@ def test_grouped_products_equal_the_loop_over_experts_with_gradients_and_empty_g
 ) -> None:
     torch.manual_seed(seed)
     rows = [torch.randn(sum(sizes), 8), torch.randn(len(sizes), 8, 4)]
-    ends, weight = torch.tensor(sizes).cumsum(0), torch.randn(sum(sizes), 4)
+    ends, weight = torch.tensor(sizes).cumsum(0, dtype=torch.int32), torch.randn(sum(sizes), 4)
     results = []
     for dtype in (torch.float32, torch.float64):
         x, w = (tensor.to(dtype).requires_grad_() for tensor in rows)
@@ -82,6 +84,17 @@ def test_grouped_products_equal_the_loop_over_experts_with_gradients_and_empty_g
         results.append([y, *torch.autograd.grad((y * weight).sum(), [x, w])])
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=1e-5)
+
+
+@settings(max_examples=30)
+@given(seeds, st.integers(1, 6), st.integers(1, 4), st.sampled_from([4, 5]))
+def test_the_gradient_of_a_mixture_is_that_of_its_value(seed: int, n_experts: int, top_k: int, width: int) -> None:
+    torch.manual_seed(seed)
+    chosen = torch.stack([torch.randperm(n_experts)[:top_k] for _ in range(7)])
+    rows = sort(chosen, count(chosen, n_experts))
+    shapes = [(7, width), chosen.shape, (n_experts, width, 8), (n_experts, 8, width)]
+    inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    assert torch.autograd.gradcheck(partial(mixture, rows=rows), inputs)
 
 
 @given(seeds, st.integers(0, 12), st.integers(1, 4))

@@ -52,7 +52,7 @@ def test_the_committed_parameters_are_right() -> None:
         ({"p7b1__grow": 0.9}, "grow + prune is 1.1: it must be at most 1"),
         ({"p7b2__labels__grow_below": 2}, "grow_below is 2.0: it must be at most prune_above = 1.03"),
         ({"p7b4__recovery_steps": 161}, "p7b4.recovery_steps is 161: it must be at most p7b.settle = 160"),
-        ({"p7b4__surveys": 4}, "the last of p7b4.surveys = 4, one every survey_every = 240, is at step 720"),
+        ({"p7b4__surveys": 4}, "the last of p7b4.surveys = 4, one every survey_every = 440, is at step 1320"),
         ({"p7b4__repeats": 1}, "p7b4.repeats is 1: input should be greater than or equal to 2"),
         ({"p7b4__usage__grow_above": 0.5}, "prune_below is 0.7: it must be at most grow_above = 0.5"),
         ({"decisions__phases__p7b2__primary": "splt"}, "the primary arm of p7b2 is 'splt': it must be one of split,"),

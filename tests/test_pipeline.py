@@ -104,6 +104,7 @@ class Checkout:
         environment = os.environ | {
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
             "DVC_NO_ANALYTICS": "1",
+            "PHASEGATE_WORKERS": "1",
         }
         done = subprocess.run(words, cwd=self.folder, env=environment, capture_output=True, text=True, check=False)
         output = done.stdout + done.stderr

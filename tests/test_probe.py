@@ -50,7 +50,7 @@ def test_visits_and_contributions_equal_a_loop_and_add_up_to_the_layer(
 ) -> None:
     model, examples = study(architecture, seed, **case)
     probe = Probe(model, block, examples)
-    moe, (tokens, _, _, _, gates, experts) = model.layers[block], probe.routing
+    moe, (tokens, _, _, gates, experts) = model.layers[block], probe.routing
     assert probe.length == (2 if case["stem"] == "conv" else 1) and tokens.shape[1] == 20 * probe.length
     torch.testing.assert_close(tokens, model.blocks[block].norm(probe.stream))  # type: ignore[operator]
     visits, runs = torch.zeros_like(probe.visits), [[] for _ in range(6)]  # type: ignore[var-annotated]

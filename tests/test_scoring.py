@@ -160,5 +160,5 @@ def test_a_signal_that_knows_the_truth_is_perfect_and_its_opposite_is_as_wrong_a
 
 def test_a_head_that_learned_the_truth_ranks_by_it(scores: pd.DataFrame) -> None:
     predicted = {name: float(scores[name][PREDICTED]) for name in scores.columns}
-    assert predicted["spearman_prune"] > 0.5 and predicted["spearman_recovered"] > 0.5
+    assert predicted["spearman_prune"] > 0.4 and predicted["spearman_recovered"] > 0.4
     assert predicted["regret_1"] < predicted["chance_1"]

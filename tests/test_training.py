@@ -132,7 +132,7 @@ def test_every_step_and_every_group_has_its_own_learning_rate() -> None:
 
 
 def routing(families: Tensor, probs: Tensor) -> Routing:
-    return Routing(probs, probs.log(), probs, families, torch.ones_like(families), families)
+    return Routing(probs, probs.log(), families, torch.ones_like(families), families)
 
 
 @given(seeds, st.integers(1, 6), st.integers(1, 3), st.integers(1, 3))

@@ -258,7 +258,7 @@ def task_cells(tasks: pd.DataFrame, confidence: float) -> list[dict[str, str]]:
 def story_cells(decisions: pd.DataFrame, leaderboards: Mapping[str, pd.DataFrame]) -> list[dict[str, str]]:
     """The published story beside ours; leaderboards keyed `q1`, `q2` give the winners' gate accuracies."""
     ours = {
-        phase: f"{interval(best.accuracy, best.accuracy_lo, best.accuracy_hi)} (gate split)"
+        phase: f"{interval(best.accuracy, best.accuracy_lo, best.accuracy_hi)} (search, gate split)"
         for phase, table in leaderboards.items()
         for best in rows_of(table[table["chosen"].astype(bool)])
     }

@@ -1,0 +1,104 @@
+"""What experts make of tokens: sorted by expert once, so that each expert is one contiguous matrix product.
+
+Shapes: N tokens, K experts of each token, M = N * K rows (pairs of a token and one of its experts), D model width,
+H expert width, E experts.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+class Sorted(NamedTuple):
+    """Rows in the order of their experts."""
+
+    token: Tensor  # (M,) the token of each row
+    place: Tensor  # (N, K) where the row of each token and expert stands
+    ends: Tensor  # (E,) int32, where each expert's rows end
+
+
+def count(experts: Tensor, n_experts: int) -> Tensor:
+    """How often each expert is chosen in `experts` (any shape) -> (E,)."""
+    return torch.bincount(experts.flatten(), minlength=n_experts)
+
+
+def sort(experts: Tensor, counts: Tensor) -> Sorted:
+    """The rows of tokens that run `experts` (N, K), which are chosen so often: `counts` (E,)."""
+    order = experts.flatten().argsort(stable=True)
+    place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    return Sorted(order // experts.shape[1], place.view_as(experts), counts.cumsum(0, dtype=torch.int32))
+
+
+def outputs(x: Tensor, w_in: Tensor, w_out: Tensor, rows: Sorted) -> Tensor:
+    """What its experts make of each token x (N, D), ungated -> (N, K, D)."""
+    hidden = grouped_mm(x.index_select(0, rows.token), w_in, rows.ends).relu()
+    return F.embedding(rows.place, grouped_mm(hidden, w_out, rows.ends))
+
+
+def mixture(x: Tensor, gates: Tensor, w_in: Tensor, w_out: Tensor, rows: Sorted) -> Tensor:
+    """The sum of what its experts make of each token x (N, D), weighted by gates (N, K) -> (N, D).
+
+    Weights are (E, D, H) and (E, H, D). Differentiable once, in all but `rows`.
+    """
+    mixed: Tensor = _Mixture.apply(x, gates, w_in, w_out, *rows)  # type: ignore[no-untyped-call]
+    return mixed
+
+
+class _Mixture(torch.autograd.Function):
+    """`mixture` with its gradient written out, which saves autograd the copies and half of the small operations."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, gates: Tensor, w_in: Tensor, w_out: Tensor, token: Tensor, place: Tensor, ends: Tensor
+    ) -> Tensor:
+        x = x.index_select(0, token)  # (M, D)
+        hidden = grouped_mm(x, w_in, ends).relu_()
+        y = grouped_mm(hidden, w_out, ends)
+        ctx.save_for_backward(x, hidden, y, gates, w_in, w_out, token, place, ends)
+        return F.embedding_bag(place, y, per_sample_weights=gates, mode="sum")
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
+        x, hidden, y, gates, w_in, w_out, token, place, ends = ctx.saved_tensors
+        slope = slope.index_select(0, token)  # (M, D)
+        d_gates = torch.linalg.vecdot(slope, y).take(place)
+        gate = torch.empty_like(gates).view(-1).scatter_(0, place.view(-1), gates.reshape(-1))  # (M,)
+        slope = slope.mul_(gate.unsqueeze(1))
+        d_w_out = grouped_outer(hidden, slope, ends)
+        d_hidden = grouped_mm(slope, w_out.transpose(1, 2), ends)
+        d_hidden = torch.ops.aten.threshold_backward(d_hidden, hidden, 0)  # the gradient of relu
+        d_w_in = grouped_outer(x, d_hidden, ends)
+        d_x = F.embedding_bag(place, grouped_mm(d_hidden, w_in.transpose(1, 2), ends), mode="sum")
+        return d_x, d_gates, d_w_in, d_w_out, None, None, None
+
+
+def grouped_mm(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+    """Rows x (M, A), grouped by expert up to `ends` (E,), times their expert's weights (E, A, B) -> (M, B).
+
+    `torch.nn.functional.grouped_mm` where it can (float32, row strides of 16 bytes), else a plain loop.
+    """
+    if _grouped(x, *weights.shape[1:]):
+        return F.grouped_mm(x, weights, offs=ends)
+    groups = torch.split(x, _sizes(ends))
+    return torch.cat([rows @ weight for rows, weight in zip(groups, weights, strict=True)])
+
+
+def grouped_outer(x: Tensor, y: Tensor, ends: Tensor) -> Tensor:
+    """Sums of the outer products of rows x (M, A) and y (M, B), of each group up to `ends` (E,) -> (E, A, B)."""
+    if _grouped(x, x.shape[1], y.shape[1]):
+        return F.grouped_mm(x.t(), y, offs=ends)
+    groups = zip(torch.split(x, _sizes(ends)), torch.split(y, _sizes(ends)), strict=True)
+    return torch.stack([left.T @ right for left, right in groups])
+
+
+def _grouped(x: Tensor, *sizes: int) -> bool:
+    return x.dtype == torch.float32 and not x.is_cuda and all(size % 4 == 0 for size in sizes)
+
+
+def _sizes(ends: Tensor) -> list[int]:
+    sizes: list[int] = ends.diff(prepend=ends.new_zeros(1)).tolist()
+    return sizes
