@@ -4,13 +4,15 @@
     python -m phasegate.experiments p7b2/clone p7b1/noise   phase-7b2-clone, phase-7b1-noise
 
 Such an experiment is the last commit with another `headline`: its params.yaml, dvc.lock and metrics.json differ, no
-more. Nothing is trained and no cache is needed, since DVC works in a temporary clone and runs the stage headline alone.
+more. Nothing is trained and no cache is needed, since DVC works in temporary clones and runs the stage headline alone.
 """
 
 import json
+import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -23,16 +25,16 @@ UNTRAINED = {"check", "headline"}  # stages that depend on `headline`
 
 def main(_: Params) -> None:
     """Save the arms that the command line names, else the primary arm of every phase, and say what each came to."""
-    wanted = dict.fromkeys(headline(name) for name in sys.argv[1:] or (START, *ARMS))
+    wanted = list(dict.fromkeys(headline(name) for name in sys.argv[1:] or (START, *ARMS)))
     workspace = Path()
     refuse_uncommitted(workspace)
-    with TemporaryDirectory() as folder:
-        clone = Path(folder)
-        _output(workspace, "git", "clone", "--quiet", "--shared", ".", folder)
-        refuse_stale(clone)
-        for choice in wanted:
-            reference = save(choice, clone, workspace)
-            row = json.loads(_output(workspace, "git", "show", f"{reference}:metrics.json"))
+    with TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
+        plan = pool.submit(refuse_stale, workspace, Path(folder) / "plan")
+        saved = [pool.submit(save, choice, workspace, Path(folder) / experiment_name(choice)) for choice in wanted]
+        plan.result()
+        for choice, reference in zip(wanted, saved, strict=True):
+            publish(experiment_name(choice), reference.result(), workspace, Path(folder) / experiment_name(choice))
+            row = json.loads(_output(workspace, "git", "show", f"{reference.result()}:metrics.json"))
             print(f"{experiment_name(choice)}: {row['arm']}, {row['verdict']}, {row['accuracy']:.2f} %", flush=True)
 
 
@@ -56,8 +58,9 @@ def refuse_uncommitted(workspace: Path) -> None:
         raise UserError(f"{names} changed since the last commit, from which experiments start: commit first")
 
 
-def refuse_stale(clone: Path) -> None:
+def refuse_stale(workspace: Path, clone: Path) -> None:
     """Raises UserError if what is committed isn't what the committed parameters and code produce."""
+    _clone(workspace, clone)
     plan = _run(clone, "dvc", "repro", "--dry", "--allow-missing")
     named = re.findall(r"(?:Running stage|failed to reproduce) '([^']+)'", plan.stdout + plan.stderr)
     stale = [stage for stage in named if stage not in UNTRAINED]
@@ -68,17 +71,25 @@ def refuse_stale(clone: Path) -> None:
         )
 
 
-def save(choice: Headline, clone: Path, workspace: Path) -> str:
-    """Save one experiment, in place of those of its name that start from any commit; returns its git reference."""
+def save(choice: Headline, workspace: Path, clone: Path) -> str:
+    """Save one experiment in a clone of its own; returns its git reference."""
     name = experiment_name(choice)
     values = [f"--set-param=headline.{key}={value}" for key, value in choice]
-    _output(clone, "git", "reset", "--quiet", "--hard")
+    _clone(workspace, clone)
     _output(clone, "dvc", "exp", "run", "--allow-missing", "--single-item", "headline", "--name", name, *values)
     [reference] = _references(clone, name)
+    return reference
+
+
+def publish(name: str, reference: str, workspace: Path, clone: Path) -> None:
+    """Fetch an experiment from its clone, in place of those of its name that start from any commit."""
     for old in _references(workspace, name):  # DVC refuses a name that experiments of several commits have
         _output(workspace, "git", "update-ref", "-d", old)
     _output(workspace, "git", "fetch", "--quiet", "--no-tags", str(clone), f"{reference}:{reference}")
-    return reference
+
+
+def _clone(workspace: Path, clone: Path) -> None:
+    _output(workspace, "git", "clone", "--quiet", "--shared", ".", str(clone))
 
 
 def _references(folder: Path, name: str) -> list[str]:
