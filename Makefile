@@ -4,7 +4,7 @@ VENV := .venv
 READY := $(VENV)/.ready
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: help repro study phases readme test lint lock clean
+.PHONY: help repro study phases bench readme test lint lock clean
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
@@ -23,6 +23,9 @@ study: $(READY) ## the study on other data: make study DATA=fashion_mnist fills 
 
 phases: $(READY) ## every phase as a DVC experiment; other arms: make phases ARMS="p7b2/clone p7b1/noise"
 	@python -m phasegate.experiments $(ARMS)
+
+bench: $(READY) ## how fast it is, in ratios: writes reports/bench.json; against other libraries after pip install -e '.[bench]'
+	@python -m bench
 
 readme: $(READY) ## the README's block of results, from the committed tables
 	python -m phasegate.report.readme

@@ -1,0 +1,94 @@
+"""The MoE layer, forward and backward: against a dense network of the same active FLOPs, and other libraries' layers.
+
+Shapes: N tokens, D model width, H expert width, E experts, K chosen.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from bench import peers
+from bench.timing import Case, Entry, entry, medians
+from phasegate.expert_manager import ExpertManager
+from phasegate.moe import MoE
+
+
+class Size(NamedTuple):
+    """The size of a layer and of its input."""
+
+    tokens: int
+    width: int
+    hidden: int
+    experts: int
+    top_k: int
+
+    def __str__(self) -> str:
+        return ", ".join(map(str, self))
+
+
+SIZES = (
+    Size(2048, 256, 512, 12, 2),
+    Size(2048, 256, 512, 48, 2),
+    Size(1280, 64, 128, 12, 2),
+    Size(128, 64, 128, 12, 2),
+)
+MANY = (12, 48, 192)  # experts
+
+
+def dense(size: Size) -> nn.Module:
+    """Two layers that cost a token what its K experts do: nothing that routes can be faster."""
+    hidden = size.top_k * size.hidden
+    return nn.Sequential(
+        nn.Linear(size.width, hidden, bias=False), nn.ReLU(), nn.Linear(hidden, size.width, bias=False)
+    )
+
+
+class Ours(nn.Module):
+    """Our layer for tokens (N, D), `split` of its experts halved."""
+
+    def __init__(self, size: Size, split: int = 0) -> None:
+        super().__init__()
+        self.moe = MoE(size.width, size.experts, size.hidden, size.top_k)
+        self.moe.node_weight.requires_grad_(False)
+        self.moe.node_offset.requires_grad_(False)
+        manager = ExpertManager(self.moe)
+        for expert in range(split):
+            manager.split(expert, torch.randn(size.width), 0.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, D) -> (N, D)."""
+        return self.moe(x[None])[0][0]  # type: ignore[no-any-return]
+
+
+def forward_backward(layer: nn.Module, size: Size) -> Case:
+    """One pass over random tokens, and its gradient with respect to them and to the weights."""
+    x = torch.randn(size.tokens, size.width, requires_grad=True)
+    slope, learnt = torch.randn(size.tokens, size.width), [x, *layer.parameters()]
+
+    def case() -> None:
+        layer(x).backward(slope)
+        for tensor in learnt:
+            tensor.grad = None
+
+    return case
+
+
+def entries(threads: int, rounds: int) -> Iterator[Entry]:
+    """The layer at all sizes, with siblings, and with many experts."""
+    for size in SIZES:
+        layers = {"ours": Ours(size), "limit": dense(size), **peers.layers(size)}
+        yield entry(f"layer ({size})", threads, run(layers, size, rounds))
+    size = Size(1280, 64, 128, 12, 2)
+    halved = {"ours": Ours(size, split=size.experts // 2), "limit": Ours(size)}
+    yield entry(f"layer ({size}), half of the experts split", threads, run(halved, size, rounds))
+    few, *more = (size._replace(experts=experts) for experts in MANY)
+    for many in more:
+        yield entry(f"layer ({many})", threads, run({"ours": Ours(many), "limit": Ours(few)}, few, rounds))
+
+
+def run(layers: Mapping[str, nn.Module], size: Size, rounds: int) -> dict[str, float]:
+    """Median milliseconds of forward and backward of each layer, in turn."""
+    torch.manual_seed(0)
+    return medians({name: forward_backward(layer, size) for name, layer in layers.items()}, rounds)

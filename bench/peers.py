@@ -1,0 +1,76 @@
+"""The MoE layers of other libraries, as far as they are installed: `pip install -e '.[bench]'`.
+
+A gated expert (SwiGLU) has three matrices where ours has two, so its hidden width is two thirds of ours: what a token
+costs is the same.
+"""
+
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from bench.layer import Size
+
+
+class First(nn.Module):
+    """A layer for (1, N, D) that returns its output alone or first, as one for tokens (N, D)."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, D) -> (N, D)."""
+        result = self.layer(x[None])
+        output: Tensor = result if isinstance(result, Tensor) else result[0]
+        return output[0]
+
+
+def layers(size: "Size") -> dict[str, nn.Module]:
+    """Every peer's layer of a size, by name."""
+    found: dict[str, nn.Module] = {}
+    if find_spec("transformers"):
+        found |= {f"transformers Mixtral, {kind}": First(_mixtral(size, kind)) for kind in ("eager", "grouped_mm")}
+    if find_spec("st_moe_pytorch"):
+        found["st-moe-pytorch"] = First(_st_moe(size))
+    if find_spec("mixture_of_experts"):
+        found["mixture-of-experts"] = First(_mixture_of_experts(size))
+    return found
+
+
+def _mixtral(size: "Size", kind: str) -> nn.Module:
+    from transformers import MixtralConfig
+    from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
+
+    config = MixtralConfig(
+        hidden_size=size.width,
+        intermediate_size=_gated(size),
+        num_local_experts=size.experts,
+        num_experts_per_tok=size.top_k,
+    )
+    config._experts_implementation = kind
+    block: nn.Module = MixtralSparseMoeBlock(config)
+    for parameter in block.parameters():
+        nn.init.normal_(parameter, std=0.02)
+    return block
+
+
+def _st_moe(size: "Size") -> nn.Module:
+    from st_moe_pytorch import MoE
+
+    multiple = size.hidden / size.width  # of which the library takes two thirds, its experts being gated
+    layer: nn.Module = MoE(size.width, num_experts=size.experts, gating_top_n=size.top_k, expert_hidden_mult=multiple)
+    return layer
+
+
+def _mixture_of_experts(size: "Size") -> nn.Module:
+    from mixture_of_experts import MoE
+
+    layer: nn.Module = MoE(size.width, num_experts=size.experts, hidden_dim=size.hidden)
+    return layer
+
+
+def _gated(size: "Size") -> int:
+    """The hidden width of a gated expert of the same cost, as a multiple of four."""
+    return round(size.hidden * 2 / 3 / 4) * 4

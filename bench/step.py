@@ -1,0 +1,52 @@
+"""A step of 7a training, against the same step of a dense network with the same active FLOPs."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from bench.timing import Case, Entry, entry, medians
+from phasegate.model import Model, ModelSpec, Output, mlp_stem
+from phasegate.params import Architecture, load_params
+from phasegate.training import Batches, Examples, fit, make_optimizer, plain_objective
+
+INPUT, CLASSES = (1, 40), 10
+STEPS = 20  # of training at a time
+
+
+class Dense(nn.Module):
+    """The classifier with its experts replaced by one dense block that costs an example as much."""
+
+    def __init__(self, architecture: Architecture) -> None:
+        super().__init__()
+        width, hidden = architecture.width, architecture.top_k * architecture.expert_width
+        self.stem = mlp_stem(INPUT, width)
+        self.block = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, hidden, bias=False), nn.ReLU(), nn.Linear(hidden, width, bias=False)
+        )
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, CLASSES)
+
+    def forward(self, x: Tensor, n_tasks: int = 1) -> Output:
+        """Logits of examples x (B, 1, L)."""
+        h = self.stem(x).squeeze(-1)
+        features = self.norm(h + self.block(h))
+        return Output((self.head(features),), features[None], ())
+
+
+def entries(threads: int, rounds: int) -> Iterator[Entry]:
+    """The default number of experts per token, and four."""
+    for top_k in (load_params().model.top_k, 4):
+        cases = {"ours": training_case(top_k), "limit": training_case(top_k, dense=True)}
+        each = {name: taken / STEPS for name, taken in medians(cases, rounds).items()}
+        yield entry(f"7a training step, batch {load_params().training.batch}, top {top_k}", threads, each)
+
+
+def training_case(top_k: int, dense: bool = False) -> Case:
+    """Some steps of training the default architecture, with K experts per token, on random examples."""
+    params, draws = load_params(), torch.Generator().manual_seed(0)
+    architecture = params.model.model_copy(update={"top_k": top_k})
+    model = Dense(architecture) if dense else Model(ModelSpec(architecture, INPUT, (CLASSES,)))
+    examples = Examples(torch.randn(4000, *INPUT, generator=draws), torch.randint(CLASSES, (4000,), generator=draws))
+    optimizer, training = make_optimizer(model.parameters(), params.training), params.training
+    batches, objective = Batches(examples, training.batch, 0, training), plain_objective(model, 0.0)
+    return lambda: fit(model, optimizer, batches, objective, [training.lr] * STEPS, lambda step, loss: None)
