@@ -4,10 +4,10 @@ VENV := .venv
 READY := $(VENV)/.ready
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: help repro study phases bench readme test lint lock clean
+.PHONY: help repro study phases bench readme test test-cluster lint lock clean
 
 help: ## this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
 
 repro: $(READY) ## the whole study: dvc repro
 	dvc repro
@@ -24,14 +24,18 @@ study: $(READY) ## the study on other data: make study DATA=fashion_mnist fills 
 phases: $(READY) ## every phase as a DVC experiment; other arms: make phases ARMS="p7b2/clone p7b1/noise"
 	@python -m phasegate.experiments $(ARMS)
 
-bench: $(READY) ## how fast it is, in ratios: writes reports/bench.json; against other libraries after pip install -e '.[bench]'
-	@python -m bench
+bench: $(READY) ## how fast it is, in ratios, to reports/bench.json; STUDY=1: the whole study too; peers: pip install -e '.[bench]'
+	@python -m bench $(if $(STUDY),study)
 
 readme: $(READY) ## the README's block of results, from the committed tables
 	python -m phasegate.report.readme
 
 test: lint ## all checks: format, lint, types, tests
 	pytest
+
+test-cluster: $(READY) ## trials on a Ray cluster that loses a machine (installs Ray into the environment)
+	pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable '.[cluster]'
+	pytest --numprocesses=0 -m cluster
 
 lint: $(READY) ## format, lint and types
 	ruff format --check .

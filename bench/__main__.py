@@ -1,13 +1,14 @@
-"""Measure, print the table and write reports/bench.json: `make bench`."""
+"""Measure, print the table and write reports/bench.json: `make bench`, or `make bench STUDY=1` with the whole study."""
 
 import json
 import sys
+from collections.abc import Iterator
 
 import pandas as pd
 import torch
 
-from bench import layer, step, workers
-from bench.timing import as_row
+from bench import layer, step, study, workers
+from bench.timing import Entry, as_row
 from phasegate.files import write_atomic
 from phasegate.stage import REPORTS
 
@@ -15,21 +16,27 @@ ROUNDS = 15
 
 
 def main() -> None:
-    """All cases with one thread, then with two."""
+    """Write down every entry as it comes."""
     rows = []
-    for threads in (1, 2):
-        torch.set_num_threads(threads)
-        for line in (*layer.entries(threads, ROUNDS), *step.entries(threads, ROUNDS)):
-            print(
-                f"{line.case}, {threads} thread{'s' * (threads > 1)}: {line.ours_ms:.2f} ms",
-                file=sys.stderr,
-                flush=True,
-            )
-            rows.append(as_row(line))
-    torch.set_num_threads(1)
-    rows += [as_row(line) for line in workers.entries(rounds=3)]
+    for line in entries(whole_study="study" in sys.argv[1:]):
+        threads = f"{line.threads} thread{'s' * (line.threads > 1)}"
+        print(f"{line.case}, {threads}: {line.ours_ms:.2f} ms", file=sys.stderr, flush=True)
+        rows.append(as_row(line))
     write_atomic(REPORTS / "bench.json", json.dumps(rows, indent=1) + "\n")
     print(pd.DataFrame(rows).to_string(index=False, na_rep=""))
+
+
+def entries(whole_study: bool) -> Iterator[Entry]:
+    """Layer and step with one thread, then with two; what goes beyond one process; the study."""
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        yield from layer.entries(threads, ROUNDS)
+        yield from step.entries(threads, ROUNDS)
+    torch.set_num_threads(1)
+    yield from workers.entries(rounds=3)
+    yield from study.no_op(rounds=3)
+    if whole_study:
+        yield from study.whole()
 
 
 if __name__ == "__main__":

@@ -99,12 +99,12 @@ def save(
     for file in FILES:
         write_atomic(folder / file, safetensors.numpy.save({key: arrays[key] for key in _keys(file)}))
     derived = {"classes": meta.classes, "input_shape": meta.input_shape, "splits": meta.splits}
-    write_atomic(folder / "dataset.json", json.dumps(asdict(meta) | derived, indent=2) + "\n")
+    write_atomic(meta_file(folder), json.dumps(asdict(meta) | derived, indent=2) + "\n")
 
 
 def load_meta(folder: Path) -> Meta:
     """Read `dataset.json` of a prepared data set; UserError if it is missing or damaged."""
-    path = folder / "dataset.json"
+    path = meta_file(folder)
     try:
         content = json.loads(path.read_text())
         arrays = {key: content["arrays"][key] for file in FILES for key in _keys(file)}
@@ -125,6 +125,11 @@ def load_meta(folder: Path) -> Meta:
 def fit_file(folder: Path) -> Path:
     """The file of all that training may see; its content decides whether a kept trial is still good."""
     return folder / "fit.safetensors"
+
+
+def meta_file(folder: Path) -> Path:
+    """The file that describes all arrays, the test split's too: training reads it, but must not depend on it."""
+    return folder / "dataset.json"
 
 
 def load_fit(folder: Path) -> Fit:

@@ -14,7 +14,7 @@ from torch import Tensor
 from phasegate import checkpoint, execution
 from phasegate.checkpoint import RECORD, WEIGHTS, Checkpoint, Record
 from phasegate.counterfactual_head import HEAD
-from phasegate.data import fit_file
+from phasegate.data import fit_file, meta_file
 from phasegate.hyperplanes import sibling_balance
 from phasegate.lineage import LOADS, Loads
 from phasegate.logs import CURVE, SURGERIES, SURGERY_COLUMNS, Curve
@@ -63,6 +63,7 @@ def continuations(
             run_arm,
             {"prepared": prepared, "start": start, "phase": phase, "arm": arm, "seed": seed, "schedule": schedule},
             (*begin_files(prepared, start), *([heads / f"seed-{seed}" / HEAD] if heads else [])),
+            (meta_file(prepared),),
         )
         for arm in arms
         for seed in range(seeds)

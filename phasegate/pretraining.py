@@ -7,7 +7,7 @@ from torch import Tensor
 
 from phasegate import checkpoint, execution
 from phasegate.checkpoint import Record
-from phasegate.data import fit_file
+from phasegate.data import fit_file, meta_file
 from phasegate.logs import CURVE, Curve
 from phasegate.model import Model, ModelSpec
 from phasegate.params import Training
@@ -38,7 +38,7 @@ def pretraining(
         "training": training,
         "keep_optimizer": keep_optimizer,
     }
-    return Trial(f"{arm}/seed-{seed}", pretrain, arguments, (fit_file(prepared),))
+    return Trial(f"{arm}/seed-{seed}", pretrain, arguments, (fit_file(prepared),), (meta_file(prepared),))
 
 
 def pretrain(

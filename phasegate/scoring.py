@@ -31,7 +31,7 @@ from phasegate.counterfactual_head import (
     describe,
     load_head,
 )
-from phasegate.data import Array
+from phasegate.data import Array, meta_file
 from phasegate.files import write_atomic
 from phasegate.importance import PUBLISHED, Signal
 from phasegate.model import Model
@@ -76,6 +76,7 @@ def scorings(
             score_signals,
             {**shared, "start": start, "seed": seed},
             (*begin_files(prepared, start), surveys / f"seed-{seed}" / SURVEY, heads / f"seed-{seed}" / HEAD),
+            (meta_file(prepared),),
         )
         for seed in range(seeds)
         for start in [baselines / f"seed-{seed}"]

@@ -16,6 +16,7 @@ from torch import Tensor
 from phasegate.control import LabelControl, Proposal, Situation
 from phasegate.counterfactual import Estimate, estimate, removals
 from phasegate.counterfactual_head import CHANGES, FEATURES, GROW, PRUNE, RECOVERED, SURVEY
+from phasegate.data import meta_file
 from phasegate.files import write_atomic
 from phasegate.model import Model
 from phasegate.params import GroundTruth, RandomLabels, Schedule
@@ -46,6 +47,7 @@ def surveys(prepared: Path, baselines: Path, seeds: int, schedule: Schedule, tru
             survey,
             {"prepared": prepared, "start": start, "seed": seed, "schedule": schedule, "truth": truth},
             begin_files(prepared, start),
+            (meta_file(prepared),),
         )
         for seed in range(seeds)
         for start in [baselines / f"seed-{seed}"]

@@ -11,11 +11,13 @@ import importlib.metadata
 import os
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import joblib
 import torch
@@ -23,24 +25,30 @@ from tqdm import tqdm
 
 from phasegate import execution
 from phasegate.errors import UserError
-from phasegate.files import sha256
+from phasegate.files import sha256, write_atomic
 
 SECONDS = "seconds.txt"
 STORE = Path(".phasegate/trials")
 KEEP_DAYS = 30
 SECONDS_BETWEEN_LINES = 20
-OUTSIDE = ("phasegate.params", "phasegate.decisions", "phasegate.statistics")
-"""Modules that no trial runs: parameters reach it as values, which are among its arguments, and it is judged later."""
+OUTSIDE = tuple(f"phasegate.{name}" for name in ("params", "trials", "cluster", "files", "decisions", "statistics"))
+"""Modules that change no trial: parameters reach it as values, which are among its arguments; where it runs and how
+its files travel can't matter; and it is judged later."""
+
+T = TypeVar("T")
+Result = tuple[str, dict[str, bytes]]
+"""A trial's name, and the content of the files that it wrote, by path."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One call of `run(folder, **arguments)`, and the input files whose content it depends on."""
+    """One call of `run(folder, **arguments)`, and all files that it reads."""
 
     name: str  # the folder that it fills below the stage's output, as "split/seed-3"
     run: Callable[..., None]
     arguments: dict[str, Any]  # values whose repr is their content: numbers, strings, paths, frozen dataclasses
-    inputs: tuple[Path, ...] = field(default=())
+    inputs: tuple[Path, ...] = ()  # files whose content decides the result
+    reads: tuple[Path, ...] = ()  # files that it reads besides, such as a description of the inputs
 
 
 def run_trials(trials: list[Trial], output: Path, label: str) -> None:
@@ -54,10 +62,8 @@ def run_trials(trials: list[Trial], output: Path, label: str) -> None:
         os.utime(folder)
     _forget_old()
     missing = [trial for trial in trials if not kept[trial.name].exists()]
-    parallel = joblib.Parallel(n_jobs=execution.workers(), return_as="generator_unordered", backend="loky")
-    jobs = parallel(joblib.delayed(_run)(trial, kept[trial.name], label) for trial in missing)
-    for _ in _watch(jobs, len(missing), label):
-        pass
+    for name, files in _watch(_results(missing, label), len(missing), label):
+        _keep(kept[name], files)
     for trial in trials:
         shutil.copytree(kept[trial.name], output / trial.name, dirs_exist_ok=True)
 
@@ -67,18 +73,36 @@ def seconds(folder: Path) -> float:
     return float((folder / SECONDS).read_text())
 
 
-def _run(trial: Trial, destination: Path, label: str) -> None:
-    """In a worker: fill a temporary folder, and give it its name only when it is complete."""
+def _results(trials: list[Trial], label: str) -> Iterator[Result]:
+    """What each trial wrote, in the order in which they end."""
+    if execution.backend() == "ray":
+        from phasegate import cluster
+
+        return cluster.results([(partial(_run, trial, label), (*trial.inputs, *trial.reads)) for trial in trials])
+    parallel = joblib.Parallel(n_jobs=execution.workers(), return_as="generator_unordered", backend="loky")
+    results: Iterator[Result] = parallel(joblib.delayed(_run)(trial, label) for trial in trials)
+    return results
+
+
+def _run(trial: Trial, label: str) -> Result:
+    """In a worker: the trial's name and the files that it wrote, by path."""
     torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as name:
+        folder, start = Path(name), time.perf_counter()
+        try:
+            trial.run(folder, **trial.arguments)
+        except FloatingPointError as error:
+            raise UserError(f"trial {trial.name} of {label}: {error}; a lower learning rate may help") from None
+        (folder / SECONDS).write_text(f"{time.perf_counter() - start:.3f}\n")
+        return trial.name, {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def _keep(destination: Path, files: dict[str, bytes]) -> None:
+    """Write a trial's files, and give their folder its name only when it is complete."""
     temporary = destination.with_suffix(".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    start = time.perf_counter()
-    try:
-        trial.run(temporary, **trial.arguments)
-    except FloatingPointError as error:
-        raise UserError(f"trial {trial.name} of {label}: {error}; a lower learning rate may help") from None
-    (temporary / SECONDS).write_text(f"{time.perf_counter() - start:.3f}\n")
+    for path, content in files.items():
+        write_atomic(temporary / path, content)
     temporary.replace(destination)
 
 
@@ -88,20 +112,27 @@ def _folders(trials: list[Trial]) -> dict[str, Path]:
         content = {path: sha256(path) for path in {path for trial in trials for path in trial.inputs}}
     except FileNotFoundError as error:
         raise UserError(f"{error.filename} is missing: `dvc repro` runs the stage that writes it") from None
-    code = _code_hash()
-    return {trial.name: STORE / _fingerprint(trial, content, code) for trial in trials}
+    shared = [_code_hash(), importlib.metadata.version("torch"), _device()]
+    return {trial.name: STORE / _fingerprint(trial, content, shared) for trial in trials}
 
 
-def _fingerprint(trial: Trial, content: dict[Path, str], code: str) -> str:
+def _fingerprint(trial: Trial, content: dict[Path, str], shared: list[str]) -> str:
     parts = [
         f"{trial.run.__module__}.{trial.run.__qualname__}",
         repr(sorted(trial.arguments.items())),
         *(content[path] for path in trial.inputs),
-        code,
-        importlib.metadata.version("torch"),
-        execution.device().type,
+        *shared,
     ]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
+
+
+def _device() -> str:
+    """The kind of device that trials will train on."""
+    if execution.backend() == "ray":
+        from phasegate import cluster
+
+        return cluster.device()
+    return execution.device().type
 
 
 def _code_hash() -> str:
@@ -119,7 +150,7 @@ def _forget_old() -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _watch(jobs: Iterator[None], total: int, label: str) -> Iterator[None]:
+def _watch(jobs: Iterator[T], total: int, label: str) -> Iterator[T]:
     """Pass results on, showing trials done and time left: a bar, or lines where there is no terminal."""
     if not execution.progress():
         yield from jobs

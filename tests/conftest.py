@@ -21,6 +21,11 @@ settings.register_profile("phasegate", deadline=None)  # a test may wait for a b
 settings.load_profile("phasegate")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The slowest file first, so that no process is left alone with it."""
+    items.sort(key=lambda item: item.path.name != "test_pipeline.py")
+
+
 @pytest.fixture(scope="session")
 def architecture() -> Architecture:
     return Architecture(

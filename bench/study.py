@@ -1,0 +1,57 @@
+"""The study: `dvc repro` with nothing to do, and, if asked for, all of it, whose limit is training alone.
+
+The first is compared with a pipeline of as many trivial stages, which is what DVC itself takes.
+"""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import yaml
+
+from bench.timing import Entry, entry, medians
+from phasegate import execution
+from phasegate.trials import SECONDS, STORE
+
+ROOT = Path(__file__).parent.parent
+
+
+def no_op(rounds: int) -> Iterator[Entry]:
+    """`dvc repro` here, if there is nothing to do, against trivial stages in a repository of their own."""
+    stages = yaml.safe_load((ROOT / "dvc.lock").read_text())["stages"]
+    if json.loads(_run(ROOT, "dvc", "status", "--json")):
+        print("no-op dvc repro: left out, since there is something to do here", file=sys.stderr)
+        return
+    with TemporaryDirectory() as folder:
+        trivial = Path(folder)
+        _run(trivial, "git", "init", "--quiet")
+        _run(trivial, "dvc", "init", "--quiet")
+        (trivial / "dvc.yaml").write_text(yaml.safe_dump({"stages": dict(map(_stage, range(len(stages))))}))
+        cases = {"ours": partial(_run, ROOT, "dvc", "repro"), "limit": partial(_run, trivial, "dvc", "repro")}
+        yield entry(f"dvc repro with nothing to do, {len(stages)} stages", 1, medians(cases, rounds, warm_up=1))
+
+
+def whole() -> Iterator[Entry]:
+    """All of it in a fresh clone; the limit is the seconds of its trials, shared evenly by the workers."""
+    with TemporaryDirectory() as folder:
+        _run(ROOT, "git", "clone", "--quiet", str(ROOT), folder)
+        begun = time.perf_counter()
+        subprocess.run(["dvc", "repro", "--force"], cwd=folder, check=True, stdout=subprocess.DEVNULL)
+        taken = time.perf_counter() - begun
+        trained = sum(float(path.read_text()) for path in (Path(folder) / STORE).glob(f"*/{SECONDS}"))
+    times = {"ours": 1e3 * taken, "limit": 1e3 * trained / execution.workers()}
+    yield entry(f"dvc repro, all of it, {execution.workers()} workers", 1, times)
+
+
+def _stage(number: int) -> tuple[str, dict[str, object]]:
+    chain = {"deps": [f"out{number - 1}"]} if number else {}
+    return f"stage{number}", {"cmd": f"echo {number} > out{number}", "outs": [f"out{number}"], **chain}
+
+
+def _run(folder: Path, *command: str) -> str:
+    return subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True).stdout

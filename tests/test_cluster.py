@@ -1,0 +1,137 @@
+"""A Ray cluster that loses a machine gives the same bits as the processes of one: `make test-cluster`."""
+
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from phasegate import trials
+from phasegate.counterfactual_head import heads
+from phasegate.errors import UserError
+from phasegate.ground_truth import PredictedControl
+from phasegate.model import ModelSpec
+from phasegate.params import GroundTruth, Schedule, Training
+from phasegate.phase import Arm, continuations
+from phasegate.pretraining import pretraining
+from phasegate.scoring import scorings
+from phasegate.surgeon import Treatment
+from phasegate.survey import surveys
+from phasegate.trials import SECONDS, Trial, run_trials
+
+ray = pytest.importorskip("ray")
+pytestmark = [pytest.mark.cluster, pytest.mark.filterwarnings("ignore")]  # Ray's own warnings
+
+SEEDS = 5
+PREPARED = Path("data/prepared")
+STARTED = Path("started")
+
+
+def observed(folder: Path, *, trial: Trial, log: Path, pause: float) -> None:
+    """Run a trial; before, write down where, and leave the test some seconds to interfere."""
+    node = ray.get_runtime_context().get_node_id() if ray.is_initialized() else "here"
+    with log.open("a") as file:
+        file.write(f"{trial.name} {node}\n")
+    time.sleep(pause)
+    trial.run(folder, **trial.arguments)
+
+
+def fail(folder: Path, *, sentence: str) -> None:
+    """A trial whose parameters are wrong."""
+    raise UserError(sentence)
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A node with one processor, to which a test adds others; trials run there."""
+    from ray.cluster_utils import Cluster
+
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the nodes have phasegate, but not its tests
+    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    monkeypatch.setenv("RAY_ADDRESS", nodes.address)
+    monkeypatch.setenv("PHASEGATE_BACKEND", "ray")
+    yield nodes
+    ray.shutdown()
+    nodes.shutdown()
+
+
+@pytest.fixture
+def checkout(tmp_path: Path, prepared: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with prepared data alone, which is where we stand."""
+    shutil.copytree(prepared, tmp_path / PREPARED)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """All that trials wrote, but for how long they took."""
+    found = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {name: content for name, content in found.items() if not name.endswith(SECONDS)}
+
+
+def runs(checkout: Path) -> list[list[str]]:
+    """Trial and node of every run, so far."""
+    log = checkout / STARTED
+    return [line.split() for line in log.read_text().splitlines()] if log.exists() else []
+
+
+def test_a_cluster_that_loses_a_node_gives_the_bits_of_one_machine(
+    cluster: Any, checkout: Path, spec: ModelSpec, training: Training, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = [pretraining(PREPARED, "p7a", "baseline", seed, spec, training, True) for seed in range(SEEDS)]
+    arguments = {"log": checkout / STARTED, "pause": 2.0}
+    wanted = [replace(trial, run=observed, arguments={**arguments, "trial": trial}) for trial in plain]
+    doomed = cluster.add_node(num_cpus=1)
+    killed: list[str] = []
+
+    def kill() -> None:
+        while not any(node == doomed.node_id for _, node in runs(checkout)):
+            time.sleep(0.05)
+        cluster.remove_node(doomed, allow_graceful=False)
+        killed.extend(name for name, node in runs(checkout) if node == doomed.node_id)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    run_trials(wanted, Path("models/ray"), "test")
+    killer.join(timeout=10)
+    names = [name for name, _ in runs(checkout)]
+    assert len(killed) == 1 and names.count(killed[0]) == 2  # lost in the middle, and run again
+    assert len(names) == SEEDS + 1
+
+    monkeypatch.setenv("PHASEGATE_BACKEND", "loky")
+    monkeypatch.setattr(trials, "STORE", Path("other/store"))
+    run_trials(plain, Path("models/loky"), "test")
+    assert len(files(Path("models/ray"))) > SEEDS and files(Path("models/ray")) == files(Path("models/loky"))
+
+
+def test_every_kind_of_trial_finds_all_that_it_reads(
+    cluster: Any, checkout: Path, spec: ModelSpec, training: Training, schedule: Schedule, truth: GroundTruth
+) -> None:
+    models, seeds = Path("models"), 2
+    starts, surveyed, learnt = models / "baseline", models / "survey", models / "heads"
+    run_trials([pretraining(PREPARED, "p7a", "baseline", s, spec, training, True) for s in range(seeds)], models, "p7a")
+    run_trials(surveys(PREPARED, starts, seeds, schedule, truth), surveyed, "survey")
+    run_trials(heads(surveyed, seeds), learnt, "heads")
+    run_trials(scorings(PREPARED, starts, surveyed, learnt, seeds, schedule), models / "signals", "signals")
+    arm = Arm("head", Treatment(PredictedControl(learnt, truth.price)))
+    run_trials(continuations(PREPARED, starts, "p7b4", [arm], seeds, schedule, learnt), models / "p7b4", "p7b4")
+    assert len(list(models.glob("p7b4/head/*/weights.safetensors"))) == seeds
+
+
+def test_what_goes_wrong_on_a_cluster_is_said_in_a_sentence(
+    cluster: Any, checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UserError, match=r"^lr is -1$"):
+        run_trials([Trial("arm/seed-0", fail, {"sentence": "lr is -1"})], Path("models"), "test")
+    monkeypatch.setenv("PHASEGATE_DEVICE", "cuda")
+    with pytest.raises(UserError, match=r"^PHASEGATE_DEVICE is cuda, but the Ray cluster has no GPU: use auto or cpu$"):
+        run_trials([Trial("arm/seed-0", fail, {"sentence": "lr is -1"})], Path("models"), "test")
+    ray.shutdown()
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    with pytest.raises(UserError, match=r"^no Ray cluster answers at RAY_ADDRESS=127\.0\.0\.1:1$"):
+        run_trials([Trial("arm/seed-0", fail, {"sentence": "lr is -1"})], Path("models"), "test")
