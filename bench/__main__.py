@@ -3,12 +3,13 @@
 import json
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 
 import pandas as pd
 import torch
 
 from bench import layer, step, study, workers
-from bench.timing import Entry, as_row
+from bench.timing import Entry
 from phasegate.files import write_atomic
 from phasegate.stage import REPORTS
 
@@ -21,7 +22,7 @@ def main() -> None:
     for line in entries(whole_study="study" in sys.argv[1:]):
         threads = f"{line.threads} thread{'s' * (line.threads > 1)}"
         print(f"{line.case}, {threads}: {line.ours_ms:.2f} ms", file=sys.stderr, flush=True)
-        rows.append(as_row(line))
+        rows.append(asdict(line))
     write_atomic(REPORTS / "bench.json", json.dumps(rows, indent=1) + "\n")
     print(pd.DataFrame(rows).to_string(index=False, na_rep=""))
 

@@ -77,6 +77,7 @@ def forward_backward(layer: nn.Module, size: Size) -> Case:
 
 def entries(threads: int, rounds: int) -> Iterator[Entry]:
     """The layer at all sizes, with siblings, and with many experts."""
+    torch.manual_seed(0)
     for size in SIZES:
         layers = {"ours": Ours(size), "limit": dense(size), **peers.layers(size)}
         yield entry(f"layer ({size})", threads, run(layers, size, rounds))
@@ -90,5 +91,4 @@ def entries(threads: int, rounds: int) -> Iterator[Entry]:
 
 def run(layers: Mapping[str, nn.Module], size: Size, rounds: int) -> dict[str, float]:
     """Median milliseconds of forward and backward of each layer, in turn."""
-    torch.manual_seed(0)
     return medians({name: forward_backward(layer, size) for name, layer in layers.items()}, rounds)

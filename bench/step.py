@@ -35,10 +35,11 @@ class Dense(nn.Module):
 
 def entries(threads: int, rounds: int) -> Iterator[Entry]:
     """The default number of experts per token, and four."""
-    for top_k in (load_params().model.top_k, 4):
+    params = load_params()
+    for top_k in (params.model.top_k, 4):
         cases = {"ours": training_case(top_k), "limit": training_case(top_k, dense=True)}
         each = {name: taken / STEPS for name, taken in medians(cases, rounds).items()}
-        yield entry(f"7a training step, batch {load_params().training.batch}, top {top_k}", threads, each)
+        yield entry(f"7a training step, batch {params.training.batch}, top {top_k}", threads, each)
 
 
 def training_case(top_k: int, dense: bool = False) -> Case:

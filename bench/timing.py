@@ -3,7 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 Case = Callable[[], object]
 
@@ -49,8 +49,3 @@ def entry(case: str, threads: int, times: Mapping[str, float]) -> Entry:
         best_peer_ms=None if best is None else round(peers[best], 3),
         ratio_to_best_peer=None if best is None else round(peers[best] / ours, 3),
     )
-
-
-def as_row(line: Entry) -> dict[str, object]:
-    """A line as plain values."""
-    return asdict(line)
