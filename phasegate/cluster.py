@@ -39,7 +39,7 @@ def connect() -> None:
     """Join the cluster that RAY_ADDRESS names or that runs on this machine, or else start one here.
 
     Raises:
-        UserError: if no cluster answers.
+        UserError: if no cluster answers, or it does not let us in.
     """
     if ray.is_initialized():
         return
@@ -48,10 +48,14 @@ def connect() -> None:
     try:
         if port := re.fullmatch(r"(?:ray://)?([^:/]+):(\d+)", address):
             socket.create_connection((port[1], int(port[2])), SECONDS_TO_ANSWER).close()  # Ray would try for minutes
-        code = {"py_modules": [str(Path(phasegate.__file__).parent)]}
-        ray.init(runtime_env=code, logging_level=logging.ERROR, log_to_driver=False)
-    except (OSError, ValueError):
+    except OSError:
         raise UserError(f"no Ray cluster answers at RAY_ADDRESS={address}") from None
+    code = {"py_modules": [str(Path(phasegate.__file__).parent)]}
+    try:
+        ray.init(runtime_env=code, logging_level=logging.ERROR, log_to_driver=False)
+    except (ConnectionError, ValueError):
+        advice = "if it asks for a token, set RAY_AUTH_MODE=token (docs/cluster.md)"
+        raise UserError(f"the Ray cluster at RAY_ADDRESS={address} can't be joined: {advice}") from None
 
 
 def device() -> str:

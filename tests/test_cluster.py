@@ -135,3 +135,15 @@ def test_what_goes_wrong_on_a_cluster_is_said_in_a_sentence(
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
     with pytest.raises(UserError, match=r"^no Ray cluster answers at RAY_ADDRESS=127\.0\.0\.1:1$"):
         run_trials([Trial("arm/seed-0", fail, {"sentence": "lr is -1"})], Path("models"), "test")
+
+
+def test_a_cluster_that_does_not_let_us_in_is_told_from_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(**_: Any) -> None:
+        raise ConnectionError("authentication token is missing")
+
+    from phasegate import cluster
+
+    monkeypatch.setattr(ray, "init", refuse)
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    with pytest.raises(UserError, match="RAY_ADDRESS=auto can't be joined: if it asks for a token, set RAY_AUTH_MODE"):
+        cluster.connect()
