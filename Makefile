@@ -4,7 +4,7 @@ VENV := .venv
 READY := $(VENV)/.ready
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: help repro study phases bench readme test test-cluster lint lock clean
+.PHONY: help repro study phases bench readme test test-cluster test-chaos lint lock clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -36,6 +36,9 @@ test: lint ## all checks: format, lint, types, tests
 test-cluster: $(READY) ## trials on a Ray cluster that loses a machine (installs Ray into the environment)
 	pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable '.[cluster]'
 	pytest --numprocesses=0 -m cluster
+
+test-chaos: $(READY) ## kill the small study 25 times, a worker, a stage and dvc in turn: it must end with the same bits
+	pytest --numprocesses=0 -m chaos
 
 lint: $(READY) ## format, lint and types
 	ruff format --check .

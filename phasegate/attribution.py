@@ -1,7 +1,8 @@
 """What broke it: an arm's difference from its start, split into what each of its ingredients does.
 
 A part is a contrast: a weighted sum of arms, taken seed by seed, so that it has an interval as any difference has.
-The parts of an account add up to its whole exactly. They are marginal effects in the order given: another order would
+The parts of an account add up to its whole exactly, if all rest on the same seeds: each on those that all its arms
+finished. They are marginal effects in the order given: another order would
 share out interactions otherwise, so the factorial of signal and surgery says how large those are.
 """
 
@@ -95,18 +96,19 @@ ACCOUNTS = {
 """What the arms of 7b.1 and 7b.2 lose, part by part; and signal by growth, each averaged over the other."""
 
 
-def attribution(trials: pd.DataFrame, confidence: float) -> pd.DataFrame:
+def attribution(trials: pd.DataFrame, confidence: float, failures: pd.DataFrame | None = None) -> pd.DataFrame:
     """The accounts as a table: effects of every part on test accuracy, pp, with intervals over seeds.
 
     P-values are those of no effect; `p_holm` corrects them over the parts of an account. The last row of a chain is
-    its whole. Raises UserError for an arm that an account needs and `trials` lacks, and as `decide` does.
+    its whole. A part of which no seed finished all arms is blank, and counts for Holm with p = 1. Raises UserError for
+    an arm that an account needs and neither `trials` nor `failures` have, and as `decide` does.
     """
-    accuracy = {f"{phase}/{arm}": rows["accuracy"] for (phase, arm), rows in paired_arms(trials).items()}
+    accuracy = {f"{phase}/{arm}": rows["accuracy"] for (phase, arm), rows in paired_arms(trials, failures).items()}
     rows = []
     for name, account in ACCOUNTS.items():
         parts = [_row(name, part, contrast, accuracy, confidence) for part, contrast in account.parts.items()]
-        for row, p in zip(parts, holm([row["p_value"] for row in parts]), strict=True):
-            row["p_holm"] = p
+        for row, p in zip(parts, holm([row.get("p_value", 1) for row in parts]), strict=True):
+            row |= {"p_holm": p} if row["n_seeds"] else {}
         rows += parts
         if account.whole:
             rows.append(_row(name, WHOLE, account.whole, accuracy, confidence))
@@ -118,13 +120,14 @@ def _row(
 ) -> dict[str, Any]:
     if lacking := set(contrast) - set(accuracy):
         raise UserError(f"the account of {account} needs the arm {min(lacking)}: it has no trials")
-    effects = np.round(sum(weight * accuracy[arm].to_numpy() for arm, weight in contrast.items()), DECIMALS)
+    every = np.round(sum(weight * accuracy[arm].to_numpy() for arm, weight in contrast.items()), DECIMALS)
+    effects = every[~np.isnan(every)]  # of the seeds that all arms finished
+    named = " ".join(f"{weight:+.3g} {arm}" for arm, weight in contrast.items())
+    row = {"account": account, "part": part, "contrast": named, "n_seeds": len(effects)}
+    if not len(effects):
+        return row
     mean, lo, hi = mean_interval(effects, confidence)
-    return {
-        "account": account,
-        "part": part,
-        "contrast": " ".join(f"{weight:+.3g} {arm}" for arm, weight in contrast.items()),
-        "n_seeds": len(effects),
+    return row | {
         "effect_pp": mean,
         "effect_lo": lo,
         "effect_hi": hi,

@@ -7,24 +7,32 @@ must get exactly the recorded number of gate examples right, and the weights mus
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import safetensors.torch
 import torch
+from pydantic import Field
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from phasegate.errors import UserError
-from phasegate.files import sha256, write_atomic
+from phasegate.errors import UserError, one_line
+from phasegate.files import read_json, sha256, write_atomic
 from phasegate.model import Cost, Model, ModelSpec, cost
 from phasegate.moe import AXES
-from phasegate.params import Architecture, Training, parse
+from phasegate.params import Architecture, Training
 from phasegate.references import Reference, ReferenceSpec
+from phasegate.sections import Count, Index, Section, parse
 from phasegate.training import Examples, correct, make_optimizer
 
 FORMAT = 2
 WEIGHTS, RECORD = "weights.safetensors", "checkpoint.json"
+MOMENTS = {"step", "exp_avg", "exp_avg_sq"}
+_MEANINGLESS = (
+    *(KeyError, TypeError, ValueError, AttributeError, IndexError, StopIteration),
+    *(RuntimeError, OverflowError, ZeroDivisionError, MemoryError, AssertionError),
+)
+"""What building a model raises for values that make no sense together."""
 
 
 @dataclass(frozen=True)
@@ -69,13 +77,13 @@ def save(folder: Path, model: Model | Reference, optimizer: AdamW | None, record
 
 
 def summary(folder: Path) -> tuple[Record, float, Cost]:
-    """What a checkpoint says of itself, without loading its weights: record, gate accuracy (percent), cost."""
+    """What a checkpoint says of itself, without loading its weights: record, gate accuracy (percent), cost.
+
+    Raises:
+        UserError: if the file is missing or does not describe a checkpoint.
+    """
     content = _read_record(folder / RECORD)
-    try:
-        gate = content["gate"]
-        return _parse_record(content, folder), 100 * gate["correct"] / gate["total"], Cost(**content["cost"])
-    except (KeyError, TypeError, ZeroDivisionError) as error:
-        raise UserError(f"{folder / RECORD} does not describe a checkpoint: {error}") from None
+    return content.record(), 100 * content.gate.correct / content.gate.total, Cost(**content.cost.model_dump())
 
 
 def load(folder: Path, gate: Examples, device: torch.device | str = "cpu") -> Checkpoint:
@@ -84,34 +92,67 @@ def load(folder: Path, gate: Examples, device: torch.device | str = "cpu") -> Ch
     Raises:
         UserError: if a file is missing or damaged, or if the accuracy is not the recorded one, to the example.
     """
-    content = _read_record(folder / RECORD)
-    tensors = _read_weights(folder / WEIGHTS)
+    content, tensors = _read_record(folder / RECORD), _read_weights(folder / WEIGHTS)
     try:
-        record = _parse_record(content, folder)
-        expected, total = content["gate"]["correct"], content["gate"]["total"]
-        digest, with_optimizer = content["weights"]["sha256"], content["weights"]["optimizer"]
-        model = _build(content["model"])
-        _fill(model, tensors, folder / WEIGHTS)
+        model = _build(content.model, parts_at_most=len(tensors))
+        if model.spec.input_shape != gate.x.shape[1:]:
+            raise ValueError(f"its examples have shape {model.spec.input_shape}, not {tuple(gate.x.shape[1:])}")
+        fill(model, _below(tensors, "model."), str(folder / WEIGHTS))
         model.to(device)
         got = correct(model, gate)
     except UserError:
         raise
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, StopIteration, RuntimeError) as error:
-        raise UserError(f"{folder} does not describe a model that runs on this data: {error}") from None
-    if (got, len(gate)) != (expected, total):
+    except _MEANINGLESS as error:
+        raise UserError(f"{folder} does not describe a model that runs on this data: {one_line(error)}") from None
+    if (got, len(gate)) != (content.gate.correct, content.gate.total):
         raise UserError(
-            f"{folder} does not hold the model that was saved: expected {expected:,} of {total:,} correct, "
-            f"got {got:,} of {len(gate):,}"
+            f"{folder} does not hold the model that was saved: expected {content.gate.correct:,} of "
+            f"{content.gate.total:,} correct, got {got:,} of {len(gate):,}"
         )
-    if sha256(folder / WEIGHTS) != digest:
-        raise UserError(f"{folder / WEIGHTS} was altered: its sha256 is not the recorded {digest}")
-    return Checkpoint(model, _restore(model, record.training, tensors) if with_optimizer else None, record)
+    if sha256(folder / WEIGHTS) != content.weights.sha256:
+        raise UserError(f"{folder / WEIGHTS} was altered: its sha256 is not the recorded {content.weights.sha256}")
+    record, with_optimizer = content.record(), content.weights.optimizer
+    optimizer = _restore(model, record.training, tensors, folder / WEIGHTS) if with_optimizer else None
+    return Checkpoint(model, optimizer, record)
 
 
-def _parse_record(content: dict[str, Any], folder: Path) -> Record:
-    values = content["trial"]
-    training = parse(Training, values["training"], f"{folder / RECORD}: training")
-    return Record(**{**values, "training": training})
+class _Trial(Section):
+    phase: Annotated[str, Field(max_length=100)]
+    arm: Annotated[str, Field(max_length=100)]
+    seed: Index
+    training: Training
+    n_routed_start: Index
+
+
+class _Gate(Section):
+    correct: Index
+    total: Count
+
+
+class _Cost(Section):
+    params_total: Annotated[int, Field(ge=0, strict=True)]
+    params_active: Annotated[int, Field(ge=0, strict=True)]
+    flops_per_example: Annotated[int, Field(ge=0, strict=True)]
+
+
+class _Weights(Section):
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    optimizer: bool
+
+
+class _Content(Section):
+    """A checkpoint's JSON file."""
+
+    format: Literal[2]
+    model: dict[str, Any]  # a specification, and its kind
+    trial: _Trial
+    gate: _Gate
+    cost: _Cost
+    weights: _Weights
+
+    def record(self) -> Record:
+        """What it says of its trial."""
+        return Record(**dict(self.trial))
 
 
 def _to_json(spec: ModelSpec | ReferenceSpec) -> dict[str, Any]:
@@ -121,33 +162,53 @@ def _to_json(spec: ModelSpec | ReferenceSpec) -> dict[str, Any]:
     return values
 
 
-def _build(values: dict[str, Any]) -> Model | Reference:
+def _build(values: dict[str, Any], parts_at_most: int) -> Model | Reference:
+    """The model that a checkpoint describes, without memory: whether its weights are as large, `fill` will see."""
     fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
-    if fields.pop("kind") == "reference":
-        return Reference(ReferenceSpec(**fields))
-    architecture = parse(Architecture, fields.pop("architecture"), "architecture")
-    return Model(ModelSpec(architecture=architecture, **fields))
+    with torch.device("meta"):
+        if fields.pop("kind") == "reference":
+            return Reference(ReferenceSpec(**fields))
+        architecture = parse(Architecture, fields.pop("architecture"), "architecture")
+        if max(architecture.blocks, len(fields["heads"])) > parts_at_most:
+            raise ValueError(f"its {architecture.blocks} blocks and their heads have only {parts_at_most} tensors")
+        return Model(ModelSpec(architecture=architecture, **fields))
 
 
-def _fill(model: Model | Reference, tensors: dict[str, Tensor], path: Path) -> None:
-    """Load the weights. What surgery resizes, and nothing else, takes its size from them."""
-    state = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
+def fill(
+    model: Model | Reference, state: dict[str, Tensor], source: str, optimizer: torch.optim.Optimizer | None = None
+) -> None:
+    """Give a model these weights and buffers, copied; an optimizer that holds the model's parameters keeps doing so.
+
+    What surgery resizes, and nothing else, takes its size from them.
+
+    Raises:
+        UserError: naming a tensor of `source` that is missing, too many, or of another shape or type.
+    """
+    before = list(model.parameters())
+    device = next(iter(before)).device
     layers = model.layers if isinstance(model, Model) else []
     for block, moe in enumerate(layers):
         sizes = _axis_sizes(state, f"blocks.{block}.moe.")
         for name, axes in AXES.items():
             old = getattr(moe, name)
             shape = [sizes.get(axis or "", size) for axis, size in zip(axes, old.shape, strict=True)]
-            new = old.new_empty(shape)
-            setattr(moe, name, nn.Parameter(new) if isinstance(old, nn.Parameter) else new)
+            new = torch.empty(shape, dtype=old.dtype, device="meta")
+            setattr(moe, name, nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new)
     wanted = model.state_dict()
     for name in sorted(wanted.keys() | state.keys()):
         shapes = [tuple(part[name].shape) if name in part else None for part in (wanted, state)]
         if shapes[0] != shapes[1]:
-            raise UserError(f"{path}: {name} should have shape {shapes[0]}, and has {shapes[1]}")
-    model.load_state_dict(state)
+            raise UserError(f"{source}: {name} should have shape {shapes[0]}, and has {shapes[1]}")
+        if wanted[name].dtype != state[name].dtype:
+            raise UserError(f"{source}: {name} should be {wanted[name].dtype}, and is {state[name].dtype}")
+    there = device if device.type != "meta" else torch.device("cpu")
+    model.load_state_dict({name: tensor.to(there, copy=True) for name, tensor in state.items()}, assign=True)
     for moe in layers:
         moe.refresh()
+    if optimizer is not None:
+        replaced = dict(zip(map(id, before), model.parameters(), strict=True))
+        for group in optimizer.param_groups:
+            group["params"] = [replaced.get(id(parameter), parameter) for parameter in group["params"]]
 
 
 def _axis_sizes(state: dict[str, Tensor], prefix: str) -> dict[str, int]:
@@ -162,36 +223,40 @@ def _axis_sizes(state: dict[str, Tensor], prefix: str) -> dict[str, int]:
     return sizes
 
 
-def _restore(model: nn.Module, training: Training, tensors: dict[str, Tensor]) -> AdamW:
+def _restore(model: nn.Module, training: Training, tensors: dict[str, Tensor], path: Path) -> AdamW:
     optimizer = make_optimizer(model.parameters(), training)
     for name, parameter in model.named_parameters():
-        prefix = f"optimizer.{name}."
-        state = {
-            key.removeprefix(prefix): value.to(parameter.device)
-            for key, value in tensors.items()
-            if key.startswith(prefix)
-        }
-        if state:
-            optimizer.state[parameter] = state
+        state = _below(tensors, f"optimizer.{name}.")
+        if not state:
+            continue
+        if set(state) != MOMENTS:
+            raise UserError(f"{path}: the optimizer has {', '.join(sorted(state))} of {name}, not its Adam moments")
+        for key, value in state.items():
+            shape = () if key == "step" else tuple(parameter.shape)
+            if tuple(value.shape) != shape or value.dtype != torch.float32:
+                raise UserError(
+                    f"{path}: {key} of {name} should be torch.float32 of shape {shape}, and is {value.dtype} of "
+                    f"{tuple(value.shape)}"
+                )
+        optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in state.items()}
     return optimizer
 
 
-def _read_record(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: the stage that writes it has not ended") from None
-    except (ValueError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is damaged: {error}") from None
+def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _read_record(path: Path) -> _Content:
+    content = read_json(path)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(f"{path} is not a checkpoint of format {FORMAT}")
-    return content
+    return parse(_Content, content, str(path))
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:
     try:
         return safetensors.torch.load_file(path)
     except FileNotFoundError:
-        raise UserError(f"{path} is missing: the stage that writes it has not ended") from None
-    except (SafetensorError, ValueError, KeyError) as error:
-        raise UserError(f"{path} is damaged: {error}") from None
+        raise UserError(f"{path} is missing: `dvc repro` runs the stage that writes it") from None
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        raise UserError(f"{path} is damaged ({one_line(error)}): `dvc repro` makes it again") from None

@@ -7,7 +7,7 @@ it passes masks of the experts that may grow and that may be pruned.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -120,6 +120,13 @@ class Controller:
         """What the controller learns itself."""
         return []
 
+    def state_dict(self) -> dict[str, Any]:
+        """What changes as training goes on: tensors, and what JSON can hold."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from such a state."""
+
 
 class LabelController(Controller):
     """Acts on labels directly: each expert is labelled, and one of those to change is drawn."""
@@ -167,6 +174,14 @@ class HeadController(Controller):
         """The head's."""
         return list(self.head.parameters())
 
+    def state_dict(self) -> dict[str, Any]:
+        """The head's."""
+        return self.head.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with such a head."""
+        self.head.load_state_dict(state)
+
 
 class PlannedController(Controller):
     """Grows the busiest expert so many times, then prunes the least used, or that without which the loss is lowest."""
@@ -190,6 +205,14 @@ class PlannedController(Controller):
         if self.plan.prune_by == "usage":
             return Proposal("prune", min(experts, key=lambda e: float(load[e])))
         return Proposal("prune", min(experts, key=lambda e: situation.loss_after(Proposal("prune", e))))
+
+    def state_dict(self) -> dict[str, Any]:
+        """How much of the plan is done."""
+        return {"done": self._done}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with the rest of the plan."""
+        self._done = state["done"]
 
 
 @dataclass(frozen=True)

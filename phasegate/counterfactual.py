@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from phasegate.errors import Diverged
 from phasegate.expert_manager import ExpertManager
 from phasegate.model import Model
 from phasegate.oracle import example_losses, losses_without_each
@@ -93,7 +94,10 @@ class Forks:
                 operate(ExpertManager(model.layers[block], optimizer), repeat)
             with torch.enable_grad():
                 objective = plain_objective(model, course.training.label_smoothing)
-                fit(model, optimizer, batches, objective, rates, lambda step, loss: None)
+                try:
+                    fit(model, optimizer, batches, objective, rates, lambda step, loss: None)
+                except Diverged as error:
+                    raise Diverged(f"{error.what} in a fork", step) from None
             ends.append([example_losses(model, split) for split in (course.signal, course.gate)])
         signal, gate = (torch.stack(losses) for losses in zip(*ends, strict=True))  # (1 + P, N)
         return signal[1:] - signal[0], gate[1:] - gate[0]

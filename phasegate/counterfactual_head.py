@@ -17,13 +17,15 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from phasegate.counterfactual import Estimate
-from phasegate.errors import UserError
+from phasegate.errors import UserError, one_line
 from phasegate.expert_manager import ExpertManager
+from phasegate.failure import finished
 from phasegate.files import write_atomic
 from phasegate.importance import gate_times_norm, gradmax, taylor_saliency
 from phasegate.moe import relative_distance
 from phasegate.probe import Probe
 from phasegate.signals import expert_signals
+from phasegate.table_files import read_table
 from phasegate.trials import Trial
 
 PRUNE, RECOVERED, GROW = range(3)
@@ -44,6 +46,8 @@ STEPS, RATE = 50, 0.1
 MOST_ROWS = 1000
 UNKNOWN = 1e6  # variance of a label that was not measured
 HEAD, SURVEY = "head.safetensors", "survey.csv"
+LEARNED = ("seed", *FEATURES, *CHANGES, *(f"{change}_error" for change in CHANGES))
+"""What a head reads of a survey."""
 
 
 @torch.no_grad()
@@ -140,9 +144,18 @@ def covariance(x: Tensor, y: Tensor, log_sizes: Tensor) -> Tensor:
 
 
 def heads(surveys: Path, seeds: int) -> list[Trial]:
-    """The trials of all seeds: the head of seed s learns from `surveys`/seed-t of all others."""
-    files = {seed: surveys / f"seed-{seed}" / SURVEY for seed in range(seeds)}
-    others = {seed: tuple(file for other, file in files.items() if other != seed) for seed in files}
+    """The trials of all seeds: the head of seed s learns from `surveys`/seed-t of all others that did not fail.
+
+    Raises:
+        UserError: if no survey is left for a head to learn from.
+    """
+    folders = finished(surveys / f"seed-{seed}" for seed in range(seeds))
+    others = {
+        seed: tuple(folder / SURVEY for folder in folders if folder != surveys / f"seed-{seed}")
+        for seed in range(seeds)
+    }
+    if lonely := [seed for seed, files in others.items() if not files]:
+        raise UserError(f"no control head can be trained for seed {lonely[0]}: the surveys of all other seeds failed")
     return [
         Trial(f"seed-{seed}", learn, {"surveys": others[seed], "seed": seed}, others[seed]) for seed in range(seeds)
     ]
@@ -150,7 +163,8 @@ def heads(surveys: Path, seeds: int) -> list[Trial]:
 
 def learn(folder: Path, *, surveys: tuple[Path, ...], seed: int) -> None:
     """Train one head on survey files, and write `folder/head.safetensors`."""
-    save_head(train_head(pd.concat([pd.read_csv(file) for file in surveys], ignore_index=True), seed), folder)
+    tables = [read_table(file, LEARNED) for file in surveys]
+    save_head(train_head(pd.concat(tables, ignore_index=True), seed), folder)
 
 
 def train_head(surveys: pd.DataFrame, seed: int) -> CounterfactualHead:
@@ -227,5 +241,5 @@ def load_head(folder: Path) -> CounterfactualHead:
     except FileNotFoundError:
         raise UserError(f"{path} is missing: the stage that writes it has not ended") from None
     except (SafetensorError, KeyError, TypeError, RuntimeError, ValueError) as error:
-        raise UserError(f"{path} is not a control head: {' '.join(str(error).split())}") from None
+        raise UserError(f"{path} is not a control head: {one_line(error)}") from None
     return head

@@ -7,6 +7,7 @@ Shapes: N examples, C channels; x is (N, C, L) or (N, C, H, W) in float32, y is 
 """
 
 import json
+import textwrap
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,14 +15,18 @@ from typing import Any
 
 import numpy as np
 import safetensors.numpy
+from pydantic import FiniteFloat, NonNegativeInt, TypeAdapter, ValidationError
 from safetensors import SafetensorError
 
 from phasegate.errors import UserError
 from phasegate.files import sha256, write_atomic
+from phasegate.memory import memory
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
 FILES = {"fit.safetensors": ("train", "signal", "gate"), "test.safetensors": ("test",)}
+LARGEST = memory() // 2  # bytes of arrays that are read at most: a file can claim any size
+LARGEST_META = 1 << 24  # bytes of `dataset.json`: ours have thousands
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +54,7 @@ class Fit:
 class ArrayInfo:
     """What an array must be when it is read back."""
 
-    shape: tuple[int, ...]
+    shape: tuple[NonNegativeInt, ...]
     dtype: str
     sha256: str
 
@@ -60,10 +65,27 @@ class Meta:
 
     name: str
     class_names: tuple[str, ...]  # "0", "1", … where the source has no names
-    tasks: dict[str, tuple[int, ...]]  # name -> task label of every class
-    mean: tuple[float, ...]  # per channel: x = (source's value - mean) / std
-    std: tuple[float, ...]
+    tasks: dict[str, tuple[NonNegativeInt, ...]]  # name -> task label of every class
+    mean: tuple[FiniteFloat, ...]  # per channel: x = (source's value - mean) / std
+    std: tuple[FiniteFloat, ...]
     arrays: dict[str, ArrayInfo]  # train_x, train_y, signal_x, … test_y
+
+    def __post_init__(self) -> None:
+        """Refuse arrays, tasks and moments that don't belong together (ValueError)."""
+        if sorted(self.arrays) != sorted(key for file in FILES for key in _keys(file)):
+            raise ValueError(f"its arrays are {sorted(self.arrays)}")
+        if not (example := self.input_shape):
+            raise ValueError(f"train_x has shape {self.arrays['train_x'].shape}")
+        for key, info in self.arrays.items():
+            rows = self.arrays[f"{key[:-2]}_y"].shape[:1]
+            shape, dtype = ((*rows, *example), "float32") if key.endswith("x") else (rows, "int64")
+            if (info.shape, info.dtype) != (shape, dtype):
+                raise ValueError(f"{key} has shape {info.shape} in {info.dtype}, not {shape} in {dtype}")
+        lengths = {"mean": (self.mean, example[0]), "std": (self.std, example[0])}
+        lengths |= {f"task {name!r}": (labels, self.classes) for name, labels in self.tasks.items()}
+        for what, (values, length) in lengths.items():
+            if len(values) != length:
+                raise ValueError(f"{what} has {len(values)} values, not {length}")
 
     @property
     def classes(self) -> int:
@@ -94,6 +116,12 @@ def save(
     """Write the splits train, signal, gate and test, and `dataset.json` with the fields of `Meta`."""
     arrays = {f"{key}_x": np.ascontiguousarray(split.x, np.float32) for key, split in splits.items()}
     arrays |= {f"{key}_y": np.ascontiguousarray(split.y, np.int64) for key, split in splits.items()}
+    for file in FILES:
+        if (size := sum(arrays[key].nbytes for key in _keys(file))) > LARGEST:
+            raise UserError(
+                f"{name} takes {size:,} bytes in {file}, in float32: this machine, with half of its memory for data, "
+                f"can read {LARGEST:,}"
+            )
     infos = {key: _info(arrays[key]) for file in FILES for key in _keys(file)}
     meta = Meta(name, class_names, dict(tasks), mean, std, infos)
     for file in FILES:
@@ -106,20 +134,13 @@ def load_meta(folder: Path) -> Meta:
     """Read `dataset.json` of a prepared data set; UserError if it is missing or damaged."""
     path = meta_file(folder)
     try:
-        content = json.loads(path.read_text())
-        arrays = {key: content["arrays"][key] for file in FILES for key in _keys(file)}
-        return Meta(
-            name=content["name"],
-            class_names=tuple(content["class_names"]),
-            tasks={name: tuple(labels) for name, labels in content["tasks"].items()},
-            mean=tuple(content["mean"]),
-            std=tuple(content["std"]),
-            arrays={
-                key: ArrayInfo(tuple(info["shape"]), info["dtype"], info["sha256"]) for key, info in arrays.items()
-            },
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return TypeAdapter(Meta).validate_json(_sized(path, LARGEST_META).read_bytes(), strict=True)
+    except OSError as error:
         raise _unusable(path, error) from error
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        key, message = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
+        raise _unusable(path, f"{key!r}: {message}" if key else message) from None
 
 
 def fit_file(folder: Path) -> Path:
@@ -143,19 +164,33 @@ def load_test(folder: Path) -> Split:
 
 
 def _load(folder: Path, file: str) -> dict[str, Split]:
-    path, expected = folder / file, load_meta(folder).arrays
+    path, meta = folder / file, load_meta(folder)
     try:
-        arrays = safetensors.numpy.load_file(path)
+        arrays = safetensors.numpy.load_file(_sized(path, LARGEST))
     except (OSError, SafetensorError) as error:
         raise _unusable(path, error) from error
     for key in _keys(file):
-        if key not in arrays or _info(arrays[key]) != expected[key]:
+        if key not in arrays or _info(arrays[key]) != meta.arrays[key]:
             raise _unusable(path, f"{key} is not the array that dataset.json describes")
+    for split in FILES[file]:
+        y = arrays[f"{split}_y"]
+        if len(y) and not 0 <= y.min() <= y.max() < meta.classes:
+            raise _unusable(path, f"{split}_y has labels from {y.min()} to {y.max()}, not 0..{meta.classes - 1}")
     return {split: Split(arrays[f"{split}_x"], arrays[f"{split}_y"]) for split in FILES[file]}
 
 
+def _sized(path: Path, largest: int) -> Path:
+    """The path, if it is a file of at most so many bytes; OSError otherwise."""
+    if not path.is_file():
+        raise OSError("there is no such file")
+    if (size := path.stat().st_size) > largest:
+        raise OSError(f"it has {size:,} bytes")
+    return path
+
+
 def _unusable(path: Path, why: object) -> UserError:
-    return UserError(f"{path} is missing or damaged ({why}): get it back with `dvc repro prepare`")
+    reason = textwrap.shorten(str(why), 200, placeholder=" …")
+    return UserError(f"{path} is missing or damaged ({reason}): get it back with `dvc repro prepare`")
 
 
 def _keys(file: str) -> list[str]:

@@ -4,7 +4,7 @@ Shapes: N test examples, C classes, E experts.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, astuple
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,16 +17,33 @@ from phasegate import checkpoint, data, execution
 from phasegate.checkpoint import RECORD, Checkpoint
 from phasegate.data import Array
 from phasegate.errors import UserError
+from phasegate.failure import FAILURE, FAILURE_COLUMNS, read_failure
 from phasegate.files import write_atomic
-from phasegate.halves import halves
+from phasegate.halves import HALVES_COLUMNS, halves
 from phasegate.lineage import LOAD_COLUMNS, LOADS
 from phasegate.logs import CURVE, SURGERIES, SURGERY_COLUMNS
-from phasegate.model import Model, Output, cost
+from phasegate.model import Cost, Model, Output, cost
 from phasegate.moe import routing_entropy
+from phasegate.table_files import read_table
 from phasegate.training import Examples, load_examples, on_device, predict
 from phasegate.trials import seconds
 
 CALIBRATION_BINS = 15
+KEY = ["phase", "arm", "seed"]  # what a trial is called in every table
+TABLES = {  # the tables of a phase, with their further columns
+    "trials": [
+        *("accuracy", "nll", "calibration_error", "routing_entropy", "dead_experts", "mutual_information"),
+        *("n_routed_start", "n_routed_end", *Cost._fields, "train_seconds"),
+    ],
+    "classes": ["class", "accuracy"],
+    "routing": ["block", "expert", "class", "tokens"],
+    "tasks": ["task", "accuracy", "derived"],
+    "halves": HALVES_COLUMNS,
+    "curves": ["step", "loss", "accuracy", "n_routed", "dead_experts", "routing_entropy"],
+    "surgeries": SURGERY_COLUMNS,
+    "loads": LOAD_COLUMNS,
+}
+LEFT = {"curves": CURVE, "surgeries": SURGERIES, "loads": LOADS}  # those that a trial left in its folder
 
 
 class Evaluation(NamedTuple):
@@ -41,34 +58,30 @@ class Evaluation(NamedTuple):
 
 
 def evaluate_phase(models: Path, prepared: Path, output: Path) -> None:
-    """Evaluate every checkpoint below `models` and write the tables of the phase into `output`.
+    """Evaluate every checkpoint below `models` and write the tables of the phase, failures too, into `output`.
 
     Raises:
-        UserError: if there is none, or one of them does not load.
+        UserError: if there is neither a checkpoint nor a failure, or if one of them does not load.
     """
     device = execution.device()
     gate, tasks = load_examples(prepared, device)[2], data.load_meta(prepared).tasks
     test = on_device(data.load_test(prepared), device)
-    folders = sorted(path.parent for path in models.glob(f"*/*/{RECORD}"))
-    if not folders:
+    folders, failed = (sorted(path.parent for path in models.glob(f"*/*/{name}")) for name in (RECORD, FAILURE))
+    if not folders and not failed:
         raise UserError(f"{models} holds no checkpoints: run `dvc repro` for the stage that writes it")
     results = {
-        folder: evaluate(checkpoint.load(folder, gate, device), test, tasks, _left(folder / SURGERIES, SURGERY_COLUMNS))
+        folder: evaluate(checkpoint.load(folder, gate, device), test, tasks, _left(folder, "surgeries"))
         for folder in folders
     }
-    trials = [result.trial | {"train_seconds": seconds(folder)} for folder, result in results.items()]
     output.mkdir(parents=True, exist_ok=True)
-    tables = {
-        "trials": pd.DataFrame(trials),
-        "classes": pd.concat([result.classes for result in results.values()]),
-        "routing": pd.concat([result.routing for result in results.values()]),
-        "tasks": pd.concat([result.tasks for result in results.values()]),
-        "halves": pd.concat([result.halves for result in results.values()]),
-        "curves": pd.concat([_with(_key(result.trial), pd.read_csv(f / CURVE)) for f, result in results.items()]),
-    }
-    for name, file, columns in (("surgeries", SURGERIES, SURGERY_COLUMNS), ("loads", LOADS, LOAD_COLUMNS)):
-        parts = [_with(_key(result.trial), _left(f / file, columns)) for f, result in results.items()]
-        tables[name] = pd.concat(parts)
+    trials = [result.trial | {"train_seconds": seconds(folder)} for folder, result in results.items()]
+    tables = {"trials": pd.DataFrame(trials, columns=[*KEY, *TABLES["trials"]])}
+    for name in ("classes", "routing", "tasks", "halves"):
+        tables[name] = _joined(name, [getattr(result, name) for result in results.values()])
+    for name in LEFT:
+        tables[name] = _joined(name, [_with(_key(r.trial), _left(folder, name)) for folder, r in results.items()])
+    failures = [astuple(failure) for failure in map(read_failure, failed) if failure]
+    tables["failures"] = pd.DataFrame(failures, columns=FAILURE_COLUMNS)
     for name, table in tables.items():
         write_atomic(output / f"{name}.csv", table.to_csv(index=False))
     predictions = {f"{r.trial['arm']}/seed-{r.trial['seed']}": r.predictions for r in results.values()}
@@ -120,7 +133,7 @@ def further_tasks(
             answers = torch.cat([output.logits[head] for output in outputs]).argmax(-1).cpu().numpy()
             accuracies = [100 * (found == labels[y]).mean() for found in (answers, labels[predicted])]
             rows.append((task, *accuracies))
-    return pd.DataFrame(rows, columns=["task", "accuracy", "derived"])
+    return pd.DataFrame(rows, columns=TABLES["tasks"])
 
 
 def calibration_error(confidence: Array, right: Array, bins: int = CALIBRATION_BINS) -> float:
@@ -177,17 +190,23 @@ def _long(usage: dict[tuple[int, int], Array]) -> pd.DataFrame:
         for (block, expert), counts in usage.items()
         for label, tokens in enumerate(counts)
     ]
-    return pd.DataFrame(rows, columns=["block", "expert", "class", "tokens"])
+    return pd.DataFrame(rows, columns=TABLES["routing"])
 
 
-def _left(path: Path, columns: list[str]) -> pd.DataFrame:
+def _left(folder: Path, name: str) -> pd.DataFrame:
     """A table that a trial left in its folder; empty for a kind of trial that leaves none."""
-    return pd.read_csv(path) if path.exists() else pd.DataFrame(columns=columns)
+    path = folder / LEFT[name]
+    return read_table(path, TABLES[name]) if path.exists() else pd.DataFrame(columns=TABLES[name])
+
+
+def _joined(name: str, parts: list[pd.DataFrame]) -> pd.DataFrame:
+    """A table of all trials; empty where not one finished."""
+    return pd.concat(parts) if parts else pd.DataFrame(columns=[*KEY, *TABLES[name]])
 
 
 def _key(trial: Mapping[str, Any]) -> dict[str, Any]:
     """What a trial is called in every table."""
-    return {name: trial[name] for name in ("phase", "arm", "seed")}
+    return {name: trial[name] for name in KEY}
 
 
 def _with(key: dict[str, Any], table: pd.DataFrame) -> pd.DataFrame:

@@ -5,6 +5,7 @@ PHASEGATE_DEVICE    auto | cpu | cuda (default: auto, a GPU where there is one)
 PHASEGATE_PROGRESS  0 for no progress bars
 PHASEGATE_BACKEND   loky | ray: trials in processes here (the default), or on the Ray cluster of RAY_ADDRESS
 PHASEGATE_PER_GPU   trials that share a GPU of the cluster (default: 1)
+PHASEGATE_SNAPSHOT  seconds between snapshots of a trial in training, which a killed run goes on from (default: 10)
 """
 
 import os
@@ -54,10 +55,16 @@ def progress() -> bool:
     return os.environ.get("PHASEGATE_PROGRESS", "1") != "0"
 
 
-def _whole(name: str) -> int | None:
+def snapshot_seconds() -> int:
+    """How long a trial trains from one snapshot on disk to the next."""
+    found = _whole("PHASEGATE_SNAPSHOT", least=0)
+    return 10 if found is None else found
+
+
+def _whole(name: str, least: int = 1) -> int | None:
     value = os.environ.get(name, "")
-    if value and (not value.isdecimal() or int(value) < 1):
-        raise UserError(f"{name} is {value!r}: it must be a whole number from 1")
+    if value and (not value.isdecimal() or int(value) < least):
+        raise UserError(f"{name} is {value!r}: it must be a whole number from {least}")
     return int(value) if value else None
 
 

@@ -15,9 +15,11 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from phasegate.errors import UserError
-from phasegate.params import ARMS, PRIMARY, START, Headline, Params, parse
+from phasegate.params import ARMS, PRIMARY, START, Headline, Params
+from phasegate.sections import parse
 from phasegate.stage import run
 
 UNTRAINED = {"check", "headline"}  # stages that depend on `headline`
@@ -35,7 +37,7 @@ def main(_: Params) -> None:
         for choice, reference in zip(wanted, saved, strict=True):
             publish(experiment_name(choice), reference.result(), workspace, Path(folder) / experiment_name(choice))
             row = json.loads(_output(workspace, "git", "show", f"{reference.result()}:metrics.json"))
-            print(f"{experiment_name(choice)}: {row['arm']}, {row['verdict']}, {row['accuracy']:.2f} %", flush=True)
+            print(f"{experiment_name(choice)}: {came_to(row)}", flush=True)
 
 
 def headline(name: str) -> Headline:
@@ -48,6 +50,12 @@ def experiment_name(choice: Headline) -> str:
     """`phase-7b2` for the primary arm, `phase-7b2-clone` for another."""
     name = f"phase-{choice.phase.removeprefix('p')}"
     return name if choice.arm == PRIMARY else f"{name}-{choice.arm}"
+
+
+def came_to(row: dict[str, Any]) -> str:
+    """What a headline says in a few words."""
+    accuracy = f"{row['accuracy']:.2f} %" if row["n_seeds"] else "no trial finished"
+    return f"{row['arm']}, {row['verdict']}, {accuracy}"
 
 
 def refuse_uncommitted(workspace: Path) -> None:

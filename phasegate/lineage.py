@@ -1,5 +1,7 @@
 """How the load of every expert develops: with the log of surgeries, the lineage of a trial's experts."""
 
+from typing import Any
+
 import pandas as pd
 
 from phasegate.model import Model
@@ -25,3 +27,11 @@ class Loads:
     def table(self) -> pd.DataFrame:
         """One row per point, block and expert (by its stable id)."""
         return pd.DataFrame(self._rows, columns=LOAD_COLUMNS)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a snapshot must hold, as JSON can."""
+        return {"rows": self._rows}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a snapshot."""
+        self._rows = [(step, block, expert, share) for step, block, expert, share in state["rows"]]

@@ -1,5 +1,7 @@
 """The tables that a trial leaves in its folder: its learning curve, and for 7b its surgeries."""
 
+from typing import Any
+
 import pandas as pd
 import torch
 from torch import Tensor
@@ -64,3 +66,12 @@ class Curve:
     def table(self) -> pd.DataFrame:
         """One row per point."""
         return pd.DataFrame(self.points)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a snapshot right after a point must hold: tensors, and what JSON can hold."""
+        return {"points": self.points} | {f"known.{block}": ids for block, ids in enumerate(self._known)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a snapshot."""
+        self.points = state["points"]
+        self._known = [state[f"known.{block}"].to(self.gate.x.device) for block in range(len(self._known))]

@@ -114,6 +114,8 @@ class MoE(nn.Module):
         A slot is an inner node (0..L-1) or an expert (L + e). `_root` (F,) is where a family's descent starts,
         `_child` (L + E, 2) where a token on the negative / positive side goes on; experts lead to themselves.
         """
+        if self.path.is_meta:  # a model without memory, as checkpoints are built before their weights are there
+            return
         n_nodes, path, family_of = self.path.shape[1], self.path.tolist(), self.family_of.tolist()
         child = [[0, 0] for _ in range(n_nodes)] + [[n_nodes + e] * 2 for e in range(self.n_routed)]
 

@@ -4,36 +4,35 @@ Unknown keys, wrong types and impossible combinations are refused with a sentenc
 and what would be right. Library functions take these objects or plain values, never YAML.
 """
 
-import difflib
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Literal
 
-import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from phasegate.errors import UserError
+from phasegate.sections import (
+    LARGEST,
+    MOST,
+    Count,
+    Fraction,
+    Index,
+    Name,
+    NonNegative,
+    Number,
+    Positive,
+    Probability,
+    Scalar,
+    Section,
+    Seeds,
+    Size,
+    Text,
+    load_yaml,
+    override,
+    parse,
+    suggestion,
+)
 
-
-def _no_bool(value: object) -> object:
-    """Python takes True for 1; a parameter file must not."""
-    if isinstance(value, bool):
-        raise ValueError(f"{value} is not a number")
-    return value
-
-
-Count = Annotated[int, Field(ge=1, strict=True)]
-Index = Annotated[int, Field(ge=0, strict=True)]
-Number = Annotated[float, BeforeValidator(_no_bool), Field(allow_inf_nan=False)]
-Fraction = Annotated[Number, Field(ge=0, lt=1)]
-Probability = Annotated[Number, Field(ge=0, le=1)]
-Positive = Annotated[Number, Field(gt=0)]
-NonNegative = Annotated[Number, Field(ge=0)]
-Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
-Text = Annotated[str, Field(min_length=1)]
 RAW = "data/raw"  # where downloads go, and the path of data sets that need no file
 BASE = "base"  # a search's own base configuration, as a candidate
-Scalar = bool | int | float | str
 Phase = Literal["p7a", "p7b1", "p7b2", "p7b3", "p7b4", "surgery"]
 
 ARMS: dict[str, tuple[str, ...]] = {
@@ -58,19 +57,13 @@ EVALUATED_PHASES = ("references", "p7a", "continue", *ARMS)
 """Everything that leaves checkpoints to be evaluated."""
 
 
-class Section(BaseModel):
-    """A frozen group of parameters that refuses unknown keys."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
 class Data(Section):
     """Which data set, and how it is split."""
 
     name: Literal["mnist1d", "fashion_mnist", "cifar10", "cifar100", "npz"]
     path: Text
     validation: Count
-    split_seed: Index
+    split_seed: Annotated[int, Field(ge=0, lt=2**63, strict=True)]
     tasks: dict[str, dict[str, list[Index]]]
 
     @model_validator(mode="after")
@@ -103,12 +96,12 @@ class Architecture(Section):
     """One mixture-of-experts architecture, and how its load is balanced."""
 
     stem: Literal["mlp", "conv"]
-    width: Count
-    blocks: Count
-    n_routed: Count
-    n_shared: Index
-    top_k: Count
-    expert_width: Count
+    width: Size
+    blocks: Size
+    n_routed: Size
+    n_shared: Annotated[int, Field(ge=0, le=LARGEST, strict=True)]
+    top_k: Size
+    expert_width: Size
     dropout: Fraction
     balance_loss: NonNegative
     balance_bias: NonNegative
@@ -124,8 +117,8 @@ class Architecture(Section):
 class Reference(Section):
     """A published model: a perceptron (`hidden` widths) or a strided convolutional network (`channels`)."""
 
-    hidden: tuple[Count, ...] | None = None
-    channels: tuple[Count, ...] | None = None
+    hidden: tuple[Size, ...] | None = None
+    channels: tuple[Size, ...] | None = None
     steps: Count
     batch: Count
     lr: Positive
@@ -155,7 +148,7 @@ class Reference(Section):
 class Search(Section):
     """A search: named overrides of a base configuration, each over several seeds."""
 
-    seeds: Count
+    seeds: Seeds
     candidates: dict[Name, dict[str, Scalar]]
 
     @model_validator(mode="after")
@@ -168,7 +161,7 @@ class Search(Section):
 class Baseline(Section):
     """Phase 7a's baseline."""
 
-    n_routed: Count
+    n_routed: Size
 
 
 class Schedule(Section):
@@ -179,8 +172,8 @@ class Schedule(Section):
     act_every: Count
     settle: Index
     cooldown: Index
-    min_experts: Count
-    max_experts: Count
+    min_experts: Size
+    max_experts: Size
     eval_every: Count
     split_direction: Literal["random", "principal", "loss"]
     hyperplanes: Literal["fixed", "trained", "balanced"]
@@ -190,6 +183,8 @@ class Schedule(Section):
     def _check(self) -> "Schedule":
         if self.min_experts > self.max_experts:
             raise ValueError(f"min_experts is {self.min_experts}: it must be at most max_experts = {self.max_experts}")
+        if self.eval_every > self.steps:
+            raise ValueError(f"eval_every is {self.eval_every}: it must be at most steps = {self.steps}")
         if self.act_every + self.settle > self.steps:
             raise ValueError(
                 f"act_every + settle is {self.act_every + self.settle}: it must be at most steps = "
@@ -257,7 +252,7 @@ class GroundTruth(Section):
     """Phase 7b.4: how changes of the loss are measured, and what they must be worth."""
 
     recovery_steps: Count
-    repeats: Annotated[int, Field(ge=2, strict=True)]
+    repeats: Annotated[int, Field(ge=2, le=MOST, strict=True)]
     surveys: Count
     survey_every: Count
     surveyed: Count
@@ -269,7 +264,7 @@ class GroundTruth(Section):
 class SurgeryStudy(Section):
     """The study of surgery apart from any signal."""
 
-    operations: Annotated[int, Field(ge=2, multiple_of=2, strict=True)]
+    operations: Annotated[int, Field(ge=2, le=MOST, multiple_of=2, strict=True)]
     in_a_row: Count
 
 
@@ -294,7 +289,7 @@ class Decisions(Section):
         for phase, claim in self.phases.items():
             if claim.primary not in ARMS[phase]:
                 raise ValueError(
-                    f"the primary arm of {phase} is {claim.primary!r}: it must be one of {', '.join(ARMS[phase])}"
+                    f"the primary arm of {phase} is {claim.primary!r}: {suggestion(claim.primary, ARMS[phase])}"
                 )
         return self
 
@@ -309,14 +304,14 @@ class Headline(Section):
     def _check(self) -> "Headline":
         known = (PRIMARY, *({START: START_ARMS} | ARMS)[self.phase])
         if self.arm not in known:
-            raise ValueError(f"arm is {self.arm!r}, but the arms of {self.phase} are {', '.join(known)}")
+            raise ValueError(f"arm is {self.arm!r}, no arm of {self.phase}: {suggestion(self.arm, known)}")
         return self
 
 
 class Params(Section):
     """All of params.yaml."""
 
-    seeds: Count
+    seeds: Seeds
     data: Data
     training: Training
     model: Architecture
@@ -335,93 +330,69 @@ class Params(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "Params":
-        for name, changes in self.q1.candidates.items():
-            override(self.training, changes, f"q1.candidates.{name}")
-        architectures = [
-            override(self.model, changes, f"q2.candidates.{name}") for name, changes in self.q2.candidates.items()
-        ]
-        if self.p7a.n_routed not in {model.n_routed for model in (self.model, *architectures)}:
-            raise ValueError(
-                f"p7a.n_routed is {self.p7a.n_routed}, but no candidate of q2 has that many experts: give it one"
-            )
-        slots = (self.p7b.steps - self.p7b.settle) // self.p7b.act_every
-        if self.surgery.operations > slots:
-            raise ValueError(
-                f"surgery.operations is {self.surgery.operations}, but p7b has time for {slots}: one every act_every = "
-                f"{self.p7b.act_every} of the steps = {self.p7b.steps}, without the last settle = {self.p7b.settle}"
-            )
-        if self.p7a.n_routed + self.surgery.operations > self.p7b.max_experts:
-            raise ValueError(
-                f"surgery.operations is {self.surgery.operations}: added to p7a.n_routed = {self.p7a.n_routed} it must "
-                f"be at most p7b.max_experts = {self.p7b.max_experts}"
-            )
-        if self.p7a.n_routed < self.p7b.min_experts:
-            raise ValueError(
-                f"p7b.min_experts is {self.p7b.min_experts}: p7a.n_routed = {self.p7a.n_routed} is below it"
-            )
-        if self.p7b.cooldown > (wait := self.p7b.act_every * self.surgery.operations // 2):
-            raise ValueError(
-                f"p7b.cooldown is {self.p7b.cooldown}: it must be at most {wait} (act_every * surgery.operations / 2), "
-                "else the surgery study has no rested halves to merge"
-            )
-        if self.seeds < 2:
-            raise ValueError("seeds is 1: 7b.4's control head learns from the other seeds, so it must be at least 2")
-        if self.p7b4.recovery_steps > self.p7b.settle:
-            raise ValueError(
-                f"p7b4.recovery_steps is {self.p7b4.recovery_steps}: it must be at most p7b.settle = "
-                f"{self.p7b.settle}, else the last forks would outlast the phase"
-            )
-        last = self.p7b4.survey_every * (self.p7b4.surveys - 1)
-        if last + self.p7b4.recovery_steps > self.p7b.steps:
-            raise ValueError(
-                f"the last of p7b4.surveys = {self.p7b4.surveys}, one every survey_every = {self.p7b4.survey_every}, "
-                f"is at step {last}: with recovery_steps = {self.p7b4.recovery_steps} it must end by p7b.steps = "
-                f"{self.p7b.steps}"
-            )
+        self._check_searches()
+        self._check_surgery()
+        self._check_ground_truth()
         if "default" not in self.references:
             raise ValueError("references.default is missing: the models of data sets that have none of their own")
         return self
 
+    def _check_searches(self) -> None:
+        for name, changes in self.q1.candidates.items():
+            override(self.training, changes, f"q1.candidates.{name}")
+        if self.p7a.n_routed not in {model.n_routed for model in self.architectures().values()}:
+            raise ValueError(
+                f"p7a.n_routed is {self.p7a.n_routed}, but no candidate of q2 has that many experts: give it one"
+            )
+
+    def _check_surgery(self) -> None:
+        start, schedule, operations = self.p7a.n_routed, self.p7b, self.surgery.operations
+        slots = (schedule.steps - schedule.settle) // schedule.act_every
+        if operations > slots:
+            raise ValueError(
+                f"surgery.operations is {operations}, but p7b has time for {slots}: one every act_every = "
+                f"{schedule.act_every} of the steps = {schedule.steps}, without the last settle = {schedule.settle}"
+            )
+        if start + operations > schedule.max_experts:
+            raise ValueError(
+                f"surgery.operations is {operations}: added to p7a.n_routed = {start} it must "
+                f"be at most p7b.max_experts = {schedule.max_experts}"
+            )
+        if start < schedule.min_experts:
+            raise ValueError(f"p7b.min_experts is {schedule.min_experts}: p7a.n_routed = {start} is below it")
+        if schedule.cooldown > (wait := schedule.act_every * operations // 2):
+            raise ValueError(
+                f"p7b.cooldown is {schedule.cooldown}: it must be at most {wait} (act_every * surgery.operations / 2), "
+                "else the surgery study has no rested halves to merge"
+            )
+
+    def _check_ground_truth(self) -> None:
+        truth, schedule = self.p7b4, self.p7b
+        if self.seeds < 2:
+            raise ValueError("seeds is 1: 7b.4's control head learns from the other seeds, so it must be at least 2")
+        if truth.recovery_steps > schedule.settle:
+            raise ValueError(
+                f"p7b4.recovery_steps is {truth.recovery_steps}: it must be at most p7b.settle = "
+                f"{schedule.settle}, else the last forks would outlast the phase"
+            )
+        last = truth.survey_every * (truth.surveys - 1)
+        if last + truth.recovery_steps > schedule.steps:
+            raise ValueError(
+                f"the last of p7b4.surveys = {truth.surveys}, one every survey_every = {truth.survey_every}, "
+                f"is at step {last}: with recovery_steps = {truth.recovery_steps} it must end by p7b.steps = "
+                f"{schedule.steps}"
+            )
+
+    def architectures(self) -> dict[str, Architecture]:
+        """The architectures of Q2, by the key they stand under: the base and every candidate."""
+        return {"model": self.model} | {
+            key: override(self.model, changes, key)
+            for key, changes in ((f"q2.candidates.{name}", changes) for name, changes in self.q2.candidates.items())
+        }
+
     def references_of(self, name: str) -> dict[str, Reference]:
         """The reference models of a data set; those under `default` where it has none of its own."""
         return self.references.get(name, self.references["default"])
-
-
-SectionT = TypeVar("SectionT", bound=Section)
-
-
-def override(base: SectionT, changes: Mapping[str, Scalar], where: str) -> SectionT:
-    """`base` with some of its values replaced, checked as if it had been written so in full.
-
-    Raises:
-        UserError: naming the key under `where`.
-    """
-    return parse(type(base), {**base.model_dump(), **changes}, where)
-
-
-def parse(section: type[SectionT], values: object, where: str = "") -> SectionT:
-    """Values as read from YAML -> a checked section; `where` is the key they stand under.
-
-    Raises:
-        UserError: the first thing wrong, in one sentence.
-    """
-    try:
-        return section.model_validate(values)
-    except ValidationError as error:
-        raise UserError(_explain(error, section, where)) from None
-
-
-def load_section(path: Path, key: str, section: type[SectionT]) -> SectionT:
-    """A section that an earlier stage wrote under `key` of a YAML file.
-
-    Raises:
-        UserError: if the file is missing or does not hold it.
-    """
-    try:
-        content = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} can't be read: {' '.join(str(error).split())}") from None
-    return parse(section, content.get(key) if isinstance(content, dict) else None, f"{path}: {key}")
 
 
 def load_params(path: Path = Path("params.yaml")) -> Params:
@@ -430,41 +401,4 @@ def load_params(path: Path = Path("params.yaml")) -> Params:
     Raises:
         UserError: if the file is missing, is not YAML, or holds something that is not allowed.
     """
-    try:
-        values = yaml.safe_load(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: run from the folder that holds dvc.yaml") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    return parse(Params, values)
-
-
-def _explain(error: ValidationError, section: type[Section], where: str) -> str:
-    """The first of pydantic's findings as a sentence with key, value and what would be right."""
-    first = error.errors(include_url=False)[0]
-    key = ".".join(part for part in (where, *map(str, first["loc"])) if part)
-    message, name = first["msg"], str(first["loc"][-1]) if first["loc"] else ""
-    match first["type"]:
-        case "extra_forbidden":
-            allowed = _fields(section, first["loc"][:-1])
-            near = difflib.get_close_matches(name, allowed, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"known there: {', '.join(allowed)}"
-            return f"{key} is not a parameter; {hint}"
-        case "missing":
-            return f"{key} is missing"
-        case "value_error":
-            sentence = message.removeprefix("Value error, ")
-            return f"{key}: {sentence}" if key else sentence
-        case _:
-            return f"{key} is {first['input']!r}: {message[0].lower()}{message[1:]}"
-
-
-def _fields(section: type[Section], path: tuple[int | str, ...]) -> list[str]:
-    """The parameters of the section at `path` below `section`."""
-    annotation: Any = section
-    for part in path:
-        if isinstance(annotation, type) and issubclass(annotation, Section):
-            annotation = annotation.model_fields[str(part)].annotation
-        else:  # dict[str, Section]
-            annotation = get_args(annotation)[1]
-    return list(annotation.model_fields)
+    return parse(Params, load_yaml(path))

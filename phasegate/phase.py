@@ -5,6 +5,7 @@ added: a controller that may operate, a regulariser, further tasks. The arm that
 """
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -23,6 +24,7 @@ from phasegate.moe import routing_entropy
 from phasegate.multitask import add_tasks, further_losses
 from phasegate.params import Schedule
 from phasegate.randomness import derived_seed
+from phasegate.snapshots import Snapshots, Stateful
 from phasegate.surgeon import Surgeon, Treatment
 from phasegate.training import Course, fit, load_examples, main_loss, nudge_selection
 from phasegate.trials import Trial
@@ -74,11 +76,13 @@ def continuations(
 def run_arm(folder: Path, *, prepared: Path, start: Path, phase: str, arm: Arm, seed: int, schedule: Schedule) -> None:
     """Run one trial and leave a checkpoint, the learning curve, the loads and the log of surgeries in `folder`."""
     start_from, course = begin(prepared, start, seed, schedule)
-    trial = _Trial(start_from, arm, course)
-    trial.curve.measure(0)
-    fit(trial.model, trial.optimizer, course.batches, trial.objective, course.rates, trial.after_step)
+    trial = _Trial(start_from, arm, course, folder)
     record = Record(phase, arm.name, seed, course.training, trial.n_routed_start)
-    checkpoint.save(folder, trial.model, None, record, course.gate)
+    save = partial(checkpoint.save, model=trial.model, optimizer=None, record=record, gate=course.gate)
+    done = trial.begin()
+    with trial.snapshots.last_good(save):
+        fit(trial.model, trial.optimizer, course.batches, trial.objective, course.rates, trial.after_step, done)
+    save(folder)
     trial.curve.table().to_csv(folder / CURVE, index=False)
     trial.loads.table().to_csv(folder / LOADS, index=False)
     pd.DataFrame(trial.surgeon.log if trial.surgeon else [], columns=SURGERY_COLUMNS).to_csv(
@@ -101,7 +105,7 @@ def begin(prepared: Path, start: Path, seed: int, schedule: Schedule) -> tuple[C
 class _Trial:
     """The moving parts of a trial: the loss of a step, and what happens after it."""
 
-    def __init__(self, start: Checkpoint, arm: Arm, course: Course) -> None:
+    def __init__(self, start: Checkpoint, arm: Arm, course: Course, folder: Path) -> None:
         assert isinstance(start.model, Model) and start.optimizer is not None, "not a 7a checkpoint"
         self.model, self.optimizer, self.arm, self.course = start.model, start.optimizer, arm, course
         self.n_routed_start = self.model.n_routed
@@ -117,6 +121,18 @@ class _Trial:
         self.surgeon: Surgeon | None = None
         if arm.treatment is not None:
             self.surgeon = Surgeon(self.model, self.optimizer, arm.treatment, course)
+        parts: dict[str, Stateful] = {"curve": self.curve, "loads": self.loads}
+        if self.surgeon:
+            parts["surgeon"] = self.surgeon
+        self.snapshots = Snapshots(folder, self.model, self.optimizer, parts)
+
+    def begin(self) -> int:
+        """Go on from a snapshot, or else begin with a point of the learning curve; returns the steps done."""
+        done = self.snapshots.resume()
+        if not done:
+            self.curve.measure(0)
+            self.snapshots.take(0)
+        return done
 
     def objective(self, x: Tensor, y: Tensor, step: int) -> Tensor:
         """The control arm's loss, plus what the arm adds to it."""
@@ -146,3 +162,4 @@ class _Trial:
             accuracy = 100 * self.curve.measure(step) / len(self.course.gate)
             if self.surgeon:
                 self.surgeon.recovered(step, accuracy)
+            self.snapshots.take(step)

@@ -41,6 +41,9 @@ def prepare(
         key: Split(standardise(split.x, mean, std), split.y)
         for key, split in {"train": train, "signal": signal, "gate": gate, "test": raw.test}.items()
     }
+    for key, split in splits.items():
+        if not np.isfinite(split.x).all():
+            raise UserError(f"{key} has values beyond float32 once train's channels have mean 0 and deviation 1")
     data.save(out_dir, splits, name=name, class_names=class_names, tasks=all_tasks, mean=mean, std=std)
 
 
@@ -99,10 +102,14 @@ def channel_moments(x: Array) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 
 def standardise(x: Array, mean: Sequence[float], std: Sequence[float]) -> Array:
-    """(x - mean) / std per channel of x (N, C, ...), computed in float64 and rounded to float32 once."""
+    """(x - mean) / std per channel of x (N, C, ...), computed in float64 and rounded to float32 once.
+
+    What is beyond float32 becomes infinite.
+    """
     result = np.empty(x.shape, np.float32)
     for channel, (centre, scale) in enumerate(zip(mean, std, strict=True)):
-        result[:, channel] = (x[:, channel].astype(np.float64) - centre) / scale
+        with np.errstate(over="ignore"):
+            result[:, channel] = (x[:, channel].astype(np.float64) - centre) / scale
     return result
 
 

@@ -1,5 +1,6 @@
 """Trials of phase 7a: train a model from scratch. The searches, the references and the baseline all run this."""
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from phasegate.model import Model, ModelSpec
 from phasegate.params import Training
 from phasegate.randomness import derived_seed
 from phasegate.references import Reference, ReferenceSpec
+from phasegate.snapshots import Snapshots
 from phasegate.training import Batches, cosine, fit, load_examples, make_optimizer, plain_objective
 from phasegate.trials import Trial
 
@@ -59,18 +61,25 @@ def pretrain(
     model.to(train.x.device)
     optimizer = make_optimizer(model.parameters(), training)
     curve = Curve(model, gate)
-    curve.measure(0)
+    snapshots = Snapshots(folder, model, optimizer, {"curve": curve})
     every = max(1, training.steps // CURVE_POINTS)
 
     def after_step(step: int, loss: Tensor) -> None:
         curve.add_loss(loss)
         if step % every == 0 or step == training.steps:
             curve.measure(step)
+            snapshots.take(step)
 
     batches = Batches(train, training.batch, seed, training)
     rates = cosine(training.lr, training.steps, training.warmup)
-    fit(model, optimizer, batches, plain_objective(model, training.label_smoothing), rates, after_step)
-    n_routed = model.n_routed if isinstance(model, Model) else 0
-    record = Record(phase, arm, seed, training, n_routed)
-    checkpoint.save(folder, model, optimizer if keep_optimizer else None, record, gate)
+    record = Record(phase, arm, seed, training, model.n_routed if isinstance(model, Model) else 0)
+    kept = optimizer if keep_optimizer else None
+    save = partial(checkpoint.save, model=model, optimizer=kept, record=record, gate=gate)
+    done = snapshots.resume()
+    if not done:
+        curve.measure(0)
+        snapshots.take(0)
+    with snapshots.last_good(save):
+        fit(model, optimizer, batches, plain_objective(model, training.label_smoothing), rates, after_step, done)
+    save(folder)
     curve.table().to_csv(folder / CURVE, index=False)

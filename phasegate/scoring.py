@@ -40,6 +40,8 @@ from phasegate.phase import begin, begin_files
 from phasegate.probe import Probe
 from phasegate.randomness import generator
 from phasegate.regret import Removals
+from phasegate.survey import SURVEY_COLUMNS
+from phasegate.table_files import read_table
 from phasegate.trials import Trial
 
 GONE = (1, 2, 4)  # experts that go, for the regret
@@ -91,7 +93,7 @@ def score_signals(
     begun, course = begin(prepared, start, seed, schedule)
     model, head = begun.model, load_head(heads / f"seed-{seed}").to(course.gate.x.device)
     assert isinstance(model, Model), "not a 7a checkpoint"
-    survey = pd.read_csv(surveys / f"seed-{seed}" / SURVEY)
+    survey = read_table(surveys / f"seed-{seed}" / SURVEY, SURVEY_COLUMNS)
     rows = []
     for block in range(len(model.layers)):
         measured = survey[(survey["step"] == 0) & (survey["block"] == block)]

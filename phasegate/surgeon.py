@@ -13,6 +13,7 @@ from phasegate import hyperplanes
 from phasegate.control import Allowed, Control, HeadControl, Proposal, Situation
 from phasegate.counterfactual import Forked, Forks, removals
 from phasegate.counterfactual_head import describe
+from phasegate.errors import Diverged
 from phasegate.expert_manager import ExpertManager, Surgery
 from phasegate.model import Model, Output
 from phasegate.moe import Routing
@@ -56,6 +57,26 @@ class Surgeon:
             factor = control.labels.head_lr / (self.schedule.lr_scale * course.training.lr)
             optimizer.add_param_group({"params": heads, "lr_factor": factor, "weight_decay": 0.0})
 
+    def state_dict(self) -> dict[str, Any]:
+        """What a snapshot must hold besides model and optimizer: tensors, and what JSON can hold."""
+        controllers = {
+            f"controllers.{block}.{key}": value
+            for block, controller in enumerate(self.controllers)
+            for key, value in controller.state_dict().items()
+        }
+        touched, born = ([[*key, step] for key, step in steps.items()] for steps in (self._touched, self._born))
+        return {"log": self.log, "touched": touched, "born": born, **controllers}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a snapshot."""
+        self.log = state["log"]
+        self._touched, self._born = (
+            {(block, expert): step for block, expert, step in state[name]} for name in ("touched", "born")
+        )
+        for block, controller in enumerate(self.controllers):
+            prefix = f"controllers.{block}."
+            controller.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
+
     def loss(self, routings: tuple[Routing, ...], step: int) -> Tensor | float:
         """What the controllers add to the training loss."""
         if not isinstance(self.treatment.control, HeadControl):
@@ -77,6 +98,8 @@ class Surgeon:
         """Ask each controller for one operation on its layer, do it, and log what it did."""
         for block in range(len(self.model.layers)):
             probe, draws = Probe(self.model, block, self.course.signal), generator(self.seed, "decision", step, block)
+            if not probe.losses.isfinite().all():
+                raise Diverged("a loss on the signal split is not finite", step)
             proposal = self.controllers[block].propose(self.situation(probe, step, draws))
             if proposal is not None:
                 self._carry_out(proposal, probe, step, draws)

@@ -28,6 +28,8 @@ def surgery_summary(
 ) -> pd.DataFrame:
     """The table `reports/surgery_summary.csv`; its first row is the control, without surgery.
 
+    Of trials that failed there is nothing to summarise; and seeds that the control failed are left out.
+
     Columns: n_seeds (of the arm) and seeds_operated (those with any such surgery, over which the means at once are
     taken); surgeries (count); output_change (mean, relative, at once) and output_change_max; accuracy_lost (pp of
     gate accuracy at once, mean over seeds, with bounds); recovery_steps (median, where one that never recovered
@@ -38,6 +40,7 @@ def surgery_summary(
     with bounds).
     """
     final = _FinalDifferences(decisions, relabel_control(curves), confidence)
+    surgeries, halves = (table[table["seed"].isin(final.seeds)] for table in (surgeries, halves))
     rows: list[dict[str, Any]] = [
         {"phase": START, "arm": CONTROL, "operation": "none", "surgeries": 0, "seeds_operated": 0}
         | final.of(START, CONTROL)
@@ -63,12 +66,15 @@ class _FinalDifferences:
     def __init__(self, decisions: pd.DataFrame, curves: pd.DataFrame, confidence: float) -> None:
         self.decisions, self.confidence = decisions, confidence
         self.ends = curves.sort_values("step", kind="stable").groupby(["phase", "arm", "seed"])["accuracy"].last()
+        self.control = self.ends[START][CONTROL]
+        self.seeds = self.control.index
 
     def of(self, phase: str, arm: str) -> dict[str, Any]:
         """The columns of one arm."""
         row = self.decisions[(self.decisions["phase"] == phase) & (self.decisions["arm"] == arm)].iloc[0]
         test = {name: row[name] for name in ("n_seeds", "delta_pp", "delta_lo", "delta_hi")}
-        gate = paired_difference(self.ends[phase][arm].to_numpy(), self.ends[START][CONTROL].to_numpy())
+        ends, control = self.ends[phase][arm].align(self.control, join="inner")
+        gate = paired_difference(ends, control)
         return test | _bounds("gate_delta_pp", "gate_delta", gate, self.confidence)
 
 

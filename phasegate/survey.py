@@ -23,11 +23,14 @@ from phasegate.params import GroundTruth, RandomLabels, Schedule
 from phasegate.phase import begin, begin_files
 from phasegate.probe import Probe
 from phasegate.randomness import generator
+from phasegate.snapshots import Snapshots
 from phasegate.surgeon import Surgeon, Treatment
 from phasegate.training import fit, plain_objective
 from phasegate.trials import Trial
 
 EXPLORE = RandomLabels(grow=0.3, prune=0.2, loss_weight=0, head_lr=1)  # which surgery goes on between surveys
+
+
 SURVEY_COLUMNS = [
     *("seed", "block", "step", "expert"),
     *FEATURES,
@@ -63,19 +66,46 @@ def survey(folder: Path, *, prepared: Path, start: Path, seed: int, schedule: Sc
     begun, course = begin(prepared, start, seed, schedule)
     model, optimizer = begun.model, begun.optimizer
     assert isinstance(model, Model) and optimizer is not None, "not a 7a checkpoint"
-    surgeon = Surgeon(model, optimizer, Treatment(LabelControl(EXPLORE)), course)
-    rows = _survey(surgeon, 0, truth, everything=True)
+    surgeon, rows = Surgeon(model, optimizer, Treatment(LabelControl(EXPLORE)), course), _Rows()
+    snapshots = Snapshots(folder, model, optimizer, {"surgeon": surgeon, "rows": rows})
 
     def after_step(step: int, loss: Tensor) -> None:
         if step % truth.survey_every == 0:
-            rows.extend(_survey(surgeon, step, truth))
+            rows.add(_survey(surgeon, step, truth))
         if step % schedule.act_every == 0:
             surgeon.act(step)
+        if step % schedule.eval_every == 0:
+            snapshots.take(step)
 
-    rates = course.rates[: truth.survey_every * (truth.surveys - 1)]
-    fit(model, optimizer, course.batches, plain_objective(model, course.training.label_smoothing), rates, after_step)
-    table = pd.DataFrame([{"seed": seed, **row} for row in rows], columns=SURVEY_COLUMNS)
+    done = snapshots.resume()
+    if not rows.rows:
+        rows.add(_survey(surgeon, 0, truth, everything=True))
+        snapshots.take(0)
+    objective, rates = plain_objective(model, course.training.label_smoothing), course.rates
+    fit(
+        model, optimizer, course.batches, objective, rates[: truth.survey_every * (truth.surveys - 1)], after_step, done
+    )
+    table = pd.DataFrame([{"seed": seed, **row} for row in rows.rows], columns=SURVEY_COLUMNS)
     write_atomic(folder / SURVEY, table.to_csv(index=False))
+
+
+class _Rows:
+    """The rows so far."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+
+    def add(self, rows: list[dict[str, Any]]) -> None:
+        """Those of one more survey."""
+        self.rows += rows
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a snapshot must hold, as JSON can."""
+        return {"rows": self.rows}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a snapshot."""
+        self.rows = state["rows"]
 
 
 @torch.no_grad()

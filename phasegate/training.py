@@ -4,7 +4,7 @@ Everything random is drawn from `randomness.generator`, so a step depends on the
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -12,9 +12,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector
 from torch.optim import AdamW, Optimizer
 
 from phasegate import data
+from phasegate.errors import Diverged
 from phasegate.model import Model, Output
 from phasegate.moe import Routing
 from phasegate.params import Architecture, Schedule, Training
@@ -210,18 +212,20 @@ def fit(
     optimizer: Optimizer,
     batches: Batches,
     objective: Objective,
-    rates: Iterable[float],
+    rates: Sequence[float],
     after_step: Callable[[int, Tensor], None],
+    done: int = 0,
 ) -> None:
     """The training loop: one step per learning rate; `after_step` gets the step (from one) and its loss.
 
-    A parameter group may carry an "lr_factor" of its own. The model may change in `after_step`.
+    A parameter group may carry an "lr_factor" of its own. The model may change in `after_step`. The first `done`
+    steps are those of an earlier run, which this one goes on from.
 
     Raises:
-        FloatingPointError: when the loss stops being finite, at the step where it does.
+        Diverged: when the loss, a gradient or a parameter stops being finite, at the step where it does.
     """
     drops = any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
-    for step, rate in enumerate(rates, start=1):
+    for step, rate in enumerate(rates[done:], start=done + 1):
         for group in optimizer.param_groups:
             group["lr"] = rate * group.get("lr_factor", 1.0)
         if drops:
@@ -229,14 +233,29 @@ def fit(
         if not model.training:
             model.train()
         loss = objective(*batches(step), step)
-        if not math.isfinite(value := loss.item()):
-            raise FloatingPointError(f"the loss is {value} at step {step}")
-        for group in optimizer.param_groups:  # as `zero_grad` does it, but for its bookkeeping
-            for parameter in group["params"]:
-                parameter.grad = None
+        trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        for parameter in trained:  # as `zero_grad` does it, but for its bookkeeping
+            parameter.grad = None
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
+        with torch.no_grad():  # a gradient that is not finite leaves parameters that are not
+            total = parameters_to_vector(trained).sum() + loss
+        if not math.isfinite(total.item()):
+            raise Diverged(_not_finite(model, optimizer, loss.item()), step)
         after_step(step, loss.detach())
+
+
+def _not_finite(model: nn.Module, optimizer: Optimizer, loss: float) -> str:
+    """What is not finite after a step: the loss, or else the first gradient, or else the first parameter."""
+    if not math.isfinite(loss):
+        return f"the loss is {loss}"
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for what in ("gradient", "value"):
+        for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
+            numbers = parameter.grad if what == "gradient" else parameter
+            if numbers is not None and not numbers.isfinite().all():
+                return f"the {what} of {names.get(id(parameter), 'a control head')} is not finite"
+    return "the sum of all parameters is not finite"
 
 
 @torch.no_grad()

@@ -2,8 +2,8 @@
 
 A trial is a function that fills a folder. Its fingerprint covers everything that its result depends on: the
 function and its arguments, the content of its input files, the library's code and torch's version. So raising the
-number of seeds or adding an arm trains only the new ones, and a killed stage goes on with the trials that it had not
-finished.
+number of seeds or adding an arm trains only the new ones. A killed stage goes on with the trials that it had not
+finished, and these with what they find in their folder, which has the fingerprint for a name.
 """
 
 import hashlib
@@ -21,17 +21,24 @@ from typing import Any, TypeVar
 
 import joblib
 import torch
+from joblib.externals.loky.process_executor import BrokenProcessPool
 from tqdm import tqdm
 
-from phasegate import execution
-from phasegate.errors import UserError
+from phasegate import execution, processes, snapshots
+from phasegate.errors import Diverged, UserError
+from phasegate.failure import Failure, read_failure, write_failure
 from phasegate.files import sha256, write_atomic
 
 SECONDS = "seconds.txt"
 STORE = Path(".phasegate/trials")
+UNFINISHED = "unfinished"  # the folder beside the store for trials that run
 KEEP_DAYS = 30
 SECONDS_BETWEEN_LINES = 20
-OUTSIDE = tuple(f"phasegate.{name}" for name in ("params", "trials", "cluster", "files", "decisions", "statistics"))
+OUTSIDE = tuple(
+    f"phasegate.{name}"
+    for names in ("params sections memory", "trials cluster processes failure files", "decisions statistics")
+    for name in names.split()
+)
 """Modules that change no trial: parameters reach it as values, which are among its arguments; where it runs and how
 its files travel can't matter; and it is judged later."""
 
@@ -54,18 +61,61 @@ class Trial:
 def run_trials(trials: list[Trial], output: Path, label: str) -> None:
     """Run all trials that are not kept already, then put every trial's folder below `output`.
 
+    A trial whose numbers stop being finite fails, and so do those that would have gone on from it: their folders hold
+    a `failure.Failure`. The others go on.
+
     Raises:
-        UserError: if an input file is missing, or a trial fails for a reason that its user can mend.
+        UserError: if an input file is missing, a trial meets something that its user can mend, a worker is killed, or
+            every trial fails.
     """
-    kept = _folders(trials)
+    failures = {trial.name: failure for trial in trials if (failure := _cannot_begin(trial, label))}
+    begin = [trial for trial in trials if trial.name not in failures]
+    kept = _folders(begin)
     for folder in filter(Path.exists, kept.values()):
         os.utime(folder)
     _forget_old()
-    missing = [trial for trial in trials if not kept[trial.name].exists()]
-    for name, files in _watch(_results(missing, label), len(missing), label):
-        _keep(kept[name], files)
+    missing = [trial for trial in begin if not kept[trial.name].exists()]
+    try:
+        for name, files in _watch(_results(missing, kept, label), len(missing), label):
+            _keep(kept[name], files)
+    except BrokenProcessPool:
+        raise UserError(
+            f"a worker of {label} was killed, perhaps since memory ran out: `dvc repro` goes on where it was, and "
+            "PHASEGATE_WORKERS=1 needs the least memory"
+        ) from None
     for trial in trials:
-        shutil.copytree(kept[trial.name], output / trial.name, dirs_exist_ok=True)
+        shutil.rmtree(output / trial.name, ignore_errors=True)  # what an earlier run left there, finished or failed
+        if trial.name in failures:
+            write_failure(output / trial.name, failures[trial.name])
+            continue
+        _copy(kept[trial.name], output / trial.name)
+        if failure := read_failure(output / trial.name):
+            failures[trial.name] = failure
+    _report(list(failures.values()), len(trials), label)
+
+
+def _cannot_begin(trial: Trial, label: str) -> Failure | None:
+    """The failure of a trial that has to go on from one that failed."""
+    for folder in {path.parent: None for path in trial.inputs}:
+        if failure := read_failure(folder):
+            arm, seed = _arm_and_seed(trial.name)
+            return Failure(label, arm, seed, 0, f"its start {folder} failed: {failure.reason}")
+    return None
+
+
+def _report(failures: list[Failure], total: int, label: str) -> None:
+    """Say how many trials failed, and stop if none is left."""
+    if not failures:
+        return
+    if len(failures) == total:
+        raise UserError(f"every trial of {label} failed, as {failures[0]}; a lower learning rate may help")
+    print(f"{label}: {len(failures)} of {total} trials failed, as {failures[0]}", file=sys.stderr, flush=True)
+
+
+def _arm_and_seed(name: str) -> tuple[str, int]:
+    """A trial's name, as "split/seed-3", taken apart; some kinds of trial have no arm."""
+    arm, _, seed = name.rpartition("/")
+    return arm, int(seed.removeprefix("seed-"))
 
 
 def seconds(folder: Path) -> float:
@@ -73,28 +123,47 @@ def seconds(folder: Path) -> float:
     return float((folder / SECONDS).read_text())
 
 
-def _results(trials: list[Trial], label: str) -> Iterator[Result]:
+def _results(trials: list[Trial], kept: dict[str, Path], label: str) -> Iterator[Result]:
     """What each trial wrote, in the order in which they end."""
     if execution.backend() == "ray":
         from phasegate import cluster
 
         return cluster.results([(partial(_run, trial, label), (*trial.inputs, *trial.reads)) for trial in trials])
-    parallel = joblib.Parallel(n_jobs=execution.workers(), return_as="generator_unordered", backend="loky")
-    results: Iterator[Result] = parallel(joblib.delayed(_run)(trial, label) for trial in trials)
+    with processes.interrupts_held():  # so that only this process hears of Ctrl-C, not its workers
+        parallel = joblib.Parallel(n_jobs=execution.workers(), return_as="generator_unordered", backend="loky")
+        results: Iterator[Result] = parallel(
+            joblib.delayed(_run_here)(trial, label, _unfinished(kept[trial.name]), os.getpid()) for trial in trials
+        )
     return results
 
 
+def _run_here(trial: Trial, label: str, folder: Path, stage: int) -> Result:
+    """In a process of this machine: go on with what an earlier run left in `folder`."""
+    processes.end_with(stage)
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in folder.iterdir():
+        if path.name != snapshots.SNAPSHOT:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return _fill(trial, label, folder)
+
+
 def _run(trial: Trial, label: str) -> Result:
-    """In a worker: the trial's name and the files that it wrote, by path."""
-    torch.set_num_threads(1)
+    """Anywhere: run a trial from its beginning."""
     with tempfile.TemporaryDirectory() as name:
-        folder, start = Path(name), time.perf_counter()
-        try:
-            trial.run(folder, **trial.arguments)
-        except FloatingPointError as error:
-            raise UserError(f"trial {trial.name} of {label}: {error}; a lower learning rate may help") from None
-        (folder / SECONDS).write_text(f"{time.perf_counter() - start:.3f}\n")
-        return trial.name, {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+        return _fill(trial, label, Path(name))
+
+
+def _fill(trial: Trial, label: str, folder: Path) -> Result:
+    """Run a trial in its folder: its name and the files that it wrote, by path."""
+    torch.set_num_threads(1)
+    start = time.perf_counter() - snapshots.seconds(folder)
+    try:
+        trial.run(folder, **trial.arguments)
+    except Diverged as error:
+        write_failure(folder, Failure(label, *_arm_and_seed(trial.name), error.step, error.what))
+    (folder / SECONDS).write_text(f"{time.perf_counter() - start:.3f}\n")
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != snapshots.SNAPSHOT)
+    return trial.name, {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def _keep(destination: Path, files: dict[str, bytes]) -> None:
@@ -104,6 +173,20 @@ def _keep(destination: Path, files: dict[str, bytes]) -> None:
     for path, content in files.items():
         write_atomic(temporary / path, content)
     temporary.replace(destination)
+    shutil.rmtree(_unfinished(destination), ignore_errors=True)
+
+
+def _copy(kept: Path, destination: Path) -> None:
+    try:
+        shutil.copytree(kept, destination)
+    except shutil.Error as error:
+        _, path, reason = error.args[0][0]
+        raise UserError(f"{path} can't be written: {reason}") from None
+
+
+def _unfinished(kept: Path) -> Path:
+    """Where a trial runs that is to be kept there."""
+    return kept.parent.with_name(UNFINISHED) / kept.name
 
 
 def _folders(trials: list[Trial]) -> dict[str, Path]:
@@ -144,8 +227,10 @@ def _code_hash() -> str:
 
 
 def _forget_old() -> None:
-    """Drop kept trials that nothing has used for a month."""
-    for folder in STORE.glob("*"):
+    """Drop trials, kept or unfinished, that nothing has used for a month, and what a killed run left half-written."""
+    for folder in STORE.glob("*.tmp"):
+        shutil.rmtree(folder, ignore_errors=True)
+    for folder in (*STORE.glob("*"), *STORE.with_name(UNFINISHED).glob("*")):
         if time.time() - folder.stat().st_mtime > KEEP_DAYS * 86_400:
             shutil.rmtree(folder, ignore_errors=True)
 

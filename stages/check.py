@@ -6,12 +6,14 @@ The schema only changes with the code, so a changed parameter reruns this stage 
 import json
 
 from phasegate.files import write_atomic
+from phasegate.memory import refuse_too_large
 from phasegate.params import Params
 from phasegate.stage import SCHEMA, run
 
 
 def main(params: Params) -> None:
-    """`params` are checked by now."""
+    """`params` are checked by now, but for what the machine can hold."""
+    refuse_too_large(params)
     write_atomic(SCHEMA, json.dumps(params.model_json_schema(), indent=2) + "\n")
 
 

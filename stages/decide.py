@@ -1,36 +1,39 @@
 """Collect the evaluations of all phases, reach verdicts, and write the tables."""
 
 import pandas as pd
-import yaml
 
 from phasegate.attribution import attribution
 from phasegate.data import load_meta
 from phasegate.decisions import decide, leaderboard, relabel_control
+from phasegate.errors import UserError
 from phasegate.files import write_atomic
 from phasegate.params import EVALUATED_PHASES, Params
 from phasegate.report.tables import decisions_markdown
+from phasegate.sections import load_yaml
 from phasegate.signal_summary import signal_summary
 from phasegate.stage import EVALUATED, MODELS, PREPARED, REPORTS, run
 from phasegate.surgery_summary import surgery_summary
+from phasegate.table_files import read_table
 
 
 def main(params: Params) -> None:
     """Write the tables of `reports/`."""
     claims = params.decisions
-    names = ("trials", "classes", "tasks", "routing", "loads", "curves", "surgeries", "halves")
+    names = ("trials", "classes", "tasks", "routing", "loads", "curves", "surgeries", "halves", "failures")
     tables = {name: collect(name) for name in names}
     primary = {phase: claim.primary for phase, claim in claims.phases.items()}
-    decisions = decide(tables["trials"], claims.margin_pp, claims.confidence, primary)
+    failures = relabel_control(tables["failures"])
+    decisions = decide(tables["trials"], claims.margin_pp, claims.confidence, primary, failures)
     hypotheses = {phase: claim.hypothesis for phase, claim in claims.phases.items()}
     for name, table in tables.items():
         write(name, relabel_control(table))
     summary = surgery_summary(tables["surgeries"], tables["halves"], tables["curves"], decisions, claims.confidence)
     write("decisions", decisions)
-    write("attribution", attribution(tables["trials"], claims.confidence))
+    write("attribution", attribution(tables["trials"], claims.confidence, failures))
     write("surgery_summary", summary)
-    write("signal_summary", signal_summary(pd.read_csv(REPORTS / "signals.csv"), claims.confidence))
+    write("signal_summary", signal_summary(read_table(REPORTS / "signals.csv"), claims.confidence))
     write_atomic(REPORTS / "decisions.json", decisions.to_json(orient="records", indent=2) + "\n")
-    markdown = decisions_markdown(decisions, hypotheses, claims.margin_pp, claims.confidence)
+    markdown = decisions_markdown(decisions, failures, hypotheses, claims.margin_pp, claims.confidence)
     write_atomic(REPORTS / "decisions.md", markdown)
     references = params.references_of(load_meta(PREPARED).name)
     published = {name: model.published for name, model in references.items() if model.published is not None}
@@ -42,20 +45,23 @@ def main(params: Params) -> None:
 
 
 def collect(name: str) -> pd.DataFrame:
-    """One table of all phases. Routing and loads are kept for the first seed alone: they are for looking at."""
-    parts = [pd.read_csv(EVALUATED / phase / f"{name}.csv") for phase in EVALUATED_PHASES]
+    """One table of all phases. Routing and loads are kept for one seed, the first that has any: for looking at."""
+    parts = [read_table(EVALUATED / phase / f"{name}.csv") for phase in EVALUATED_PHASES]
     table = pd.concat([part for part in parts if len(part)] or parts[:1], ignore_index=True)
-    return table[table["seed"] == 0] if name in ("routing", "loads") else table
+    return table[table["seed"] == table["seed"].min()] if name in ("routing", "loads") else table
 
 
 def results(search: str) -> pd.DataFrame:
     """A search's trials."""
-    return pd.read_csv(MODELS / f"{search}.csv")
+    return read_table(MODELS / f"{search}.csv")
 
 
 def chosen(search: str) -> str:
     """The candidate that a search chose."""
-    return str(yaml.safe_load((MODELS / f"{search}.yaml").read_text())["candidate"])
+    content = load_yaml(path := MODELS / f"{search}.yaml")
+    if not isinstance(content, dict) or "candidate" not in content:
+        raise UserError(f"{path} names no candidate: `dvc repro` makes it again")
+    return str(content["candidate"])
 
 
 def write(name: str, table: pd.DataFrame) -> None:

@@ -1,8 +1,9 @@
 """The surgery study: planned operations at the same steps, done in each of the ways that there are."""
 
 from phasegate.control import Plan
-from phasegate.params import Params, override
+from phasegate.params import Params
 from phasegate.phase import Arm, continuations
+from phasegate.sections import override
 from phasegate.stage import BASELINES, MODELS, PREPARED, run
 from phasegate.surgeon import Treatment
 from phasegate.trials import run_trials

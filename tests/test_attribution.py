@@ -95,6 +95,36 @@ def test_a_part_that_is_an_arm_minus_the_control_is_that_arm_in_the_decisions() 
     assert parts[effects].to_numpy().tolist() == arms[deltas].to_numpy().tolist()
 
 
+def without(table: pd.DataFrame, arm: str, seeds: range) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The trials that are left when some of an arm failed, and those."""
+    failed = (table["phase"] + "/" + table["arm"] == arm) & table["seed"].isin(seeds)
+    return table[~failed], table[failed][["phase", "arm", "seed"]]
+
+
+def test_a_contrast_is_over_the_seeds_that_all_its_arms_finished() -> None:
+    table, names = trials(NOISE), ["account", "part"]
+    every = attribution(table, 0.95).set_index(names)
+    fewer = attribution(table[table["seed"] != 2], 0.95).set_index(names)
+    kept, failed = without(table, "p7b2/split_thresholds", range(2, 3))
+    found = attribution(kept, 0.95, failed).set_index(names)
+    concerned = ["p7b2/split_thresholds" in contrast for contrast in found["contrast"]]
+    assert any(concerned) and not all(concerned)
+    for rows, expected in ((concerned, fewer), (~np.array(concerned), every)):
+        columns = ["n_seeds", "effect_pp", "effect_lo", "effect_hi", "p_value"]
+        pd.testing.assert_frame_equal(found.loc[rows, columns], expected.loc[rows, columns])
+
+
+def test_a_contrast_that_no_seed_finished_is_blank_and_counts_for_holm() -> None:
+    table = trials(NOISE)
+    kept, failed = without(table, "p7b1/noise_acting", range(SEEDS))
+    whole, found = attribution(table, 0.95), attribution(kept, 0.95, failed)
+    blank = found["n_seeds"] == 0
+    assert found[blank]["part"].tolist() == ["a head deciding, not the labels", WHOLE]
+    assert found.loc[blank, ["effect_pp", "effect_lo", "effect_hi", "p_value", "p_holm"]].isna().all().all()
+    worst = whole["p_value"].mask(blank, 1)[(found["account"] == "p7b1") & (found["part"] != WHOLE)]
+    assert found["p_holm"][worst.index].dropna().tolist() == holm(worst).tolist()[:-1]
+
+
 @pytest.mark.parametrize("arm", [arm for arm in NEEDED if arm != CONTINUED])
 def test_an_arm_that_is_missing_is_named(arm: str) -> None:
     table = trials(NOISE)

@@ -16,8 +16,9 @@ from phasegate.counterfactual import Estimate, Forks, Operation, estimate, remov
 from phasegate.expert_manager import ExpertManager
 from phasegate.model import Model
 from phasegate.oracle import losses_without_each
-from phasegate.params import Schedule, override
+from phasegate.params import Schedule
 from phasegate.probe import Probe
+from phasegate.sections import override
 from phasegate.training import Course, load_examples
 
 CPU = torch.device("cpu")

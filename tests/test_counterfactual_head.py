@@ -28,9 +28,11 @@ from phasegate.counterfactual_head import (
 )
 from phasegate.errors import UserError
 from phasegate.expert_manager import ExpertManager
+from phasegate.failure import Failure, write_failure
 from phasegate.model import Model, ModelSpec
-from phasegate.params import Architecture, override
+from phasegate.params import Architecture
 from phasegate.probe import Probe
+from phasegate.sections import override
 from phasegate.training import Examples
 from phasegate.trials import Trial
 
@@ -208,6 +210,20 @@ def test_a_head_learns_from_all_seeds_but_its_own(surveyed: Path) -> None:
     assert [was == now for was, now in zip(before, after, strict=True)] == [False, True, False]
     files[1].unlink()
     assert learned(trials[1], surveyed / "alone") == before[1]
+
+
+def test_a_head_learns_from_the_surveys_that_did_not_fail_and_needs_one(surveyed: Path) -> None:
+    folder = surveyed / "surveys"
+    (folder / "seed-1" / SURVEY).unlink()
+    write_failure(folder / "seed-1", Failure("survey", "", 1, 0, "its start failed: the loss is nan"))
+    files = [folder / f"seed-{seed}" / SURVEY for seed in range(3)]
+    assert [trial.inputs for trial in heads(folder, 3)] == [(files[2],), (files[0], files[2]), (files[0],)]
+    write_failure(folder / "seed-0", Failure("survey", "", 0, 4, "the loss is nan"))
+    with pytest.raises(UserError, match="no control head can be trained for seed 2: the surveys of all other seeds"):
+        heads(folder, 3)
+    write_failure(folder / "seed-2", Failure("survey", "", 2, 4, "the loss is nan"))
+    with pytest.raises(UserError, match="all 3 trials failed; the first: survey, seed 0, step 4"):
+        heads(folder, 3)
 
 
 def described(architecture: Architecture, change: Callable[[Model], object] = lambda model: None) -> pd.DataFrame:

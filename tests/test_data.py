@@ -13,6 +13,8 @@ from phasegate.errors import UserError
 from phasegate.prepare import merge_tasks, prepare, split_validation, stratified
 from phasegate.sources import Raw
 
+TINY = np.random.default_rng(0).normal(0, 1e-40, (60, 2, 7))
+
 
 def own_data(folder: Path, **changed: Any) -> Path:
     """A small data set of a user: 60 train and 9 test examples (2, 7) of 3 classes."""
@@ -84,6 +86,7 @@ def test_damaged_prepared_files_are_refused(tmp_path: Path, file: str, end: byte
         (r"3 different labels from 1 to 3: n classes", {"y_train": np.arange(60) % 3 + 1}),
         (r"y_train .* dtype float64: it must be integer", {"y_train": np.zeros(60)}),
         (r"labels from 3 to 3: they must be in 0\.\.2", {"y_test": np.full(9, 3)}),
+        (r"test has values beyond float32", {"x_train": TINY, "x_test": np.full((9, 2, 7), 1e38)}),
         (r"no complete .npz file of plain, non-object arrays", {"y_test": np.array([None] * 9)}),
     ],
 )

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from phasegate import decisions
-from phasegate.decisions import AVERAGED, COLUMNS, decide, leaderboard, metrics, relabel_control, winner
+from phasegate.decisions import AVERAGED, COLUMNS, COSTS, decide, leaderboard, metrics, relabel_control, winner
 from phasegate.errors import UserError
 from phasegate.statistics import holm, margin_p_value
 
@@ -155,6 +155,85 @@ def test_a_missing_seed_is_named_on_either_side_and_so_is_a_number_that_is_none(
         decide(STUDY, 1.0, 0.95, PRIMARY | {"p7b2": "merge"})
 
 
+def failing(*names: str) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The study with some trials failed, `phase/arm/seed`: those that finished, and the failures."""
+    given = STUDY["phase"] + "/" + STUDY["arm"] + "/" + STUDY["seed"].astype(str)
+    assert set(names) <= set(given)
+    failed = given.isin(names)
+    return STUDY[~failed], STUDY[failed][["phase", "arm", "seed"]].assign(step=7, reason="the loss is nan")
+
+
+def decided(*names: str) -> pd.DataFrame:
+    """The decisions of the study with some trials failed, by arm."""
+    tried, failures = failing(*names)
+    return decide(tried, 1.0, 0.95, PRIMARY, failures).set_index("arm")
+
+
+NUMBERS = ["accuracy", "accuracy_lo", "delta_pp", "delta_hi", "delta_sd", "p_value", "seeds_needed", *AVERAGED]
+
+
+def test_an_arm_with_a_failed_trial_is_never_go_and_compares_the_seeds_that_are_left() -> None:
+    table, finished = decided("p7b2/split/3", "p7b1/noise/0"), decide(STUDY, 1.0, 0.95, PRIMARY).set_index("arm")
+    for arm in ("split", "noise"):
+        assert finished["verdict"][arm] == "GO" and table["verdict"][arm] == "INCONCLUSIVE"
+        assert table["delta_lo"][arm] >= -1 and table["seeds_needed"].isna()[arm]  # no seeds would mend it
+    assert list(table.loc["split", ["n_seeds", "n_failed"]]) == [3, 1]
+    assert table["delta_pp"]["split"] == pytest.approx(0.1)
+    others = ["baseline", "continue", "noise_acting", "clone"]
+    pd.testing.assert_frame_equal(table.loc[others].drop(columns="p_holm"), finished.loc[others].drop(columns="p_holm"))
+
+
+def test_what_is_left_of_an_arm_can_still_be_a_no_go_or_need_seeds_to_become_one() -> None:
+    table = decided("p7b1/noise_acting/1", "p7b2/clone/1")
+    assert table["verdict"]["noise_acting"] == "NO-GO" and table["n_failed"]["noise_acting"] == 1
+    assert table["verdict"]["clone"] == "INCONCLUSIVE" and table["seeds_needed"]["clone"] > 3  # mean -1.33
+    assert decided("p7b2/clone/0")["seeds_needed"].isna()["clone"]  # mean -0.33
+
+
+def test_an_arm_without_a_finished_trial_is_no_go_without_numbers_and_counts_for_holm() -> None:
+    doubtful = [-0.55, 0.35, -0.3, 0.35]  # p = 0.025 against the margin: a GO alone, not as one of four
+    study = trials(p7b1__noise_acting=[0.0] * 4, p7b1__a=doubtful)
+    assert verdicts(decide(study, 1.0, 0.95, PRIMARY))["a"] == "GO"
+    failures = pd.DataFrame({"phase": "p7b1", "arm": arm, "seed": seed} for arm in "bcd" for seed in range(4))
+    table = decide(study, 1.0, 0.95, PRIMARY, failures).set_index("arm")
+    assert table["verdict"].to_dict() | {"a": "INCONCLUSIVE", "b": "NO-GO", "noise_acting": "GO"} == (
+        table["verdict"].to_dict()
+    )
+    assert table["p_holm"]["a"] == pytest.approx(4 * table["p_value"]["a"])
+    assert table.loc["b", [*NUMBERS, "p_holm"]].isna().all()
+    assert list(table.loc["b", ["n_seeds", "n_failed"]]) == [0, 4]
+    assert decided(*(f"p7b2/split/{seed}" for seed in range(4)))["verdict"]["split"] == "NO-GO"
+
+
+def test_a_seed_that_its_start_or_the_control_failed_counts_against_no_arm() -> None:
+    start = decided(*(f"{phase}/{arm}/2" for phase, arm in STUDY[["phase", "arm"]].drop_duplicates().to_numpy()))
+    assert start["n_failed"].to_dict() == dict.fromkeys(start.index, 0) | {"baseline": 1, "continue": 1}
+    assert set(start["n_seeds"]) == {3} and start["verdict"]["split"] == "GO"
+    control = decided("continue/continue/2")
+    assert control["n_failed"].to_dict() == dict.fromkeys(control.index, 0) | {"continue": 1}
+    numbers = ["verdict", "n_seeds", "accuracy", "delta_pp", "delta_lo", "delta_hi", "p_value"]
+    pd.testing.assert_frame_equal(control[numbers], start[numbers])
+
+
+def test_a_trial_is_either_finished_or_failed_and_a_control_that_never_finished_is_refused() -> None:
+    tried, failures = failing("p7b2/split/3", "p7b2/split/1")
+    with pytest.raises(UserError, match="phase p7b2, arm split has no trial for seed 1, the control has"):
+        decide(tried, 1.0, 0.95, PRIMARY, failures[failures["seed"] == 3])
+    with pytest.raises(UserError, match="phase p7b2, arm split, seed 1 is in the table twice"):
+        decide(STUDY, 1.0, 0.95, PRIMARY, failures)
+    with pytest.raises(UserError, match="every trial of the control failed: phase continue, arm continue"):
+        decided(*(f"continue/continue/{seed}" for seed in range(4)))
+
+
+def test_the_headline_of_an_arm_without_a_finished_trial_has_its_verdict_and_counts_alone() -> None:
+    table = decided(*(f"p7b2/split/{seed}" for seed in range(4))).reset_index()
+    assert metrics(table[COLUMNS], "p7b2") == {
+        **{"phase": "p7b2", "arm": "split", "primary": True, "verdict": "NO-GO"},
+        **{"n_seeds": 0, "n_failed": 4},
+    }
+    assert type(metrics(table[COLUMNS], "p7b2")["n_failed"]) is int
+
+
 def test_the_headline_is_of_the_primary_arm_or_of_the_one_named() -> None:
     table = decide(STUDY, 1.0, 0.95, PRIMARY)
     assert metrics(table, "p7a")["verdict"] == "BASELINE"
@@ -175,13 +254,23 @@ def test_the_headline_refuses_unknown_phases_and_arms_and_silent_nan() -> None:
         metrics(table.assign(train_seconds=np.nan), "p7b1")
 
 
-def test_the_winner_is_the_most_accurate_then_the_cheapest_then_the_first_by_name() -> None:
+def searched(*failed: tuple[str, int]) -> pd.DataFrame:
+    """Two seeds of four candidates, the best of them a, b and c; of some trials only the failure."""
     table = pd.DataFrame(
         {"candidate": name, "seed": seed, "accuracy": accuracy + seed, "flops_per_example": flops}
-        | {"params_total": 1, "params_active": 1, "train_seconds": 1.0, "settings": "lr=1"}
+        | {"params_total": 1, "params_active": 1, "train_seconds": 1.0, "settings": "lr=1", "failure": np.nan}
         for name, accuracy, flops in (("c", 70, 9), ("b", 70, 8), ("a", 70, 8), ("z", 60, 1))
         for seed in (0, 1)
-    )
+    ).astype({"failure": object})
+    for name, seed in failed:
+        row = (table["candidate"] == name) & (table["seed"] == seed)
+        table.loc[row, ["accuracy", *COSTS]] = np.nan
+        table.loc[row, "failure"] = f"q1, {name}, seed {seed}, step 3: the loss is nan"
+    return table
+
+
+def test_the_winner_is_the_most_accurate_then_the_cheapest_then_the_first_by_name() -> None:
+    table = searched()
     assert winner(table) == "a"
     references = table[table["candidate"] == "z"].replace({"candidate": {"z": "mlp"}})
     tested = pd.DataFrame({"phase": "references", "arm": "mlp", "seed": [0, 1], "accuracy": [64.0, 66.0]})
@@ -195,3 +284,16 @@ def test_the_winner_is_the_most_accurate_then_the_cheapest_then_the_first_by_nam
     ]
     with pytest.raises(UserError, match="chosen candidate nobody"):
         leaderboard(table, "nobody", 0.95)
+
+
+def test_a_candidate_with_a_failed_trial_is_never_chosen_and_has_no_rank() -> None:
+    table = searched(("a", 0), ("z", 0), ("z", 1))
+    assert winner(table) == "b"
+    board = leaderboard(table, "b", 0.95, references=table[table["candidate"] == "a"]).set_index("candidate")
+    assert list(board.index) == ["b", "c", "a", "z", "a"] and board["rank"].tolist()[:2] == [1, 2]
+    assert board["rank"].isna().tolist() == [False, False, True, True, True]
+    assert board["n_seeds"].tolist() == [2, 2, 1, 0, 1] and board["n_failed"].tolist() == [0, 0, 1, 2, 1]
+    assert board["accuracy"].tolist()[2] == 71 and board.loc["z", ["accuracy", "accuracy_lo", *COSTS]].isna().all()
+    assert winner(table[table["candidate"] == "b"]) == "b"
+    with pytest.raises(UserError, match=r"every candidate .* the first: q1, a, seed 0, step 3: the loss is nan"):
+        winner(table[table["candidate"].isin(["a", "z"])])

@@ -1,6 +1,8 @@
 """What is reported of a model is what one would count by hand."""
 
 import math
+import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +11,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.numpy import load_file
 
 from phasegate.checkpoint import load
 from phasegate.control import Plan
 from phasegate.errors import UserError
 from phasegate.evaluation import (
+    KEY,
+    TABLES,
     calibration_error,
     class_usage,
     evaluate,
@@ -22,13 +27,15 @@ from phasegate.evaluation import (
     mutual_information,
 )
 from phasegate.expert_manager import ExpertManager
+from phasegate.failure import FAILURE_COLUMNS, LAST_GOOD, Failure, write_failure
 from phasegate.halves import HALVES_COLUMNS
 from phasegate.logs import SURGERY_COLUMNS
 from phasegate.model import Cost, Model, ModelSpec, cost
 from phasegate.multitask import add_tasks
-from phasegate.params import Architecture, Schedule, override
+from phasegate.params import Architecture, Schedule
 from phasegate.phase import Arm, continuations
 from phasegate.references import Reference, ReferenceSpec
+from phasegate.sections import override
 from phasegate.surgeon import Treatment
 from phasegate.training import Examples, correct, predict
 from phasegate.trials import SECONDS
@@ -142,8 +149,34 @@ def test_a_phase_is_evaluated_on_test_alone_and_an_empty_one_is_refused(
     assert len(pd.read_csv(tmp_path / "out/curves.csv")) == 21
     halves = pd.read_csv(tmp_path / "out/halves.csv")
     assert halves.empty and halves.columns.tolist() == ["phase", "arm", "seed", *HALVES_COLUMNS]
+    assert columns(tmp_path / "out") == {name: [*KEY, *names] for name, names in TABLES.items()}
+    assert (tmp_path / "out/failures.csv").read_text() == ",".join(FAILURE_COLUMNS) + "\n"
     with pytest.raises(UserError, match="holds no checkpoints"):
         evaluate_phase(tmp_path / "none", prepared, tmp_path / "out")
+
+
+def columns(folder: Path) -> dict[str, list[str]]:
+    """Those of the tables of an evaluated phase."""
+    return {name: pd.read_csv(folder / f"{name}.csv").columns.tolist() for name in TABLES}
+
+
+def test_a_failed_trial_is_listed_and_its_last_good_checkpoint_is_not_taken_for_it(
+    baselines: Path, prepared: Path, tmp_path: Path
+) -> None:
+    failed = Failure("p7a", "baseline", 1, 17, "the loss is nan")
+    arm = tmp_path / "p7a/baseline"
+    write_failure(arm / "seed-1", failed)
+    shutil.copytree(baselines / "seed-0", arm / "seed-1" / LAST_GOOD)
+    evaluate_phase(tmp_path / "p7a", prepared, tmp_path / "all failed")
+    assert columns(tmp_path / "all failed") == {name: [*KEY, *names] for name, names in TABLES.items()}
+    assert all(pd.read_csv(tmp_path / f"all failed/{name}.csv").empty for name in TABLES)
+    assert load_file(tmp_path / "all failed/predictions.safetensors") == {}
+    (arm / "seed-0").symlink_to(baselines / "seed-0", target_is_directory=True)
+    evaluate_phase(tmp_path / "p7a", prepared, tmp_path / "one failed")
+    assert pd.read_csv(tmp_path / "one failed/trials.csv")["seed"].tolist() == [0]
+    assert list(load_file(tmp_path / "one failed/predictions.safetensors")) == ["baseline/seed-0"]
+    for name in ("all failed", "one failed"):
+        assert pd.read_csv(tmp_path / name / "failures.csv").to_dict("records") == [asdict(failed)]
 
 
 def test_the_halves_of_a_phases_splits_arrive_in_its_folder(

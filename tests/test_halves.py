@@ -16,8 +16,9 @@ from phasegate.halves import HALVES_COLUMNS, halves
 from phasegate.hyperplanes import halve, random_direction
 from phasegate.logs import SURGERY_COLUMNS
 from phasegate.model import Model, ModelSpec
-from phasegate.params import Architecture, override
+from phasegate.params import Architecture
 from phasegate.references import Reference, ReferenceSpec
+from phasegate.sections import override
 from phasegate.training import Examples, predict
 
 MEASURES = ["smaller_share", "weight_distance", "output_distance", "swap_loss"]

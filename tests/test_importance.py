@@ -14,8 +14,9 @@ from phasegate.expert_manager import ExpertManager
 from phasegate.importance import PUBLISHED, Scores, random_labels
 from phasegate.model import Model, ModelSpec
 from phasegate.moe import Routing
-from phasegate.params import Architecture, override
+from phasegate.params import Architecture
 from phasegate.probe import Probe
+from phasegate.sections import override
 from phasegate.training import Examples
 
 UNUSED = 2  # an expert that no token chooses

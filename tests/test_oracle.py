@@ -12,8 +12,9 @@ from torch import Tensor
 from phasegate.expert_manager import ExpertManager
 from phasegate.model import Model, ModelSpec
 from phasegate.oracle import choice_of_set, example_losses, losses_of_all_sets, losses_without_each
-from phasegate.params import Architecture, override
+from phasegate.params import Architecture
 from phasegate.probe import Probe
+from phasegate.sections import override
 from phasegate.training import Examples
 
 sizes = st.tuples(st.integers(1, 4), st.integers(0, 3)).map(lambda pair: {"top_k": pair[0], "n_routed": sum(pair)})

@@ -1,9 +1,6 @@
 """The pipeline as a whole: its dependencies are true, it runs, and it reruns just what a change concerns."""
 
-import ast
-import hashlib
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -11,42 +8,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import pytest
 import yaml
 from dvc.utils.hydra import apply_overrides
 
 from phasegate.params import ARMS, load_params
+from tests import chaos
+from tests.small_study import ROOT, Checkout, closure, content
 
-ROOT = Path(__file__).parent.parent
 STAGES: dict[str, dict[str, Any]] = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
-
-
-def imported(path: Path) -> set[Path]:
-    """The modules of the library that a file imports, packages on the way included."""
-    names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-    files = set()
-    for name in names:
-        parts = name.split(".")
-        for length in range(1, len(parts) + 1) if parts[0] in ("phasegate", "stages") else ():
-            module = ROOT.joinpath(*parts[:length])
-            files |= {f for f in (module.with_suffix(".py"), module / "__init__.py") if f.exists()}
-    return files
-
-
-def closure(path: Path) -> set[str]:
-    """A file and everything that it imports, transitively."""
-    found: set[Path] = set()
-    waiting = {path}
-    while waiting:
-        found |= waiting
-        waiting = {module for file in waiting for module in imported(file)} - found
-    return {str(file.relative_to(ROOT)) for file in found}
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -80,56 +50,6 @@ def test_every_leaf_of_the_parameters_can_be_set_from_the_command_line(tmp_path:
     for key, value in leaves(yaml.safe_load(path.read_text())):
         apply_overrides(path, [f"{key}={json.dumps(value)}"])
     assert load_params(path) == before
-
-
-class Checkout:
-    """A temporary copy of the project under the small profile."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        for name in ("phasegate", "stages"):
-            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-        for name in ("dvc.yaml", "params.yaml", ".dvcignore", ".gitignore", "data/raw/.gitkeep"):
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, folder / name)
-        self.change(yaml.safe_load((ROOT / "tests/small.yaml").read_text()))
-        self.command("git", "init", "-q")
-        self.command("dvc", "init", "-q")
-        self.command("git", "add", "-A")
-        self.command("git", "config", "user.name", "tests")
-        self.command("git", "config", "user.email", "tests@localhost")
-        self.command("git", "commit", "-qm", "small profile")
-
-    def command(self, *words: str, ok: bool = True) -> str:
-        environment = os.environ | {
-            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-            "DVC_NO_ANALYTICS": "1",
-            "PHASEGATE_WORKERS": "1",
-        }
-        done = subprocess.run(words, cwd=self.folder, env=environment, capture_output=True, text=True, check=False)
-        output = done.stdout + done.stderr
-        assert (done.returncode == 0) == ok, f"{' '.join(words)} ended with {done.returncode}:\n{output}"
-        return output
-
-    def change(self, changes: dict[str, Any]) -> None:
-        path = self.folder / "params.yaml"
-        path.write_text(yaml.safe_dump(merge(yaml.safe_load(path.read_text()), changes), sort_keys=False))
-
-    def repro(self) -> set[str]:
-        """Run the pipeline; returns the stages that ran."""
-        return set(re.findall(r"Running stage '([^']+)'", self.command("dvc", "repro")))
-
-    def table(self, name: str) -> pd.DataFrame:
-        return pd.read_csv(self.folder / f"reports/{name}.csv")
-
-
-def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """`base` with `changes` merged in; the searches' candidates and a data set's references are replaced."""
-    merged = dict(base)
-    for key, value in changes.items():
-        deeper = isinstance(value, dict) and isinstance(base.get(key), dict) and key not in ("candidates", "mnist1d")
-        merged[key] = merge(base[key], value) if deeper else value
-    return merged
 
 
 @pytest.fixture(scope="module")
@@ -243,23 +163,19 @@ def test_dvc_compares_phases_saved_as_experiments(checkout: Checkout) -> None:
     checkout.command("git", "commit", "-qam", "other parameters, the same results")
     assert "would start at stage p7b2" in save("p7a", ok=False)
     checkout.command("git", "revert", "--no-edit", "HEAD")
-    assert "arm is 'clones', but the arms of p7b2 are" in save("p7b2/clones", ok=False)
+    assert "arm is 'clones', no arm of p7b2: did you mean clone?" in save("p7b2/clones", ok=False)
     save("p7a")
     assert own in references()
     assert json.loads(checkout.command("dvc", "metrics", "diff", "--json", *pair))["metrics.json"] == metrics
 
 
-def content(folder: Path) -> dict[str, str]:
-    """The files below a folder by name: tables without what they say of time, all else as it is."""
-    found = {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "seconds.txt"):
-        if path.suffix == ".csv":
-            table = pd.read_csv(path)
-            text = table.loc[:, ~table.columns.str.contains("seconds")].to_csv(index=False)
-        else:
-            text = hashlib.sha256(path.read_bytes()).hexdigest()
-        found[str(path.relative_to(folder))] = text
-    return found
+@pytest.mark.chaos
+def test_a_study_killed_at_random_moments_ends_with_the_same_bits(checkout: Checkout, tmp_path: Path) -> None:
+    checkout.repro()  # whatever a test above has left
+    study = Checkout(tmp_path / "study", PHASEGATE_WORKERS="2", PHASEGATE_SNAPSHOT="0")
+    shutil.copy(checkout.folder / "params.yaml", study.folder)
+    done = chaos.chaos(study, chaos.results(checkout.folder), kills=25, seed=0)
+    assert done["worker"] + done["stage"] + done["dvc"] == 25
 
 
 def test_permuting_the_test_labels_changes_nothing_but_the_evaluation(checkout: Checkout) -> None:

@@ -13,8 +13,9 @@ from torch import Tensor
 from phasegate.expert_manager import ExpertManager
 from phasegate.model import Model, ModelSpec
 from phasegate.moe import Routing
-from phasegate.params import Architecture, override
+from phasegate.params import Architecture
 from phasegate.probe import Probe
+from phasegate.sections import override
 from phasegate.training import EVALUATION_BATCH, Examples
 
 cases = st.fixed_dictionaries(

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from phasegate.expert_manager import ExpertManager
 from phasegate.model import Model, ModelSpec
 from phasegate.oracle import example_losses
-from phasegate.params import Architecture, override
+from phasegate.params import Architecture
 from phasegate.probe import Probe
 from phasegate.regret import Removals, lowest_sets
+from phasegate.sections import override
 from phasegate.training import Examples
 
 seeds = st.integers(0, 10**6)

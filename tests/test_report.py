@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from phasegate.attribution import ACCOUNTS, attribution
 from phasegate.decisions import decide, leaderboard, relabel_control
 from phasegate.errors import UserError
+from phasegate.failure import FAILURE_COLUMNS
 from phasegate.report import (
     attribution_plots,
     attribution_tables,
@@ -29,6 +30,7 @@ from phasegate.report import (
 from phasegate.signal_summary import signal_summary
 from phasegate.surgery_summary import surgery_summary
 
+NO_FAILURES = pd.DataFrame(columns=FAILURE_COLUMNS)
 ARMS = {
     **{("continue", "continue"): 0.0, ("p7a", "baseline"): -1.0, ("p7b1", "noise_acting"): -5.0},
     **{("p7b1", "a|b_c"): 0.0, ("p7b2", "split"): 2.0, ("p7b3", "task_gates"): -0.9},
@@ -57,7 +59,13 @@ def board(seeds: int = 2) -> pd.DataFrame:
     """A leaderboard with three candidates and one reference."""
     runs = pd.DataFrame(
         {"candidate": name, "seed": seed, "accuracy": accuracy + seed, "params_total": 9000}
-        | {"params_active": 2000, "flops_per_example": 4000, "train_seconds": 2.5, "settings": "lr=0.1"}
+        | {
+            "params_active": 2000,
+            "flops_per_example": 4000,
+            "train_seconds": 2.5,
+            "settings": "lr=0.1",
+            "failure": np.nan,
+        }
         for name, accuracy in (("wide", 70), ("deep", 68), ("plain", 60), ("cnn", 92))
         for seed in range(seeds)
     )
@@ -140,8 +148,8 @@ ATTRIBUTION = attribution(
     0.95,
 )
 LOADS = pd.DataFrame(
-    {"phase": phase, "arm": "split", "seed": 0, "step": step, "block": 0, "expert": expert, "share": share}
-    for phase in ("p7b2", "surgery")
+    {"phase": phase, "arm": arm, "seed": 0, "step": step, "block": 0, "expert": expert, "share": share}
+    for phase, arm in PRIMARY.items()
     for step, shares in ((1, {0: 0.5, 1: 0.5}), (2, {0: 0.5, 2: 0.2, 3: 0.3}))
     for expert, share in shares.items()
 )
@@ -170,7 +178,7 @@ def page(**changes: object) -> str:
         "confidence": 0.95,
         "provenance": {"data": {"sha256": "abc123"}, "seeds": [0, 1]},
     }
-    return html.render(decided(), HYPOTHESES, 1.0, **(inputs | changes))  # type: ignore[arg-type]
+    return html.render(decided(), NO_FAILURES, HYPOTHESES, 1.0, **(inputs | changes))  # type: ignore[arg-type]
 
 
 def test_numbers_read_well() -> None:
@@ -190,6 +198,14 @@ def test_each_finding_agrees_with_its_row() -> None:
     assert re.match(r"GO: split gains \+2\.10 pp \[", tables.finding(rows["p7b2"], 1.0))
     assert tables.outcome(rows["p7b3"], decided(), 1.0).startswith("INCONCLUSIVE: task_gates may or may not")
     assert tables.finding(rows["surgery"], 1.0) == "GO: split equals continue in every seed"
+
+
+def test_the_summary_of_surgeries_leaves_out_seeds_that_the_control_failed() -> None:
+    kept = curves().query("arm != 'continue' or seed != 1")
+    rows = rows_by_key(surgery_summary(SURGERIES, HALVES, kept, decided(), 0.95))
+    clone = rows["surgery", "clone", "clone"]
+    assert (clone["surgeries"], clone["seeds_operated"], clone["accuracy_lost"]) == (2, 1, 2.0)
+    assert clone["gate_delta_pp"] == -1 and rows["surgery", "split", "split"]["pairs"] == 2
 
 
 def test_an_arm_that_spends_more_than_the_control_says_so() -> None:
@@ -232,12 +248,12 @@ def test_the_title_on_entropy_says_where_it_ends_beside_the_control() -> None:
 
 
 def test_the_markdown_table_has_a_cell_for_every_column_and_bold_primary_arms() -> None:
-    text = tables.decisions_markdown(decided(), HYPOTHESES, 1.0, 0.95)
+    text = tables.decisions_markdown(decided(), NO_FAILURES, HYPOTHESES, 1.0, 0.95)
     rows = [line for line in text.splitlines() if line.startswith("|")]
     assert len({len(re.findall(r"(?<!\\)\|", row)) for row in rows}) == 1 and len(rows) == 2 + len(ARMS)
     assert r"**noise\_acting**" in text and r"| a\|b\_c |" in text
     with pytest.raises(UserError, match="phase p7b3 has no hypothesis"):
-        tables.decisions_markdown(decided(), {**HYPOTHESES, "p7b3": " "}, 1.0, 0.95)
+        tables.decisions_markdown(decided(), NO_FAILURES, {**HYPOTHESES, "p7b3": " "}, 1.0, 0.95)
 
 
 def rows_by_key(summary: pd.DataFrame) -> dict[tuple[str, str, str], dict[Any, Any]]:
@@ -337,10 +353,10 @@ def test_titles_say_the_verdict_and_the_ranking() -> None:
 def test_figures_without_data_say_so() -> None:
     with pytest.raises(UserError, match="nothing to plot"):
         plots.learning_curves(curves().query("phase == 'continue'"), decided(), 1.0, 0.95)
-    with pytest.raises(UserError, match="seed 7"):
-        plots.expert_routing(routing(), decided(), seed=7)
-    with pytest.raises(UserError, match="nothing to plot"):
-        surgery_plots.surgery(summed(SURGERIES.head(0)), SURGERIES.head(0), 1.0)
+    with pytest.raises(UserError, match="no rows of the 7a baseline for seed 0"):
+        plots.expert_routing(routing().query("phase != 'p7a'"), decided())
+    nothing = surgery_plots.surgery(summed(SURGERIES.head(0)), SURGERIES.head(0), 1.0)
+    assert nothing.get_suptitle() == "The surgery study has no surgeries to show"
 
 
 def test_the_page_is_well_formed_self_contained_and_escapes_what_people_wrote() -> None:

@@ -39,7 +39,14 @@ def summary(seeds: int = 10) -> pd.DataFrame:
 
 
 DECISIONS = pd.DataFrame(
-    {"phase": phase, "arm": arm, "primary": arm == "counterfactual_head", "n_seeds": 10, "train_seconds": seconds}
+    {
+        "phase": phase,
+        "arm": arm,
+        "primary": arm == "counterfactual_head",
+        "n_seeds": 10,
+        "n_failed": 0,
+        "train_seconds": seconds,
+    }
     | {"delta_pp": delta, "delta_lo": delta - half, "delta_hi": delta + half}
     for phase, arm, delta, half, seconds in (
         *(("p7a", "continue", 0.0, 0.0, 5.0), ("p7b4", "counterfactual_head", 0.0, 0.0, 6.0)),
@@ -105,6 +112,18 @@ def test_the_findings_name_who_beats_chance_what_it_costs_and_whether_acting_pay
     assert "operated 3 times in 2 of 10 seeds (2 × split, 1 × remove) and beats the fixed" in said["oracle"]
     assert "is worse than the fixed" in said["frequency"] and "neither beats nor loses to" in said["keep"]
     assert "+0.90 pp [+0.70, +1.10], at 20 s a trial instead of 5 s" in said["oracle"]
+
+
+def test_an_arm_of_which_trials_failed_says_so() -> None:
+    failed = DECISIONS.set_index("arm")
+    failed.loc["oracle", ["n_seeds", "n_failed", "delta_pp", "delta_lo", "delta_hi"]] = [0, 10, NAN, NAN, NAN]
+    failed.loc["frequency", ["n_seeds", "n_failed"]] = 9, 1
+    oracle, frequency = signal_tables.acting_findings(failed.reset_index(), SURGERIES)[1:3]
+    assert oracle == "Arm `oracle`: all 10 trials failed."
+    assert "not once in 9 seeds" in frequency and frequency.endswith("instead of 5 s; 1 of 10 trials failed.")
+    failed = DECISIONS.set_index("arm")
+    failed.loc["continue", "n_failed"] = 1  # then it may have operated in seeds that the decisions leave out
+    assert "3 times in 2 seeds (" in signal_tables.acting_findings(failed.reset_index(), SURGERIES)[1]
 
 
 def test_the_titles_count_the_signals_that_beat_chance() -> None:

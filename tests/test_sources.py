@@ -12,7 +12,7 @@ import pytest
 from phasegate.errors import UserError
 from phasegate.files import sha256
 from phasegate.prepare import split_validation
-from phasegate.sources import fashion_mnist, load_fashion_mnist, load_mnist1d, load_source
+from phasegate.sources import download, fashion_mnist, load_fashion_mnist, load_mnist1d, load_source
 from phasegate.sources.cifar import CIFAR10, CIFAR100, CifarFormat, load_cifar
 
 SMALL = CifarFormat("cifar", {"train.bin": 8}, {"test.bin": 4}, {"coarse.txt": 2, "fine.txt": 4})
@@ -55,6 +55,7 @@ def test_fashion_mnist_is_read_only_if_it_is_the_right_one(tmp_path: Path) -> No
 def test_without_fashion_mnist_the_ways_to_get_it_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fashion_mnist, "DEBIAN", tmp_path)
     monkeypatch.setattr(fashion_mnist, "URL", "http://127.0.0.1:1")  # nobody listens there
+    monkeypatch.setattr(download, "PAUSE", 0)
     with pytest.raises(UserError, match=r"put it into .*, install .*dataset-fashion-mnist, or run where"):
         load_fashion_mnist(tmp_path)
     assert not (tmp_path / "fashion_mnist").exists()

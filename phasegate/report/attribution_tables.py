@@ -21,10 +21,12 @@ def attribution_findings(table: pd.DataFrame, confidence: float) -> list[str]:
 def account_finding(table: pd.DataFrame, account: str, confidence: float) -> str:
     """Where an account's arm ends and which part cost it most; for the factorial, which effects are certain."""
     rows = rows_of(table[table["account"] == account])
-    parts = [row for row in rows if row.part != WHOLE]
+    parts = [row for row in rows if row.part != WHOLE and row.n_seeds]
     certain = [row for row in parts if row.p_holm < 1 - confidence]
     if ACCOUNTS[account].whole:
         whole = next(row for row in rows if row.part == WHOLE)
+        if not whole.n_seeds:
+            return f"{account_label(account)}: no seed finished, so there is nothing to share out"
         text = f"{account_label(account)} ends {effect(whole)} from its 7a checkpoint"
         worst = min(parts, key=lambda row: row.effect_pp)
         if worst.effect_pp >= 0:
@@ -52,7 +54,9 @@ def attribution_cells(table: pd.DataFrame) -> list[dict[str, str]]:
 
 
 def effect(row: Any) -> str:
-    """An effect with unit and interval."""
+    """An effect with unit and interval; says so where no seed finished all arms of the contrast."""
+    if not row.n_seeds:
+        return "no seed finished"
     return interval(row.effect_pp, row.effect_lo, row.effect_hi, signed=True, unit="pp")
 
 

@@ -61,9 +61,9 @@ def save(figure: Figure, path: Path) -> None:
 def new_figure(
     width: float, height: float, panels: int = 1, columns: int = 1, heights: list[int] | None = None
 ) -> tuple[Figure, list[Axes]]:
-    """A figure of `width` by `height` inches with its first `panels` cells filled."""
+    """A figure of `width` by `height` inches with its first `panels` cells filled; with none it is just a title."""
     figure = Figure(figsize=(width, height), layout="constrained")
-    grid = figure.add_gridspec(ceil(panels / columns), columns, height_ratios=heights)
+    grid = figure.add_gridspec(max(1, ceil(panels / columns)), columns, height_ratios=heights)
     return figure, [figure.add_subplot(grid[index // columns, index % columns]) for index in range(panels)]
 
 

@@ -28,6 +28,7 @@ CAPTIONS = {
 
 def render(
     decisions: pd.DataFrame,
+    failures: pd.DataFrame,
     hypotheses: Mapping[str, str],
     margin_pp: float,
     *,
@@ -68,6 +69,7 @@ def render(
         phases=phases,
         rule=tables.rule(margin_pp, confidence),
         decisions=tables.decision_cells(decisions),
+        failures=tables.failure_list(failures),
         primary=list(decisions["primary"]),
         costs=tables.cost_cells(decisions),
         story=tables.story_cells(decisions, leaderboards),

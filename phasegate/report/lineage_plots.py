@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from phasegate.decisions import CONTROL
 from phasegate.params import START
 from phasegate.report.drawing import BLUE, GREY, STYLE, VERMILION, band, new_figure, wrapped
-from phasegate.report.tables import headline_rows, number, of_arm, phase_label, rows_of
+from phasegate.report.tables import failed, headline_rows, number, of_arm, phase_label, rows_of
 from phasegate.statistics import mean_interval
 
 THINNEST, WIDEST = 0.03, 0.42  # half the height of an idle expert, and of the busiest; rows are one apart
@@ -26,20 +26,20 @@ def lineage(loads: pd.DataFrame, surgeries: pd.DataFrame, decisions: pd.DataFram
     """A line per expert from birth to end, as thick as its load, joined to its parent: primary arms with surgery.
 
     `loads` are those of one seed. Born experts are blue, removed ones end in a cross, the others are grey. If no
-    primary arm operated, the first is shown as it is.
+    primary arm operated, the first is shown as it is; if none finished that seed, none is.
     """
     loads, seed = loads[loads["block"] == block], int(loads["seed"].iloc[0])
     done = surgeries[(surgeries["seed"] == seed) & (surgeries["block"] == block)]
-    heads = headline_rows(decisions)
+    heads = [row for row in headline_rows(decisions) if len(of_arm(loads, row.phase, row.arm))]
     operated = [row for row in heads if len(of_arm(done, row.phase, row.arm))] or heads[:1]
-    columns = min(2, len(operated))
-    figure, panels = new_figure(6.4 * columns, 4.6 * ceil(len(operated) / columns), len(operated), columns)
+    columns = min(2, len(operated)) or 1
+    figure, panels = new_figure(6.4 * columns, 4.6 * ceil(len(operated) / columns) or 1, len(operated), columns)
     most = float(loads["share"].max())
     for axes, head in zip(panels, operated, strict=True):
         _tree(axes, of_arm(loads, head.phase, head.arm), of_arm(done, head.phase, head.arm), most)
         axes.set_title(wrapped(_told(head, of_arm(loads, head.phase, head.arm), of_arm(done, head.phase, head.arm))))
     still = [phase_label(row.phase) for row in heads if row not in operated]
-    rest = f"; {' and '.join(still)} changed nothing" if still else ""
+    rest = f"; {' and '.join(still)} changed nothing" if still else "" if heads else "; no primary arm finished it"
     title = f"Lineages of the experts, as thick as their load (seed {seed}; blue: born, orange: removed){rest}"
     figure.suptitle(wrapped(title, 110), x=0.01, ha="left")
     return figure
@@ -112,6 +112,9 @@ def _told(head: Any, loads: pd.DataFrame, surgeries: pd.DataFrame) -> str:
 def _change(head: Any, rows: pd.DataFrame, control: pd.DataFrame, confidence: float) -> str:
     """Where the routing entropy ends, and whether that is apart from the control's."""
     ends = [part[part["step"] == part["step"].max()].set_index("seed")["routing_entropy"] for part in (rows, control)]
-    _, lo, hi = mean_interval(ends[0].sub(ends[1]).round(9), confidence)
+    pairs = ends[0].sub(ends[1]).round(9).dropna()
+    if pairs.empty:
+        return f"{phase_label(head.phase)} {head.arm}: {failed(head)}"
+    _, lo, hi = mean_interval(pairs, confidence)
     verdict = "above" if lo > 0 else "below" if hi < 0 else "the same as" if lo == hi == 0 else "not apart from"
     return f"{phase_label(head.phase)} {head.arm}: ends at {number(ends[0].mean(), 3)}, {verdict} the control"

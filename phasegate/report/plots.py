@@ -34,7 +34,17 @@ from phasegate.report.drawing import (
     new_figure,
     wrapped,
 )
-from phasegate.report.tables import MINUS, finding, headline_rows, interval, number, of_arm, phase_label, rows_of
+from phasegate.report.tables import (
+    MINUS,
+    failed,
+    finding,
+    headline_rows,
+    interval,
+    number,
+    of_arm,
+    phase_label,
+    rows_of,
+)
 
 ARM_STYLES = [  # colour and dash of the arms of a phase, primary first
     (BLUE, "-"),
@@ -55,7 +65,10 @@ OPERATION_MARKERS = {"split": "^", "clone": "P", "reinit": "*", "remove": "v", "
 
 @mpl.rc_context(STYLE)
 def differences(decisions: pd.DataFrame, margin_pp: float) -> Figure:
-    """Forest plot: each arm's difference from the control (pp) with its interval, the margin and zero."""
+    """Forest plot: each arm's difference from the control (pp) with its interval, the margin and zero.
+
+    An arm of which no trial finished has a row without a mark.
+    """
     rows = [row for row in rows_of(decisions) if row.verdict != "CONTROL"]
     if not rows:
         raise UserError("the decisions have no arm beside the control: there is nothing to plot")
@@ -72,7 +85,8 @@ def differences(decisions: pd.DataFrame, margin_pp: float) -> Figure:
         if isfinite(row.delta_lo):
             axes.hlines(y, row.delta_lo, row.delta_hi, color=colour, linewidth=2.5 if row.primary else 1.3)
         axes.plot(row.delta_pp, y, marker, color=colour, markerfacecolor=face, markersize=size)
-        text = f"{row.verdict}  {interval(row.delta_pp, row.delta_lo, row.delta_hi, signed=True)}"
+        difference = interval(row.delta_pp, row.delta_lo, row.delta_hi, signed=True)
+        text = f"{row.verdict}  {', '.join(filter(None, [difference, failed(row)]))}"
         weight = "bold" if row.primary else "normal"
         axes.annotate(*(text, (1.01, y)), xycoords=("axes fraction", "data"), va="center", size=9, weight=weight)
     axes.set_yticks(positions, [f"{phase_label(row.phase)}  {row.arm}" for row in rows])
@@ -136,13 +150,13 @@ def learning_curves(
 
 
 @mpl.rc_context(STYLE)
-def expert_routing(routing: pd.DataFrame, decisions: pd.DataFrame, seed: int = 0, block: int = 0) -> Figure:
+def expert_routing(routing: pd.DataFrame, decisions: pd.DataFrame, block: int = 0) -> Figure:
     """Heatmaps, expert by class: the share (percent) of each class's routed tokens that every expert gets.
 
-    A panel for the 7a baseline and one for each primary arm, all of one seed and block. Experts keep their
-    row: those that surgery removed stay as grey rows, those born in the phase follow below.
+    `routing` is that of one seed: a panel for the 7a baseline and one for each primary arm that finished it. Experts
+    keep their row: those that surgery removed stay as grey rows, those born in the phase follow below.
     """
-    routing = routing[(routing["seed"] == seed) & (routing["block"] == block)]
+    routing, seed = routing[routing["block"] == block], int(routing["seed"].iloc[0])
     panels = {}
     for row in rows_of(decisions[decisions["primary"].astype(bool)]):
         part = of_arm(routing, row.phase, row.arm)
@@ -266,15 +280,17 @@ def _heatmap(axes: Axes, shares: pd.DataFrame, old: "pd.Index[Any]", most: float
 
 
 def _name_candidates(axes: Axes, rows: pd.DataFrame, xlabel: str) -> None:
-    name_rows(axes, list(rows["candidate"]), xlabel)
+    """The names, the chosen one in bold, those with failed trials with how many."""
+    names = [f"{row.candidate} ({failed(row)})" if row.n_failed else row.candidate for row in rows_of(rows)]
+    name_rows(axes, names, xlabel)
     for label, chosen in zip(axes.get_yticklabels(), rows["chosen"], strict=True):
         label.set_fontweight("bold" if chosen else "normal")
 
 
 def _ranking(search: pd.DataFrame, best: Any) -> str:
-    """What the search found: the chosen candidate, its accuracy, the distance to the best other one."""
+    """What the search found: the chosen candidate, its accuracy, the distance to the best other that finished."""
     text = f"{best.candidate} chosen at {interval(best.accuracy, best.accuracy_lo, best.accuracy_hi, 1)} %"
-    others = search[~search["chosen"].astype(bool)]
+    others = search[~search["chosen"].astype(bool) & (search["n_failed"] == 0)]
     if others.empty:
         return text
     other = next(iter(rows_of(others)))

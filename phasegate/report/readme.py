@@ -10,9 +10,10 @@ from phasegate.params import START, load_params
 from phasegate.report.attribution_tables import attribution_findings
 from phasegate.report.signal_tables import signal_findings
 from phasegate.report.surgery_tables import surgery_finding
-from phasegate.report.tables import markdown_rows, rule
+from phasegate.report.tables import failed_lines, markdown_rows, rule
+from phasegate.table_files import read_table
 
-TABLES = ("decisions", "attribution", "surgery_summary", "signal_summary", "surgeries")
+TABLES = ("decisions", "attribution", "surgery_summary", "signal_summary", "surgeries", "failures")
 COLUMNS = ["phase", "arm", "verdict", "accuracy, %", "difference, pp", "experts"]
 
 
@@ -24,7 +25,7 @@ def refreshed(readme: str, tables: Mapping[str, pd.DataFrame], margin_pp: float,
     """
     decisions = tables["decisions"]
     first = decisions[decisions["primary"].astype(bool) | (decisions["phase"] == START)]
-    results = [*markdown_rows(first, COLUMNS), "", rule(margin_pp, confidence)]
+    results = [*markdown_rows(first, COLUMNS), "", rule(margin_pp, confidence), *failed_lines(tables["failures"])]
     surgery = surgery_finding(tables["surgery_summary"])
     signals = signal_findings(tables["signal_summary"], decisions, tables["surgeries"], confidence)
     broken = attribution_findings(tables["attribution"], confidence)
@@ -42,5 +43,5 @@ def refreshed(readme: str, tables: Mapping[str, pd.DataFrame], margin_pp: float,
 
 if __name__ == "__main__":
     path, claims = Path("README.md"), load_params().decisions
-    tables = {name: pd.read_csv(f"reports/{name}.csv") for name in TABLES}
+    tables = {name: read_table(Path(f"reports/{name}.csv")) for name in TABLES}
     path.write_text(refreshed(path.read_text(), tables, claims.margin_pp, claims.confidence))

@@ -6,7 +6,7 @@ import pandas as pd
 
 from phasegate.decisions import CONTROL
 from phasegate.params import START
-from phasegate.report.tables import interval, number, of_arm, rows_of
+from phasegate.report.tables import failed, interval, number, of_arm, rows_of
 from phasegate.signal_summary import CORRELATIONS, GONE, beats_chance
 
 PHASE = "p7b4"
@@ -101,12 +101,15 @@ def acting_findings(decisions: pd.DataFrame, surgeries: pd.DataFrame) -> list[st
     control = rows_of(of_arm(decisions, START, CONTROL))[0]
     sentences = []
     for row in rows_of(decisions[decisions["phase"] == PHASE]):
-        who = "Self-modification on ground truth" if row.primary else "Arm"
+        who = f"{'Self-modification on ground truth' if row.primary else 'Arm'} `{row.arm}`"
+        if not row.n_seeds:
+            sentences.append(f"{who}: {failed(row)}.")
+            continue
         difference = interval(row.delta_pp, row.delta_lo, row.delta_hi, signed=True, unit="pp")
         sentences.append(
-            f"{who} `{row.arm}` operated {_times(row, surgeries)} and {_beside(row)} the fixed architecture trained "
+            f"{who} operated {_times(row, control, surgeries)} and {_beside(row)} the fixed architecture trained "
             f"for as many steps: {difference}, at {row.train_seconds:.0f} s a trial instead of "
-            f"{control.train_seconds:.0f} s."
+            f"{control.train_seconds:.0f} s{f'; {failed(row)}' if row.n_failed else ''}."
         )
     return sentences
 
@@ -118,7 +121,7 @@ def signal_cells(summary: pd.DataFrame, confidence: float) -> list[dict[str, str
         **{f"regret_{gone}": f"regret of {gone}, nats" for gone in GONE},
     }
     return [
-        {"signal": words(row.signal)}
+        {"signal": words(row.signal), "seeds": str(row.n_seeds)}
         | {
             title: _of(row, name, 3 if name.startswith("regret") else 2)
             + (" *" if beats_chance(row, name, confidence) else "")
@@ -144,14 +147,16 @@ def _of(row: Any, name: str, digits: int) -> str:
     return interval(getattr(row, name), getattr(row, f"{name}_lo"), getattr(row, f"{name}_hi"), digits)
 
 
-def _times(row: Any, surgeries: pd.DataFrame) -> str:
+def _times(row: Any, control: Any, surgeries: pd.DataFrame) -> str:
+    """How often an arm operated. Seeds that the control failed are not among those of the row."""
     done = of_arm(surgeries, PHASE, row.arm)
     if done.empty:
         return f"not once in {row.n_seeds} seeds"
     kinds = ", ".join(
         f"{count} \N{MULTIPLICATION SIGN} {name}" for name, count in done["operation"].value_counts().items()
     )
-    return f"{len(done)} times in {done['seed'].nunique()} of {row.n_seeds} seeds ({kinds})"
+    of = "" if control.n_failed else f" of {row.n_seeds}"
+    return f"{len(done)} times in {done['seed'].nunique()}{of} seeds ({kinds})"
 
 
 def _beside(row: Any) -> str:

@@ -11,7 +11,6 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from phasegate.decisions import CONTROL
-from phasegate.errors import UserError
 from phasegate.report.drawing import (
     BLACK,
     BLUE,
@@ -53,7 +52,9 @@ def surgery(summary: pd.DataFrame, surgeries: pd.DataFrame, margin_pp: float) ->
     """
     rows = rows_of(study_rows(summary))
     if len(rows) < 2:
-        raise UserError("the surgery study has no surgeries: there is nothing to plot")
+        figure, _ = new_figure(13, 1, 0)
+        figure.suptitle("The surgery study has no surgeries to show", x=0.01, ha="left")
+        return figure
     figure, (first, second, third, fourth) = new_figure(13, 2 + 0.34 * len(rows), 4, 4)
     for y, row in enumerate(rows):
         colour = COLOURS[row.operation]

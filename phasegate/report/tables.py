@@ -67,20 +67,55 @@ def p_text(p: float) -> str:
     return "" if pd.isna(p) else "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
+def failed(row: Any) -> str:
+    """`1 of 10 trials failed`, of a row of the decisions or of a leaderboard; blank if none did."""
+    total = row.n_seeds + row.n_failed
+    if not row.n_failed:
+        return ""
+    if row.n_seeds:
+        return f"{row.n_failed} of {total} trials failed"
+    return f"all {total} trials failed" if total > 1 else "the one trial failed"
+
+
+def verdict(row: Any) -> str:
+    """The verdict of a row of the decisions, and the failures that it has to live with."""
+    return f"{row.verdict}, {failed(row)}" if row.n_failed else row.verdict
+
+
+def failure_list(failures: pd.DataFrame) -> list[str]:
+    """Every failed trial with step and reason, in a phrase each; arms that failed alike share one."""
+    alike = failures.groupby(["phase", "seed", "step", "reason"], sort=False)["arm"]
+    return [
+        f"{phase_label(str(phase))} {', '.join(arms)}, seed {seed}, step {step}: {reason}"
+        for (phase, seed, step, reason), arms in alike
+    ]
+
+
 def finding(row: Any, margin_pp: float) -> str:
-    """What a row of the decisions says in a few words: verdict, arm, difference with interval."""
+    """What a row of the decisions says in a few words: verdict, arm, difference with interval, failures."""
+    if not row.n_seeds:
+        return f"{row.verdict}: {row.arm}, {failed(row)}"
+    text = _compared(row, margin_pp)
+    if not row.n_failed:
+        return text
+    return f"{text}, {'but' if row.verdict == 'INCONCLUSIVE' else 'and'} {failed(row)}"
+
+
+def _compared(row: Any, margin_pp: float) -> str:
+    """The same of the trials that finished."""
     margin = f"{margin_pp:g} pp"
     signed = interval(row.delta_pp, row.delta_lo, row.delta_hi, signed=True, unit="pp")
+    within = row.verdict == "GO" or (row.verdict == "INCONCLUSIVE" and row.primary and row.delta_lo >= -margin_pp)
     if row.verdict == "CONTROL":
         return f"{row.arm}: the control"
     if row.verdict == "NO-GO":
         loss = interval(-row.delta_pp, -row.delta_hi, -row.delta_lo, unit="pp")
         said = f"loses {loss} against {CONTROL}"
     elif row.delta_lo == row.delta_hi == 0:
-        said = f"equals {CONTROL} in every seed"
-    elif row.verdict == "GO" and row.delta_lo > 0:
+        said = f"equals {CONTROL} in every seed{' that finished' if row.n_failed else ''}"
+    elif within and row.delta_lo > 0:
         said = f"gains {signed} over {CONTROL}"
-    elif row.verdict == "GO":
+    elif within:
         said = f"stays within {margin} of {CONTROL}, {signed}"
     elif row.verdict == "INCONCLUSIVE":
         said = f"may or may not stay within {margin} of {CONTROL}, {signed}"
@@ -91,11 +126,13 @@ def finding(row: Any, margin_pp: float) -> str:
 
 def outcome(row: Any, decisions: pd.DataFrame, margin_pp: float) -> str:
     """The finding as a sentence: with the seeds behind it, the number that would decide, and what the arm spends."""
+    if not row.n_seeds:
+        return f"{finding(row, margin_pp)}."
     seeds = f"{row.n_seeds} seed{'s' if row.n_seeds != 1 else ''}"
     if row.verdict == "INCONCLUSIVE":
         if not pd.isna(row.seeds_needed):
             seeds += f"; about {int(row.seeds_needed):,} would decide"
-        else:
+        elif not row.n_failed:
             seeds += "; no realistic number would decide" if row.n_seeds > 1 else "; one can't decide"
     control = rows_of(of_arm(decisions, START, CONTROL))[0]
     return f"{finding(row, margin_pp)} ({seeds}){spending(row, control)}."
@@ -136,7 +173,7 @@ def decision_cells(decisions: pd.DataFrame) -> list[dict[str, str]]:
         {
             "phase": phase_label(row.phase),
             "arm": row.arm,
-            "verdict": row.verdict,
+            "verdict": verdict(row),
             "accuracy, %": interval(row.accuracy, row.accuracy_lo, row.accuracy_hi),
             "difference, pp": ""
             if row.verdict == "CONTROL"
@@ -145,23 +182,35 @@ def decision_cells(decisions: pd.DataFrame) -> list[dict[str, str]]:
             "p (Holm)": p_text(row.p_holm),
             "seeds": str(row.n_seeds),
             "seeds needed": "" if pd.isna(row.seeds_needed) else f"{int(row.seeds_needed):,}",
-            "experts": f"{row.n_routed_start:g} → {row.n_routed_end:g}",
-            "parameters (active)": f"{row.params_total:,.0f} ({row.params_active:,.0f})",
-            "FLOPs/example": f"{row.flops_per_example:,.0f}",
-            "train, s": f"{row.train_seconds:,.0f}",
+            "experts": f"{row.n_routed_start:g} → {round(row.n_routed_end, 1):g}" if row.n_seeds else "",
+            **_spent(row),
         }
         for row in rows_of(decisions)
     ]
+
+
+def _spent(row: Any) -> dict[str, str]:
+    """What the model of a row takes, of the decisions or of a leaderboard; blank if no trial finished."""
+    return {
+        "parameters (active)": f"{number(row.params_total, 0)} ({number(row.params_active, 0)})" if row.n_seeds else "",
+        "FLOPs/example": number(row.flops_per_example, 0),
+        "train, s": number(row.train_seconds, 0),
+    }
 
 
 def cost_cells(decisions: pd.DataFrame) -> list[dict[str, str]]:
     """What every arm takes, with its ratio to the control's: one dict of column title and text per row."""
     control = of_arm(decisions, START, CONTROL).iloc[0]
     digits = dict.fromkeys(COSTS, 0) | {"train_seconds": 1}
+
+    def ratio(row: "pd.Series[Any]", name: str) -> str:
+        times = f"\N{MULTIPLICATION SIGN} {number(row[name] / control[name])}"
+        return f"{number(row[name], digits[name])} ({times})" if row["n_seeds"] else ""
+
     return [
         {"phase": phase_label(row["phase"]), "arm": row["arm"]}
         | {
-            title: f"{number(row[name], digits[name])} (\N{MULTIPLICATION SIGN} {number(row[name] / control[name])})"
+            title: ratio(row, name)
             for name, title in zip(COSTS, ("parameters", "active", "FLOPs/example", "train, s"), strict=True)
         }
         for _, row in decisions.iterrows()
@@ -175,18 +224,21 @@ def rule(margin_pp: float, confidence: float) -> str:
         f"Every arm is compared seed by seed with `{CONTROL}`, the same 7a checkpoints trained for as many "
         f"steps without control head or surgery: GO if the {100 * confidence:g} % interval of the difference "
         f"lies at or above {bound} (the margin), NO-GO if it lies below, else INCONCLUSIVE; only the primary "
-        "arm decides its phase, the others are exploratory and also have to pass Holm's correction within their phase."
+        "arm decides its phase, the others are exploratory and also have to pass Holm's correction within their phase. "
+        "An arm with a trial that failed is never GO, and NO-GO if all failed, while a seed that "
+        f"`{CONTROL}` failed counts against none."
     )
 
 
 def decisions_markdown(
     decisions: pd.DataFrame,
+    failures: pd.DataFrame,
     hypotheses: Mapping[str, str],
     margin_pp: float,
     confidence: float,
 ) -> str:
-    """The text of `reports/decisions.md`: the rule, one line per phase, and the table with primary arms in
-    bold.
+    """The text of `reports/decisions.md`: the rule, one line per phase, the table with primary arms in bold, and
+    the trials that failed.
 
     Raises UserError for a phase without a hypothesis.
     """
@@ -195,6 +247,7 @@ def decisions_markdown(
         said = hypothesis(hypotheses, row.phase)
         lines.append(f"- **{phase_label(row.phase)}** {said} **{outcome(row, decisions, margin_pp)}**")
     lines += ["", "Primary arms in bold; intervals over seeds.", "", *markdown_rows(decisions)]
+    lines += failed_lines(failures)
     return "\n".join(lines) + "\n"
 
 
@@ -208,6 +261,12 @@ def markdown_rows(decisions: pd.DataFrame, columns: Sequence[str] | None = None)
         texts = (f"**{row[title]}**" if title in bold and row[title] else row[title] for title in titles)
         lines.append("| " + " | ".join(_escaped(text) for text in texts) + " |")
     return lines
+
+
+def failed_lines(failures: pd.DataFrame) -> list[str]:
+    """The failed trials as a Markdown list under its title; nothing if there are none."""
+    listed = [f"- {_escaped(phrase)}" for phrase in failure_list(failures)]
+    return ["", "Failed trials:", "", *listed] if listed else []
 
 
 def _escaped(text: str) -> str:
@@ -231,10 +290,8 @@ def leaderboard_cells(table: pd.DataFrame) -> list[dict[str, str]]:
             "gate accuracy, %": interval(row.accuracy, row.accuracy_lo, row.accuracy_hi),
             "test accuracy, %": interval(row.test_accuracy, row.test_lo, row.test_hi),
             "published, %": number(row.published_accuracy),
-            "seeds": str(row.n_seeds),
-            "parameters (active)": f"{row.params_total:,.0f} ({row.params_active:,.0f})",
-            "FLOPs/example": f"{row.flops_per_example:,.0f}",
-            "train, s": f"{row.train_seconds:,.0f}",
+            "seeds": f"{row.n_seeds}, {row.n_failed} failed" if row.n_failed else str(row.n_seeds),
+            **_spent(row),
             "settings": row.settings,
         }
         for row in rows_of(table)
@@ -265,7 +322,7 @@ def story_cells(decisions: pd.DataFrame, leaderboards: Mapping[str, pd.DataFrame
     verdicts: dict[str, str] = {}
     for row in rows_of(decisions[decisions["primary"].astype(bool)]):
         ours[row.phase] = interval(row.accuracy, row.accuracy_lo, row.accuracy_hi)
-        verdicts[row.phase] = "" if row.phase == START else f"{row.verdict} ({row.arm})"
+        verdicts[row.phase] = "" if row.phase == START else f"{verdict(row)} ({row.arm})"
     return [
         {
             "phase": step.label,

@@ -29,6 +29,11 @@ def load_source(name: str, path: Path) -> Raw:
     """
     if name not in SOURCES:
         raise UserError(f"data set is {name!r}: it must be one of {', '.join(SOURCES)}")
-    if not path.exists():
-        raise UserError(f"data path is {str(path)!r}, which does not exist")
-    return SOURCES[name](path)
+    try:
+        if not path.exists():
+            raise UserError(f"data path is {str(path)!r}, which does not exist")
+        if not (path.is_file() or path.is_dir()):
+            raise UserError(f"data path is {str(path)!r}, which is neither a file nor a folder")
+        return SOURCES[name](path)
+    except OSError as error:
+        raise UserError(f"data path is {str(path)!r}, which can't be used ({error.strerror or error})") from error

@@ -2,7 +2,6 @@
 
 import gzip
 import tarfile
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -15,6 +14,7 @@ from phasegate.sources.raw import Raw
 
 IMAGE = (3, 32, 32)
 MAX_TEXT = 65_536  # bytes in a file of label names, a generous bound
+LARGEST = 1 << 28  # bytes in an archive, decompressed: both have 176 MiB, but a small file can hold terabytes of zeros
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,21 @@ class CifarFormat:
         """Exact size in bytes of every file of records."""
         record = len(self.names) + int(np.prod(IMAGE))
         return {file: records * record for file, records in {**self.train, **self.test}.items()}
+
+    @property
+    def limits(self) -> dict[str, int]:
+        """Most bytes that are read of every file."""
+        return self.sizes | dict.fromkeys(self.names, MAX_TEXT)
+
+
+class Bounded(gzip.GzipFile):
+    """A gzip file that fails (OSError) once more than `LARGEST` bytes were read of it."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        """The next bytes, decompressed."""
+        if self.tell() > LARGEST:
+            raise OSError(f"more than {LARGEST:,} bytes when decompressed")
+        return super().read(size)
 
 
 CIFAR10 = CifarFormat(
@@ -71,18 +86,24 @@ def load_cifar(path: Path, form: CifarFormat) -> Raw:
 
 def _read_folder(path: Path, form: CifarFormat) -> dict[str, bytes]:
     folder = path / form.folder if (path / form.folder).is_dir() else path
-    wanted = [folder / file for file in (*form.sizes, *form.names)]
-    return {file.name: file.read_bytes() for file in wanted if file.is_file()}
+    return {file: _head(folder / file, limit) for file, limit in form.limits.items() if (folder / file).is_file()}
+
+
+def _head(path: Path, limit: int) -> bytes:
+    """The content of a file, and one byte more than the limit if that is exceeded."""
+    with path.open("rb") as file:
+        return file.read(limit + 1)
 
 
 def _read_archive(path: Path, form: CifarFormat) -> dict[str, bytes]:
     """Read the expected files in one pass over the archive."""
-    limits = form.sizes | dict.fromkeys(form.names, MAX_TEXT)
-    wanted = {PurePosixPath(form.folder, file): limit for file, limit in limits.items()}
+    wanted = {PurePosixPath(form.folder, file): limit for file, limit in form.limits.items()}
     files: dict[str, bytes] = {}
     try:
-        with gzip.open(path) as stream, tarfile.open(fileobj=stream, mode="r|") as archive:
+        with Bounded(path) as stream, tarfile.open(fileobj=stream, mode="r|") as archive:
             for member in archive:
+                if member.size > LARGEST:  # tarfile would read on and on, beyond the end of the file
+                    raise OSError(f"{member.size:,} bytes are claimed for a member")
                 name = PurePosixPath(member.name)
                 if name not in wanted:
                     continue
@@ -92,7 +113,9 @@ def _read_archive(path: Path, form: CifarFormat) -> dict[str, bytes]:
                 files[name.name] = content.read()
             while stream.read(MAX_TEXT):  # to the end, where gzip compares its checksum
                 pass
-    except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # gzip, zlib and tarfile share no base class for what a damaged file raises
         raise UserError(f"{path} is no complete .tar.gz archive ({error}): get the archive again") from error
     return files
 

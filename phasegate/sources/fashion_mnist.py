@@ -1,7 +1,7 @@
 """Fashion-MNIST (Xiao et al. 2017, arXiv 1708.07747), from a local folder, Debian or its public home."""
 
 import gzip
-import tempfile
+import math
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +10,7 @@ import numpy as np
 
 from phasegate.data import Array, Split
 from phasegate.errors import UserError
-from phasegate.files import sha256, write_atomic
+from phasegate.files import sha256
 from phasegate.sources.raw import Raw
 
 URL = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com"
@@ -21,6 +21,7 @@ SHA256 = {  # of the uncompressed files
     "t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
     "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
 }
+LARGEST = 1 << 26  # bytes of a file, compressed or not: the largest has 47,040,016
 CLASSES = (
     *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
     *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
@@ -47,34 +48,44 @@ def _file(raw_dir: Path, name: str, expected: str) -> Array:
 
 
 def _download(local: Path, expected: str) -> None:
-    """Download to `local`, where nothing but the expected content arrives."""
-    import pooch  # type: ignore[import-untyped, unused-ignore]
+    """Download to `local`, where nothing but the expected content arrives; a part waits beside it for the rest."""
+    from phasegate.sources.download import download
 
-    pooch.get_logger().setLevel("WARNING")  # it would advise to record the sha256 of the compressed file
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            url = f"{URL}/{local.name}"
-            download = Path(pooch.retrieve(url, known_hash=None, fname=local.name, path=folder))
-            _read_idx(download, expected)
-        except (OSError, ValueError) as error:  # requests' errors are OSErrors
-            cause = "other content" if isinstance(error, UserError) else type(error).__name__
-            raise UserError(
-                f"{local.name} of Fashion-MNIST can't be downloaded ({cause}): put it into {local.parent},"
-                f" install Debian's package dataset-fashion-mnist, or run where {URL} is in reach"
-            ) from error
-        write_atomic(local, download.read_bytes())
+    partial = local.with_name(f".{local.name}.part")
+    try:
+        download(f"{URL}/{local.name}", partial, LARGEST)
+    except OSError as error:
+        raise _not_downloaded(local, type(error).__name__) from error
+    try:
+        _read_idx(partial, expected)
+    except UserError as error:
+        partial.unlink()
+        raise _not_downloaded(local, "other content") from error
+    partial.replace(local)
+
+
+def _not_downloaded(local: Path, cause: str) -> UserError:
+    return UserError(
+        f"{local.name} of Fashion-MNIST can't be downloaded ({cause}): put it into {local.parent},"
+        f" install Debian's package dataset-fashion-mnist, or run where {URL} is in reach"
+    )
 
 
 def _read_idx(path: Path, expected: str) -> Array:
     """Read a gzipped idx file of bytes: images (N, H, W) in uint8, labels (N,) in int64."""
     try:
         with gzip.open(path) as file:
-            content = file.read()
+            content = file.read(LARGEST + 1)
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path} is no complete gzip file ({error}): delete it to have it fetched again") from error
+    if len(content) > LARGEST:
+        raise UserError(f"{path} has more than {LARGEST:,} bytes uncompressed: delete it to have it fetched again")
     if (found := sha256(content)) != expected:
         raise UserError(f"{path} has sha256 {found} uncompressed, not {expected}: delete it to have it fetched again")
-    axes = content[3]  # header: 0, 0, 8 (unsigned bytes), number of axes, their lengths as big-endian int32
-    lengths = np.frombuffer(content, ">i4", axes, offset=4)
-    array = np.frombuffer(content, np.uint8, offset=4 + 4 * axes).reshape(lengths)
+    axes = 3 if "images" in path.name else 1
+    start = 4 + 4 * axes  # after 0, 0, 8 (unsigned bytes), number of axes, their lengths as big-endian integers
+    lengths = [int.from_bytes(content[at : at + 4]) for at in range(4, start, 4)]
+    if content[:4] != bytes([0, 0, 8, axes]) or math.prod(lengths) != len(content) - start:
+        raise UserError(f"{path} is no idx file of bytes with {axes} axes: delete it to have it fetched again")
+    array = np.frombuffer(content, np.uint8, offset=start).reshape(lengths)
     return array.astype(np.int64) if axes == 1 else array
