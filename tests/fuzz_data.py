@@ -22,10 +22,8 @@ from tests import fuzz_checkpoints
 from tests.damage import damaged_bytes, damaged_tree, replaced
 from tests.fuzz import Case
 from tests.fuzz_checkpoints import PLACE, SNIPPETS, VALUES, damaged_weights
-from tests.test_data import own_data
+from tests.test_data import SIGNALLING, own_data
 from tests.test_sources import SMALL, cifar_archive, cifar_files
-
-SIGNALLING = np.frombuffer(b"\x01\0\0\0\0\0\xf0\x7f")[0]  # a NaN that complains when it is converted
 
 
 def originals(folder: Path) -> Path:
@@ -107,8 +105,8 @@ def _damaged_arrays(arrays: dict[str, Any], draw: random.Random) -> dict[str, An
             "i4,f4",
         )
         match draw.choice(["value", "value", "dtype", "shape", "constant", "object", "scaled"]):
-            case "value":
-                values = (0, -1, 3, 2**40, 2**63 - 1, 1e-300, 1e-160, 3e38, 1e300, np.nan, np.inf, SIGNALLING)
+            case "value" if array.size:
+                values = (0, -1, 3, 2**40, 2**63 - 1, 1e-300, 1e-160, 3e38, 1e300, np.nan, np.inf, SIGNALLING[0])
                 value = draw.choice([value for value in values if array.dtype.kind == "f" or isinstance(value, int)])
                 array.flat[draw.randrange(array.size)] = value
                 arrays[key] = array if draw.random() < 0.8 else np.full_like(array, value)
@@ -125,7 +123,7 @@ def _damaged_arrays(arrays: dict[str, Any], draw: random.Random) -> dict[str, An
                     array[:1],
                     array.T,
                     array[..., None, None, None],
-                    array.ravel()[:1].reshape(()),
+                    np.array(1),
                 )
                 arrays[key] = draw.choice(shapes)
             case "constant":

@@ -38,20 +38,22 @@ ENCODINGS = ("utf-8-sig", "utf-16", "utf-16-le", "utf-32", "latin-1", "cp1252", 
 PLACE = "placeholder_of_a_snippet"
 
 
-def originals(folder: Path) -> str:
-    """The parameter file of the study."""
-    return (ROOT / "params.yaml").read_text()
+def originals(folder: Path) -> tuple[str, Any]:
+    """The parameter file of the study, and what it says."""
+    text = (ROOT / "params.yaml").read_text()
+    return text, yaml.safe_load(text)
 
 
-def case(text: str, draw: random.Random, folder: Path) -> Case:
+def case(state: tuple[str, Any], draw: random.Random, folder: Path) -> Case:
     """One damaged parameter file, to be read."""
+    text, values = state
     path = folder / "params.yaml"
     path.write_text(text)
     match draw.choice(["tree"] * 5 + ["snippet"] * 5 + ["lines"] * 2 + ["bytes"] * 2 + ["encoding", "replaced"]):
         case "tree":
-            path.write_bytes(_yaml(damaged_tree(yaml.safe_load(text), draw, VALUES)))
+            path.write_bytes(_yaml(damaged_tree(values, draw, VALUES)))
         case "snippet":
-            tree = damaged_tree(yaml.safe_load(text), draw, [PLACE])
+            tree = damaged_tree(values, draw, [PLACE])
             damaged = _yaml(tree).decode().replace(PLACE, draw.choice(SNIPPETS))
             path.write_bytes(damaged.encode(errors="surrogatepass"))
         case "lines":

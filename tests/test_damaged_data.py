@@ -43,6 +43,16 @@ def npy(array: Any) -> bytes:
     return buffer.getvalue()
 
 
+def refused_with(path: Path, message: str) -> int:
+    """The most bytes of memory that it took to refuse an .npz file."""
+    tracemalloc.start()
+    with pytest.raises(UserError, match=message):
+        load_npz(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return peak
+
+
 CLAIMS = npy(np.zeros((9, 2, 7))).replace(b"(9, 2, 7), }       ", b"(9, 2, 70000000), }")
 """An array whose header claims a shape of 10 GB."""
 
@@ -52,15 +62,8 @@ CLAIMS = npy(np.zeros((9, 2, 7))).replace(b"(9, 2, 7), }       ", b"(9, 2, 70000
 )
 def test_members_that_lie_are_refused_without_taking_memory(tmp_path: Path, content: bytes) -> None:
     assert load_npz(zipped(tmp_path)).test.x.shape == (9, 2, 7)
-    path = zipped(tmp_path, x_test=content)
-    tracemalloc.start()
-    with pytest.raises(
-        UserError, match=r"damaged.npz is no complete .npz file of plain, non-object arrays \(ValueError"
-    ):
-        load_npz(path)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 1 << 20
+    message = r"damaged.npz is no complete .npz file of plain, non-object arrays \(ValueError"
+    assert refused_with(zipped(tmp_path, x_test=content), message) < 1 << 20
 
 
 def test_arrays_that_python_2_wrote_are_read_without_a_warning(tmp_path: Path) -> None:
@@ -76,6 +79,14 @@ def test_a_zip_bomb_is_refused_before_it_is_opened(tmp_path: Path, monkeypatch: 
     with pytest.raises(UserError, match=r"damaged.npz holds arrays of 10,\d+,\d+ bytes: half of this machine's memory"):
         load_npz(path)
     assert path.stat().st_size < 1 << 17
+
+
+def test_of_a_member_no_more_is_read_than_it_claims(tmp_path: Path) -> None:
+    large, small = (npy(np.zeros((9, 2, length))) for length in (700_000, 700))
+    path, claim = zipped(tmp_path, x_test=large), len(large).to_bytes(4, "little")
+    assert path.read_bytes().count(claim) == 2
+    path.write_bytes(path.read_bytes().replace(claim, len(small).to_bytes(4, "little")))
+    assert refused_with(path, "no complete .npz file") < 1 << 20
 
 
 def test_methods_that_zipfile_can_not_bound_are_refused(tmp_path: Path) -> None:
@@ -202,11 +213,14 @@ def changed_meta(folder: Path, change: Callable[[dict[str, Any]], object]) -> Pa
     [
         ("'name': Input should be a valid string", lambda c: c.update(name=3)),
         ("'tasks.first.0': Input should be a valid integer", lambda c: c["tasks"].update(first=["1", 0, 0])),
+        ("'tasks.first.0': Input should be greater", lambda c: c["tasks"].update(first=[-1, 0, 0])),
+        ("'arrays.gate_y.shape.0': Input should be greater", lambda c: shape(c, "gate_y", [-6])),
         ("'mean.0': Input should be a finite number", lambda c: c["mean"].__setitem__(0, float("nan"))),
         ("'std': Field required", lambda c: c.pop("std")),
         ("std has 3 values, not 2", lambda c: c["std"].append(1.0)),
         ("task 'first' has 2 values, not 3", lambda c: c["tasks"].update(first=[0, 1])),
         ("its arrays are ", lambda c: c["arrays"].pop("gate_y")),
+        ("its arrays are .* …", lambda c: c["arrays"].update(dict.fromkeys(["x" * 9999, "y"], c["arrays"]["gate_y"]))),
         (r"gate_x has shape \(6, 3, 7\) in float32, not \(6, 2, 7\)", lambda c: shape(c, "gate_x", [6, 3, 7])),
         (r"gate_x has shape \(6, 2, 7\) in float32, not \(7, 2, 7\)", lambda c: shape(c, "gate_y", [7])),
         (r"gate_y has shape \(6, 2\) in int64, not \(6,\)", lambda c: shape(c, "gate_y", [6, 2])),
@@ -217,8 +231,11 @@ def changed_meta(folder: Path, change: Callable[[dict[str, Any]], object]) -> Pa
 def test_a_description_that_is_not_one_is_refused(
     prepared: Path, message: str, change: Callable[[dict[str, Any]], object]
 ) -> None:
-    with pytest.raises(UserError, match=rf"^\S+dataset.json is missing or damaged \(.*{message}.*dvc repro prepare`$"):
+    with pytest.raises(
+        UserError, match=rf"^\S+dataset.json is missing or damaged \(.*{message}.*dvc repro prepare`$"
+    ) as refused:
         load_meta(changed_meta(prepared, change))
+    assert len(str(refused.value)) < 500
 
 
 def shape(content: dict[str, Any], key: str, shape: list[int]) -> None:

@@ -13,6 +13,7 @@ from phasegate.errors import UserError
 from phasegate.prepare import merge_tasks, prepare, split_validation, stratified
 from phasegate.sources import Raw
 
+SIGNALLING = np.frombuffer(b"\1\0\0\0\0\0\xf0\x7f")  # a NaN that complains when it is converted
 TINY = np.random.default_rng(0).normal(0, 1e-40, (60, 2, 7))
 
 
@@ -80,6 +81,7 @@ def test_damaged_prepared_files_are_refused(tmp_path: Path, file: str, end: byte
             {"x_train": np.zeros((60, 2, 7), complex)},
         ),
         (r"840 values like 1e.300: all must be finite", {"x_train": np.full((60, 2, 7), 1e300)}),
+        (r"840 values like nan: all must be finite", {"x_train": np.full((60, 2, 7), SIGNALLING)}),
         (r"shape \(2, 7\) in x_train but \(7,\) in x_test", {"x_test": np.zeros((9, 7))}),
         (r"x_test .* shape \(9,\): it must be", {"x_test": np.zeros(9)}),
         (r"8 rows in x_test but 9 in y_test", {"x_test": np.zeros((8, 2, 7))}),
