@@ -5,9 +5,10 @@ must get exactly the recorded number of gate examples right, and the weights mus
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import safetensors.torch
 import torch
@@ -17,7 +18,8 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from phasegate.errors import UserError, one_line
-from phasegate.files import read_json, sha256, write_atomic
+from phasegate.files import read_json, refuse_special, sha256, write_atomic
+from phasegate.memory import memory
 from phasegate.model import Cost, Model, ModelSpec, cost
 from phasegate.moe import AXES
 from phasegate.params import Architecture, Training
@@ -27,6 +29,7 @@ from phasegate.training import Examples, correct, make_optimizer
 
 FORMAT = 2
 WEIGHTS, RECORD = "weights.safetensors", "checkpoint.json"
+T = TypeVar("T")
 MOMENTS = {"step", "exp_avg", "exp_avg_sq"}
 _MEANINGLESS = (
     *(KeyError, TypeError, ValueError, AttributeError, IndexError, StopIteration),
@@ -35,15 +38,14 @@ _MEANINGLESS = (
 """What building a model raises for values that make no sense together."""
 
 
-@dataclass(frozen=True)
-class Record:
+class Record(Section):
     """What a checkpoint says of its trial, besides the weights."""
 
-    phase: str
-    arm: str
-    seed: int
+    phase: Annotated[str, Field(max_length=100)]
+    arm: Annotated[str, Field(max_length=100)]
+    seed: Index
     training: Training  # the 7a configuration
-    n_routed_start: int  # routed experts when the trial began
+    n_routed_start: Index  # routed experts when the trial began
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ def save(folder: Path, model: Model | Reference, optimizer: AdamW | None, record
     content = {
         "format": FORMAT,
         "model": {"kind": kind, **_to_json(model.spec)},
-        "trial": {**asdict(record), "training": record.training.model_dump()},
+        "trial": record.model_dump(),
         "gate": {"correct": correct(model, gate), "total": len(gate)},
         "cost": cost(model, model.spec.input_shape)._asdict(),
         "weights": {"sha256": sha256(weights), "optimizer": optimizer is not None},
@@ -83,7 +85,7 @@ def summary(folder: Path) -> tuple[Record, float, Cost]:
         UserError: if the file is missing or does not describe a checkpoint.
     """
     content = _read_record(folder / RECORD)
-    return content.record(), 100 * content.gate.correct / content.gate.total, Cost(**content.cost.model_dump())
+    return content.trial, 100 * content.gate.correct / content.gate.total, Cost(**content.cost.model_dump())
 
 
 def load(folder: Path, gate: Examples, device: torch.device | str = "cpu") -> Checkpoint:
@@ -97,7 +99,7 @@ def load(folder: Path, gate: Examples, device: torch.device | str = "cpu") -> Ch
         model = _build(content.model, parts_at_most=len(tensors))
         if model.spec.input_shape != gate.x.shape[1:]:
             raise ValueError(f"its examples have shape {model.spec.input_shape}, not {tuple(gate.x.shape[1:])}")
-        fill(model, _below(tensors, "model."), str(folder / WEIGHTS))
+        fill(model, below(tensors, "model."), str(folder / WEIGHTS))
         model.to(device)
         got = correct(model, gate)
     except UserError:
@@ -111,17 +113,9 @@ def load(folder: Path, gate: Examples, device: torch.device | str = "cpu") -> Ch
         )
     if sha256(folder / WEIGHTS) != content.weights.sha256:
         raise UserError(f"{folder / WEIGHTS} was altered: its sha256 is not the recorded {content.weights.sha256}")
-    record, with_optimizer = content.record(), content.weights.optimizer
-    optimizer = _restore(model, record.training, tensors, folder / WEIGHTS) if with_optimizer else None
-    return Checkpoint(model, optimizer, record)
-
-
-class _Trial(Section):
-    phase: Annotated[str, Field(max_length=100)]
-    arm: Annotated[str, Field(max_length=100)]
-    seed: Index
-    training: Training
-    n_routed_start: Index
+    kept = content.weights.optimizer
+    optimizer = _restore(model, content.trial.training, tensors, folder / WEIGHTS) if kept else None
+    return Checkpoint(model, optimizer, content.trial)
 
 
 class _Gate(Section):
@@ -145,14 +139,10 @@ class _Content(Section):
 
     format: Literal[2]
     model: dict[str, Any]  # a specification, and its kind
-    trial: _Trial
+    trial: Record
     gate: _Gate
     cost: _Cost
     weights: _Weights
-
-    def record(self) -> Record:
-        """What it says of its trial."""
-        return Record(**dict(self.trial))
 
 
 def _to_json(spec: ModelSpec | ReferenceSpec) -> dict[str, Any]:
@@ -226,7 +216,7 @@ def _axis_sizes(state: dict[str, Tensor], prefix: str) -> dict[str, int]:
 def _restore(model: nn.Module, training: Training, tensors: dict[str, Tensor], path: Path) -> AdamW:
     optimizer = make_optimizer(model.parameters(), training)
     for name, parameter in model.named_parameters():
-        state = _below(tensors, f"optimizer.{name}.")
+        state = below(tensors, f"optimizer.{name}.")
         if not state:
             continue
         if set(state) != MOMENTS:
@@ -242,8 +232,9 @@ def _restore(model: nn.Module, training: Training, tensors: dict[str, Tensor], p
     return optimizer
 
 
-def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+def below(state: Mapping[str, T], prefix: str) -> dict[str, T]:
+    """What stands under a prefix in a flat mapping, without the prefix."""
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
 
 def _read_record(path: Path) -> _Content:
@@ -254,7 +245,10 @@ def _read_record(path: Path) -> _Content:
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:
+    refuse_special(path)
     try:
+        if (size := path.stat().st_size) > memory():
+            raise ValueError(f"it claims {size:,} bytes, more than this machine's memory")
         return safetensors.torch.load_file(path)
     except FileNotFoundError:
         raise UserError(f"{path} is missing: `dvc repro` runs the stage that writes it") from None

@@ -4,7 +4,7 @@ Shapes: N test examples, C classes, E experts.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, astuple
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -99,7 +99,7 @@ def evaluate(
     predicted = probs.argmax(1)
     right = predicted == y
     record = trial.record
-    key = _key(asdict(record))
+    key = _key(dict(record))
     usage = class_usage(trial.model, outputs, test.y)
     row = key | {
         "accuracy": 100 * right.mean(),

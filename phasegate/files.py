@@ -42,6 +42,12 @@ def sha256(source: Path | bytes | memoryview) -> str:
     return hashlib.sha256(source).hexdigest()
 
 
+def refuse_special(path: Path) -> None:
+    """Raises UserError if a path is there, but is no regular file: reading a pipe may wait for ever."""
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} can't be read: it is no regular file")
+
+
 def read_bounded(path: Path, at_most: int = 1 << 20) -> bytes:
     """A file's content, of so many bytes at most: more is refused before it is read.
 
@@ -49,8 +55,7 @@ def read_bounded(path: Path, at_most: int = 1 << 20) -> bytes:
         UserError: if the file is missing, can't be read, is something else than a file, or is larger.
     """
     try:
-        if path.exists() and not path.is_file():
-            raise UserError(f"{path} can't be read: it is no regular file")
+        refuse_special(path)
         with path.open("rb") as file:
             content = file.read(at_most + 1)
     except FileNotFoundError:

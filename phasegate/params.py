@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from phasegate.errors import UserError
 from phasegate.sections import (
     LARGEST,
     MOST,
@@ -401,4 +402,6 @@ def load_params(path: Path = Path("params.yaml")) -> Params:
     Raises:
         UserError: if the file is missing, is not YAML, or holds something that is not allowed.
     """
+    if not path.exists():
+        raise UserError(f"{path} is missing: run from the folder that holds dvc.yaml")
     return parse(Params, load_yaml(path))

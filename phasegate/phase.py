@@ -77,9 +77,9 @@ def run_arm(folder: Path, *, prepared: Path, start: Path, phase: str, arm: Arm, 
     """Run one trial and leave a checkpoint, the learning curve, the loads and the log of surgeries in `folder`."""
     start_from, course = begin(prepared, start, seed, schedule)
     trial = _Trial(start_from, arm, course, folder)
-    record = Record(phase, arm.name, seed, course.training, trial.n_routed_start)
+    record = Record(phase=phase, arm=arm.name, seed=seed, training=course.training, n_routed_start=trial.n_routed_start)
     save = partial(checkpoint.save, model=trial.model, optimizer=None, record=record, gate=course.gate)
-    done = trial.begin()
+    done = trial.snapshots.begin(lambda: trial.curve.measure(0))
     with trial.snapshots.last_good(save):
         fit(trial.model, trial.optimizer, course.batches, trial.objective, course.rates, trial.after_step, done)
     save(folder)
@@ -125,14 +125,6 @@ class _Trial:
         if self.surgeon:
             parts["surgeon"] = self.surgeon
         self.snapshots = Snapshots(folder, self.model, self.optimizer, parts)
-
-    def begin(self) -> int:
-        """Go on from a snapshot, or else begin with a point of the learning curve; returns the steps done."""
-        done = self.snapshots.resume()
-        if not done:
-            self.curve.measure(0)
-            self.snapshots.take(0)
-        return done
 
     def objective(self, x: Tensor, y: Tensor, step: int) -> Tensor:
         """The control arm's loss, plus what the arm adds to it."""

@@ -72,13 +72,11 @@ def pretrain(
 
     batches = Batches(train, training.batch, seed, training)
     rates = cosine(training.lr, training.steps, training.warmup)
-    record = Record(phase, arm, seed, training, model.n_routed if isinstance(model, Model) else 0)
+    n_routed = model.n_routed if isinstance(model, Model) else 0
+    record = Record(phase=phase, arm=arm, seed=seed, training=training, n_routed_start=n_routed)
     kept = optimizer if keep_optimizer else None
     save = partial(checkpoint.save, model=model, optimizer=kept, record=record, gate=gate)
-    done = snapshots.resume()
-    if not done:
-        curve.measure(0)
-        snapshots.take(0)
+    done = snapshots.begin(lambda: curve.measure(0))
     with snapshots.last_good(save):
         fit(model, optimizer, batches, plain_objective(model, training.label_smoothing), rates, after_step, done)
     save(folder)

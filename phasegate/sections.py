@@ -85,8 +85,6 @@ def load_yaml(path: Path) -> Any:
     Raises:
         UserError: if there is no such file, or it can't be read, is not YAML, or is of absurd size.
     """
-    if not path.exists():
-        raise UserError(f"{path} is missing: run from the folder that holds dvc.yaml")
     content = read_bounded(path)
     try:
         values = yaml.safe_load(content)
@@ -101,14 +99,22 @@ def load_yaml(path: Path) -> Any:
     return values
 
 
-def suggestion(value: str, known: Iterable[str]) -> str:
+def suggestion(value: str, known: Iterable[str], otherwise: str = "it must be one of") -> str:
     """The closest of the known names as a question, or else all of them."""
     names = list(known)
     near = difflib.get_close_matches(value, names, n=1)
-    return f"did you mean {near[0]}?" if near else f"it must be one of {', '.join(names)}"
+    return f"did you mean {near[0]}?" if near else f"{otherwise} {', '.join(names)}"
 
 
-_brief = Repr()
+class _Brief(Repr):
+    """Values as part of a sentence, however large."""
+
+    def repr_int(self, x: int, level: int) -> str:
+        """Python writes no number of more than 4,300 digits."""
+        return super().repr_int(x, level) if x.bit_length() < 10_000 else f"a number of {x.bit_length():,} bits"
+
+
+_brief = _Brief()
 _brief.maxstring = _brief.maxother = _brief.maxlong = 80
 
 
@@ -120,9 +126,7 @@ def _explain(error: ValidationError, section: type[Section], where: str) -> str:
     match first["type"]:
         case "extra_forbidden":
             allowed = _fields(section, first["loc"][:-1])
-            near = difflib.get_close_matches(name, allowed, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"known there: {', '.join(allowed)}"
-            return f"{key} is not a parameter; {hint}"
+            return f"{key} is not a parameter; {suggestion(name, allowed, otherwise='known there:')}"
         case "missing":
             return f"{key} is missing"
         case "value_error":
@@ -130,7 +134,8 @@ def _explain(error: ValidationError, section: type[Section], where: str) -> str:
             return f"{key}: {sentence}" if key else sentence
         case "literal_error":
             known = re.findall("'([^']*)'", first["ctx"]["expected"])
-            return f"{key} is {_brief.repr(first['input'])}: {suggestion(str(first['input'])[:80], known)}"
+            value = first["input"] if isinstance(first["input"], str) else ""
+            return f"{key} is {_brief.repr(first['input'])}: {suggestion(value[:80], known)}"
         case _:
             return f"{key or 'the file'} is {_brief.repr(first['input'])}: {message[0].lower()}{message[1:]}"
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from phasegate import checkpoint, execution
+from phasegate.checkpoint import below
 from phasegate.errors import Diverged
 from phasegate.failure import LAST_GOOD
 from phasegate.files import write_atomic
@@ -50,12 +51,18 @@ class Snapshots:
         self.folder, self.model, self.optimizer, self.parts = folder, model, optimizer, parts
         self._last: tuple[dict[str, Tensor], str] | None = None
         self._written = time.monotonic()
-        self._begun = time.perf_counter() - seconds(folder)
+        self._begun = time.perf_counter()
 
-    def resume(self) -> int:
-        """Go on from the snapshot on disk, and return its step; 0 if there is none, or none that is whole."""
+    def begin(self, first: Callable[[], object]) -> int:
+        """Go on from the snapshot on disk; if there is none that is whole, do what comes `first`. Returns the step."""
         self._last = _read(self.folder / SNAPSHOT)
-        return self._load(*self._last) if self._last else 0
+        if self._last is None:
+            first()
+            self.take(0)
+            return 0
+        state = self._load(*self._last)
+        self._begun -= state["seconds"]
+        return int(state["step"])
 
     def take(self, step: int) -> None:
         """Remember everything as it is after a step; on disk too if the last time is long ago."""
@@ -86,24 +93,20 @@ class Snapshots:
                 save(self.folder / LAST_GOOD)
             raise
 
-    def _load(self, tensors: dict[str, Tensor], values: str) -> int:
-        """Put everything back as it was; returns the step."""
+    def _load(self, tensors: dict[str, Tensor], values: str) -> dict[str, Any]:
+        """Put everything back as it was; returns what the snapshot holds."""
         state: dict[str, Any] = json.loads(values) | tensors
-
-        def below(prefix: str) -> dict[str, Any]:
-            return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-
-        checkpoint.fill(self.model, below("model."), str(self.folder), self.optimizer)
+        checkpoint.fill(self.model, below(state, "model."), str(self.folder), self.optimizer)
         moments: dict[int, dict[str, Tensor]] = {}
-        for key, value in below("optimizer.").items():
+        for key, value in below(state, "optimizer.").items():
             index, _, name = key.partition(".")
             moments.setdefault(int(index), {})[name] = value.clone()
         self.optimizer.state.clear()  # it knows the parameters that `fill` has replaced
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
         for name, part in self.parts.items():
-            part.load_state_dict(below(f"{name}."))
-        return int(state["step"])
+            part.load_state_dict(below(state, f"{name}."))
+        return state
 
 
 def seconds(folder: Path) -> float:

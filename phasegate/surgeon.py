@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from phasegate import hyperplanes
+from phasegate.checkpoint import below
 from phasegate.control import Allowed, Control, HeadControl, Proposal, Situation
 from phasegate.counterfactual import Forked, Forks, removals
 from phasegate.counterfactual_head import describe
@@ -74,8 +75,7 @@ class Surgeon:
             {(block, expert): step for block, expert, step in state[name]} for name in ("touched", "born")
         )
         for block, controller in enumerate(self.controllers):
-            prefix = f"controllers.{block}."
-            controller.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
+            controller.load_state_dict(below(state, f"controllers.{block}."))
 
     def loss(self, routings: tuple[Routing, ...], step: int) -> Tensor | float:
         """What the controllers add to the training loss."""

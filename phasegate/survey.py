@@ -77,14 +77,10 @@ def survey(folder: Path, *, prepared: Path, start: Path, seed: int, schedule: Sc
         if step % schedule.eval_every == 0:
             snapshots.take(step)
 
-    done = snapshots.resume()
-    if not rows.rows:
-        rows.add(_survey(surgeon, 0, truth, everything=True))
-        snapshots.take(0)
-    objective, rates = plain_objective(model, course.training.label_smoothing), course.rates
-    fit(
-        model, optimizer, course.batches, objective, rates[: truth.survey_every * (truth.surveys - 1)], after_step, done
-    )
+    objective = plain_objective(model, course.training.label_smoothing)
+    rates = course.rates[: truth.survey_every * (truth.surveys - 1)]
+    done = snapshots.begin(lambda: rows.add(_survey(surgeon, 0, truth, everything=True)))
+    fit(model, optimizer, course.batches, objective, rates, after_step, done)
     table = pd.DataFrame([{"seed": seed, **row} for row in rows.rows], columns=SURVEY_COLUMNS)
     write_atomic(folder / SURVEY, table.to_csv(index=False))
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pandas as pd
 
 from phasegate.errors import UserError, one_line
+from phasegate.files import refuse_special
 
 
 def read_table(path: Path, columns: Iterable[str] = ()) -> pd.DataFrame:
@@ -14,8 +15,7 @@ def read_table(path: Path, columns: Iterable[str] = ()) -> pd.DataFrame:
     Raises:
         UserError: if the file is missing, is no table, or lacks a column.
     """
-    if path.exists() and not path.is_file():
-        raise UserError(f"{path} can't be read: it is no regular file")
+    refuse_special(path)
     try:
         table = pd.read_csv(path)
     except FileNotFoundError:

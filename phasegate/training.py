@@ -241,17 +241,17 @@ def fit(
         with torch.no_grad():  # a gradient that is not finite leaves parameters that are not
             total = parameters_to_vector(trained).sum() + loss
         if not math.isfinite(total.item()):
-            raise Diverged(_not_finite(model, optimizer, loss.item()), step)
+            raise Diverged(_not_finite(model, trained, loss.item()), step)
         after_step(step, loss.detach())
 
 
-def _not_finite(model: nn.Module, optimizer: Optimizer, loss: float) -> str:
+def _not_finite(model: nn.Module, trained: list[nn.Parameter], loss: float) -> str:
     """What is not finite after a step: the loss, or else the first gradient, or else the first parameter."""
     if not math.isfinite(loss):
         return f"the loss is {loss}"
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     for what in ("gradient", "value"):
-        for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
+        for parameter in trained:
             numbers = parameter.grad if what == "gradient" else parameter
             if numbers is not None and not numbers.isfinite().all():
                 return f"the {what} of {names.get(id(parameter), 'a control head')} is not finite"

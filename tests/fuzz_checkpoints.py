@@ -114,11 +114,16 @@ def _damage_record(path: Path, draw: random.Random) -> None:
     if draw.random() < 0.05:
         padding = " " * draw.choice([1000, 1 << 20, 5 << 20])
         damaged = draw.choice([padding + text, text + padding, text.replace("{", "{" + padding, 1)])
-    elif draw.random() < 0.3:
-        damaged = json.dumps(damaged_tree(json.loads(text), draw, [PLACE])).replace(f'"{PLACE}"', draw.choice(SNIPPETS))
     else:
-        damaged = json.dumps(damaged_tree(json.loads(text), draw, VALUES), ensure_ascii=draw.random() < 0.5)
+        damaged = damaged_json(text, draw)
     path.write_bytes(damaged.encode(draw.choice(["utf-8"] * 9 + ["utf-8-sig", "utf-16"]), errors="surrogatepass"))
+
+
+def damaged_json(text: str, draw: random.Random) -> str:
+    """A JSON text with other values, or with what is hardly JSON in their places."""
+    values = [PLACE] if draw.random() < 0.3 else VALUES
+    damaged = json.dumps(damaged_tree(json.loads(text), draw, values), ensure_ascii=draw.random() < 0.5)
+    return damaged.replace(f'"{PLACE}"', draw.choice(SNIPPETS))
 
 
 def damaged_weights(content: bytes, draw: random.Random) -> bytes:

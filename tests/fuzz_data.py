@@ -2,7 +2,6 @@
 
 import gzip
 import io
-import json
 import random
 import shutil
 import tarfile
@@ -19,9 +18,9 @@ from phasegate.prepare import prepare
 from phasegate.sources import SOURCES, download, fashion_mnist, load_fashion_mnist, load_source
 from phasegate.sources.cifar import load_cifar
 from tests import fuzz_checkpoints
-from tests.damage import damaged_bytes, damaged_tree, replaced
+from tests.damage import damaged_bytes, replaced
 from tests.fuzz import Case
-from tests.fuzz_checkpoints import PLACE, SNIPPETS, VALUES, damaged_weights
+from tests.fuzz_checkpoints import damaged_json, damaged_weights
 from tests.test_data import SIGNALLING, own_data
 from tests.test_sources import SMALL, cifar_archive, cifar_files
 
@@ -232,11 +231,7 @@ def described(state: Path, draw: random.Random, folder: Path) -> Case:
             path = draw.choice([arrays, meta])
             path.write_bytes(damaged_bytes(path.read_bytes(), draw))
         case "meta":
-            values = [PLACE] if draw.random() < 0.3 else VALUES
-            text = json.dumps(
-                damaged_tree(json.loads(meta.read_text()), draw, values), ensure_ascii=draw.random() < 0.5
-            )
-            text = text.replace(f'"{PLACE}"', draw.choice(SNIPPETS)) + " " * draw.choice([0, 0, 0, 5 << 20, 20 << 20])
+            text = damaged_json(meta.read_text(), draw) + " " * draw.choice([0, 0, 0, 5 << 20, 20 << 20])
             meta.write_bytes(text.encode(errors="surrogatepass"))
         case "replaced":
             replaced(draw.choice([arrays, meta, prepared]), draw)

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -176,6 +175,17 @@ def test_one_flipped_bit_in_the_weights_is_refused_in_one_sentence(
     assert "\n" not in str(refusal.value)
 
 
+def test_weights_that_claim_more_than_there_is_memory_are_refused_before_they_are_read(
+    folder: Path, many: Examples
+) -> None:
+    with (folder / WEIGHTS).open("r+b") as file:
+        file.truncate(1 << 40)  # takes no room
+    with pytest.raises(
+        UserError, match=r"weights.safetensors is damaged \(it claims 1,099,511,627,776 bytes, more than"
+    ):
+        load(folder, many)
+
+
 def test_a_valid_file_of_other_tensors_is_refused(folder: Path, many: Examples) -> None:
     edit_weights(
         folder, lambda tensors: [tensors.pop(name) for name in list(tensors)] and tensors.update(a=torch.ones(2))
@@ -222,7 +232,7 @@ def test_reference_models_come_back_too(
     tmp_path: Path, gate: Examples, trial: Checkpoint, hidden: tuple[int, ...] | None, channels: tuple[int, ...] | None
 ) -> None:
     model = Reference(ReferenceSpec((1, 8), 4, hidden, channels))
-    record = replace(trial.record, phase="references", n_routed_start=0)
+    record = trial.record.model_copy(update={"phase": "references", "n_routed_start": 0})
     save(tmp_path, model, None, record, gate)
     loaded = load(tmp_path, gate)
     assert isinstance(loaded.model, Reference) and loaded.model.spec == model.spec

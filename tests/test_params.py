@@ -70,6 +70,8 @@ def test_the_committed_parameters_are_right() -> None:
         ({"seeds": 10**5}, "seeds is 100000: input should be less than or equal to 10000"),
         ({"seeds": "x" * 10**6}, "seeds is 'xxxxx"),
         ({"training__lr": 10**400}, "training.lr is 1000"),
+        ({"training__lr": 1 << 20_000}, "training.lr is a number of 20,001 bits: "),
+        ({"model__stem": 1 << 20_000}, "model.stem is a number of 20,001 bits: it must be one of mlp, conv"),
         ({"training__lr": [[1] * 10**4] * 10**4}, "training.lr is [[1, 1, 1"),
     ],
 )

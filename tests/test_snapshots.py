@@ -45,12 +45,12 @@ def every_snapshot_goes_to_disk(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def kill(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]]:
-    """Have trials killed right after their snapshot of this step or a later one; 0 for never."""
-    take, at = Snapshots.take, [0]
+    """Have trials killed right after their snapshot of this step or a later one; below 0 for never."""
+    take, at = Snapshots.take, [-1]
 
     def and_die(self: Snapshots, step: int) -> None:
         take(self, step)
-        if at[0] and step >= at[0]:
+        if 0 <= at[0] <= step:
             raise Killed
 
     monkeypatch.setattr(Snapshots, "take", and_die)
@@ -111,20 +111,20 @@ NAMES = (
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_trial_killed_twice_ends_with_the_bits_of_one_that_was_left_alone(
+def test_a_trial_killed_three_times_ends_with_the_bits_of_one_that_was_left_alone(
     runs: dict[str, Run], kill: Callable[[int], None], tmp_path: Path, name: str
 ) -> None:
     undisturbed, disturbed = tmp_path / "undisturbed", tmp_path / "disturbed"
     for folder in (undisturbed, disturbed):
         folder.mkdir()
     runs[name](undisturbed)
-    for step in (1, 4 if name == "survey" else 30):
+    for step in (0, 1, 4 if name == "survey" else 30):
         kill(step)
         with pytest.raises(Killed):
             runs[name](disturbed)
         assert [path.name for path in disturbed.iterdir()] == [SNAPSHOT]
         torch.manual_seed(step)  # whatever state another process has
-    kill(0)
+    kill(-1)
     runs[name](disturbed)
     assert left(disturbed) == left(undisturbed)
 
@@ -135,7 +135,7 @@ def test_what_was_trained_before_the_snapshot_is_not_trained_again(
     kill(28)
     with pytest.raises(Killed):
         runs["continue"](tmp_path)
-    kill(0)
+    kill(-1)
     steps, after_step = [], phase._Trial.after_step
 
     def counting(self: phase._Trial, step: int, loss: Tensor) -> None:
@@ -186,7 +186,7 @@ def test_a_damaged_snapshot_is_not_used(
     content = path.read_bytes()
     flipped = content[:5000] + bytes([content[5000] ^ 1]) + content[5001:]
     path.write_bytes({"truncated": content[:-100], "flipped": flipped, "empty": b""}[harm])
-    kill(0)
+    kill(-1)
     runs["noise"](tmp_path)
     undisturbed = tmp_path / "undisturbed"
     undisturbed.mkdir()
@@ -240,7 +240,7 @@ def test_a_trial_that_diverges_stops_at_once_and_leaves_its_last_good_checkpoint
         kill(28)
         with pytest.raises(Killed):
             runs[name](tmp_path)
-        kill(0)
+        kill(-1)
     poison(monkeypatch, what, at=31, done=28 * resumed)
     said = "the loss is nan" if what == "loss" else rf"the {what} of blocks\.0\.moe\.\w+ is not finite"
     with pytest.raises(Diverged, match=rf"^{said} at step 31$"):
