@@ -1,16 +1,27 @@
 # The environment lives in .venv; it is made when missing, and again when the lock file has changed.
+# Works with GNU make 3.81 and the BSD tools of macOS. A SHELL other than make's own default is needed there: without
+# it, make 3.81 starts simple commands itself, and looks for them in the PATH that it was called with.
+SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/.ready
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: help repro study phases bench readme test test-cluster test-chaos lint lock clean
+.PHONY: help repro plan report study phases bench docs verdicts test test-cluster test-chaos lint lock clean
 
 help: ## this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-14s%s\n", $$1, $$2 }' Makefile
 
 repro: $(READY) ## the whole study: dvc repro
 	dvc repro
+
+plan: $(READY) ## what dvc repro would run now, why, and about how long it takes; runs nothing
+	@python -m phasegate.plan
+
+report: $(READY) ## figures and the page from the tables that are there, if anything about them has changed; no models needed
+	@dvc repro --quiet prepare
+	@dvc repro --single-item report
+	@echo "the page: $(CURDIR)/reports/report.html"
 
 study: $(READY) ## the study on other data: make study DATA=fashion_mnist fills reports/fashion_mnist/
 	@test -n "$(DATA)" || { echo "study: DATA is empty: name a data set, as in make study DATA=fashion_mnist"; exit 2; }
@@ -18,8 +29,8 @@ study: $(READY) ## the study on other data: make study DATA=fashion_mnist fills 
 	dvc exp run --temp --name $(DATA) --set-param data.name=$(DATA)
 	rm -rf reports/$(DATA) && mkdir reports/$(DATA)
 	ref=$$(git for-each-ref --format='%(refname)' 'refs/exps/**/$(DATA)') && \
-	git archive $$ref:reports | tar -x --exclude='*/*' -C reports/$(DATA) && \
-	git archive $$ref metrics.json params.yaml dvc.lock | tar -x -C reports/$(DATA)
+	git archive $$ref:reports ':(exclude,glob)*/**' | tar -x -f - -C reports/$(DATA) && \
+	git archive $$ref metrics.json params.yaml dvc.lock | tar -x -f - -C reports/$(DATA)
 
 phases: $(READY) ## every phase as a DVC experiment; other arms: make phases ARMS="p7b2/clone p7b1/noise"
 	@python -m phasegate.experiments $(ARMS)
@@ -27,8 +38,12 @@ phases: $(READY) ## every phase as a DVC experiment; other arms: make phases ARM
 bench: $(READY) ## how fast it is, in ratios, to reports/bench.json; STUDY=1: the whole study too; peers: pip install -e '.[bench]'
 	@python -m bench $(if $(STUDY),study)
 
-readme: $(READY) ## the README's block of results, from the committed tables
-	python -m phasegate.report.readme
+docs: $(READY) ## the blocks of results in README.md and docs/study.md, from the committed tables
+	python -m phasegate.report.documents
+
+BASE ?= origin/main
+verdicts: $(READY) ## the verdicts here beside those of BASE (origin/main), as Markdown
+	@python -m phasegate.report.comparison $(BASE)
 
 test: lint ## all checks: format, lint, types, tests
 	pytest
@@ -43,7 +58,7 @@ test-chaos: $(READY) ## kill the small study 25 times, a worker, a stage and dvc
 lint: $(READY) ## format, lint and types
 	ruff format --check .
 	ruff check .
-	mypy
+	mypy $(if $(NO_COLOR),--no-color-output)
 
 lock: ## write requirements.lock anew from pyproject.toml
 	rm -rf .lock-venv && $(PYTHON) -m venv .lock-venv
@@ -52,12 +67,15 @@ lock: ## write requirements.lock anew from pyproject.toml
 	rm -rf .lock-venv
 
 clean: ## remove the environment, kept trials and caches (data, models and reports stay)
-	rm -rf $(VENV) .phasegate .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .phasegate live .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
+# The environment is emptied before it is made again, and a link would be followed: that of another checkout would go.
 $(READY): requirements.lock pyproject.toml
+	@test ! -L $(VENV) || { echo "$(VENV) is a link, and making the environment would empty what it leads to: remove the link" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "phasegate needs Python 3.11 or newer, and $(PYTHON) is %d.%d: set PYTHON" % sys.version_info[:2])'
-	$(PYTHON) -m venv --clear $(VENV)
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check -r requirements.lock
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@echo "making the environment in $(VENV), which takes minutes" >&2
+	@$(PYTHON) -m venv --clear $(VENV)
+	@$(VENV)/bin/pip install --quiet --disable-pip-version-check -r requirements.lock
+	@$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps --editable .
 	@touch $@

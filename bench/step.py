@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from bench.timing import Case, Entry, entry, medians
 from phasegate.model import Model, ModelSpec, Output, mlp_stem
-from phasegate.params import Architecture, load_params
+from phasegate.params import load_params
+from phasegate.pretraining_params import Architecture
 from phasegate.training import Batches, Examples, fit, make_optimizer, plain_objective
 
 INPUT, CLASSES = (1, 40), 10

@@ -14,8 +14,8 @@ import pandas as pd
 
 from phasegate.decisions import paired_arms
 from phasegate.errors import UserError
-from phasegate.params import START, START_ARMS
 from phasegate.statistics import DECIMALS, holm, margin_p_value, mean_interval
+from phasegate.study import START, START_ARMS
 
 Contrast = Mapping[str, float]  # "phase/arm" -> weight; the weights sum to zero
 

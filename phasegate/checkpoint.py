@@ -1,12 +1,14 @@
 """Checkpoints: a folder with `weights.safetensors` and `checkpoint.json`, rebuilt from themselves alone.
 
 The JSON file is written last and atomically, so a folder without it is no checkpoint. Loading verifies: the model
-must get exactly the recorded number of gate examples right, and the weights must have the recorded hash.
+must get exactly the recorded number of gate examples right, and the weights must have the recorded hash. Without data,
+which a trained model is used without, the hash and the structure are all that can be verified.
 """
 
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from math import prod
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -22,7 +24,7 @@ from phasegate.files import read_json, refuse_special, sha256, write_atomic
 from phasegate.memory import memory
 from phasegate.model import Cost, Model, ModelSpec, cost
 from phasegate.moe import AXES
-from phasegate.params import Architecture, Training
+from phasegate.pretraining_params import Architecture, Training
 from phasegate.references import Reference, ReferenceSpec
 from phasegate.sections import Count, Index, Section, parse
 from phasegate.training import Examples, correct, make_optimizer
@@ -50,11 +52,12 @@ class Record(Section):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A verified model, its optimizer if that was kept, and the record."""
+    """A verified model, its optimizer if that was kept, the record, and what the model cost when it was saved."""
 
     model: Model | Reference
     optimizer: AdamW | None
     record: Record
+    cost: Cost
 
 
 def save(folder: Path, model: Model | Reference, optimizer: AdamW | None, record: Record, gate: Examples) -> None:
@@ -88,8 +91,10 @@ def summary(folder: Path) -> tuple[Record, float, Cost]:
     return content.trial, 100 * content.gate.correct / content.gate.total, Cost(**content.cost.model_dump())
 
 
-def load(folder: Path, gate: Examples, device: torch.device | str = "cpu") -> Checkpoint:
+def load(folder: Path, gate: Examples | None, device: torch.device | str = "cpu") -> Checkpoint:
     """Rebuild a checkpoint from its own files and verify it on the gate split.
+
+    Without one (None), the model must run on an example of zeros instead, and nothing is counted.
 
     Raises:
         UserError: if a file is missing or damaged, or if the accuracy is not the recorded one, to the example.
@@ -97,16 +102,17 @@ def load(folder: Path, gate: Examples, device: torch.device | str = "cpu") -> Ch
     content, tensors = _read_record(folder / RECORD), _read_weights(folder / WEIGHTS)
     try:
         model = _build(content.model, parts_at_most=len(tensors))
-        if model.spec.input_shape != gate.x.shape[1:]:
+        if gate is not None and model.spec.input_shape != gate.x.shape[1:]:
             raise ValueError(f"its examples have shape {model.spec.input_shape}, not {tuple(gate.x.shape[1:])}")
         fill(model, below(tensors, "model."), str(folder / WEIGHTS))
         model.to(device)
-        got = correct(model, gate)
+        got = correct(model, _zeros(model, device) if gate is None else gate)
     except UserError:
         raise
     except _MEANINGLESS as error:
-        raise UserError(f"{folder} does not describe a model that runs on this data: {one_line(error)}") from None
-    if (got, len(gate)) != (content.gate.correct, content.gate.total):
+        runs = "runs" if gate is None else "runs on this data"
+        raise UserError(f"{folder} does not describe a model that {runs}: {one_line(error)}") from None
+    if gate is not None and (got, len(gate)) != (content.gate.correct, content.gate.total):
         raise UserError(
             f"{folder} does not hold the model that was saved: expected {content.gate.correct:,} of "
             f"{content.gate.total:,} correct, got {got:,} of {len(gate):,}"
@@ -115,7 +121,16 @@ def load(folder: Path, gate: Examples, device: torch.device | str = "cpu") -> Ch
         raise UserError(f"{folder / WEIGHTS} was altered: its sha256 is not the recorded {content.weights.sha256}")
     kept = content.weights.optimizer
     optimizer = _restore(model, content.trial.training, tensors, folder / WEIGHTS) if kept else None
-    return Checkpoint(model, optimizer, content.trial)
+    return Checkpoint(model, optimizer, content.trial, Cost(**content.cost.model_dump()))
+
+
+def _zeros(model: Model | Reference, device: torch.device | str) -> Examples:
+    """One example of zeros, of the shape that a model claims to take; ValueError for one beyond memory."""
+    width = model.spec.architecture.width if isinstance(model, Model) else 1
+    if 64 * width * prod(model.spec.input_shape) > memory():  # 4 bytes a number, with room for what layers make of it
+        raise ValueError(f"its examples claim shape {model.spec.input_shape}, too large for this machine's memory")
+    shape = (1, *model.spec.input_shape)
+    return Examples(torch.zeros(shape, device=device), torch.zeros(1, dtype=torch.int64, device=device))
 
 
 class _Gate(Section):

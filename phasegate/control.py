@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from phasegate.counterfactual import Estimate, Forked
-from phasegate.params import EntropyLabels, RandomLabels, UsageLabels
+from phasegate.phase_params import EntropyLabels, RandomLabels, UsageLabels
+from phasegate.probe import Probe
 from phasegate.signals import N_SCALARS, ExpertSignals, features
 
 GROW, PRUNE, KEEP = range(3)
@@ -45,6 +46,7 @@ class Situation(NamedTuple):
     removals: Callable[[], Estimate]  # (E,) change of the signal loss (nats) as each expert goes; inf if it can't
     forks: Callable[[list[Proposal], int, int], Forked]  # measured changes by each, after so many steps, repeated
     expert_size: int  # parameters of one expert
+    probe: Probe  # the layer on the signal split
 
 
 Acts = Literal["sample", "argmax", "never"]

@@ -12,7 +12,6 @@ import numpy as np
 import pandas as pd
 
 from phasegate.errors import UserError
-from phasegate.params import PRIMARY, START, START_ARMS
 from phasegate.statistics import (
     DECIMALS,
     Interval,
@@ -22,6 +21,7 @@ from phasegate.statistics import (
     paired_difference,
     seeds_needed,
 )
+from phasegate.study import PRIMARY, START, START_ARMS
 
 BASELINE, CONTROL = START_ARMS
 REFERENCES = "references"  # published models trained for comparison: no verdict

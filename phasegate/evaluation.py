@@ -22,7 +22,7 @@ from phasegate.files import write_atomic
 from phasegate.halves import HALVES_COLUMNS, halves
 from phasegate.lineage import LOAD_COLUMNS, LOADS
 from phasegate.logs import CURVE, SURGERIES, SURGERY_COLUMNS
-from phasegate.model import Cost, Model, Output, cost
+from phasegate.model import Cost, Model, Output
 from phasegate.moe import routing_entropy
 from phasegate.table_files import read_table
 from phasegate.training import Examples, load_examples, on_device, predict
@@ -57,17 +57,17 @@ class Evaluation(NamedTuple):
     predictions: Array  # (N,) predicted classes
 
 
-def evaluate_phase(models: Path, prepared: Path, output: Path) -> None:
+def evaluate_phase(models: Path, prepared: Path, output: Path, may_be_empty: bool = False) -> None:
     """Evaluate every checkpoint below `models` and write the tables of the phase, failures too, into `output`.
 
     Raises:
-        UserError: if there is neither a checkpoint nor a failure, or if one of them does not load.
+        UserError: if there is neither a checkpoint nor a failure though there has to be, or if one does not load.
     """
     device = execution.device()
     gate, tasks = load_examples(prepared, device)[2], data.load_meta(prepared).tasks
     test = on_device(data.load_test(prepared), device)
     folders, failed = (sorted(path.parent for path in models.glob(f"*/*/{name}")) for name in (RECORD, FAILURE))
-    if not folders and not failed:
+    if not (folders or failed or may_be_empty):
         raise UserError(f"{models} holds no checkpoints: run `dvc repro` for the stage that writes it")
     results = {
         folder: evaluate(checkpoint.load(folder, gate, device), test, tasks, _left(folder, "surgeries"))
@@ -108,7 +108,7 @@ def evaluate(
         **_routing_metrics(outputs, usage),
         "n_routed_start": record.n_routed_start,
         "n_routed_end": trial.model.n_routed if isinstance(trial.model, Model) else 0,
-        **cost(trial.model, tuple(test.x.shape[1:]))._asdict(),
+        **trial.cost._asdict(),
     }
     classes = pd.DataFrame({"class": (c := np.unique(y)), "accuracy": [100 * right[y == k].mean() for k in c]})
     return Evaluation(

@@ -3,8 +3,9 @@
     python -m phasegate.experiments                         phase-7a, phase-7b1, ..., phase-surgery
     python -m phasegate.experiments p7b2/clone p7b1/noise   phase-7b2-clone, phase-7b1-noise
 
-Such an experiment is the last commit with another `headline`: its params.yaml, dvc.lock and metrics.json differ, no
-more. Nothing is trained and no cache is needed, since DVC works in temporary clones and runs the stage headline alone.
+Such an experiment is the last commit with another `headline`: its params.yaml, dvc.lock, metrics.json and
+reports/headline_curve.csv differ, no more. Nothing is trained and no cache is needed, since DVC works in temporary
+clones and runs the stage headline alone.
 """
 
 import json
@@ -18,16 +19,18 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from phasegate.errors import UserError
-from phasegate.params import ARMS, PRIMARY, START, Headline, Params
+from phasegate.params import Params
+from phasegate.phase_params import Headline
 from phasegate.sections import parse
 from phasegate.stage import run
+from phasegate.study import PRIMARY, START
 
 UNTRAINED = {"check", "headline"}  # stages that depend on `headline`
 
 
-def main(_: Params) -> None:
+def main(params: Params) -> None:
     """Save the arms that the command line names, else the primary arm of every phase, and say what each came to."""
-    wanted = list(dict.fromkeys(headline(name) for name in sys.argv[1:] or (START, *ARMS)))
+    wanted = list(dict.fromkeys(headline(name, params) for name in sys.argv[1:] or (START, *params.claims())))
     workspace = Path()
     refuse_uncommitted(workspace)
     with TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -40,10 +43,12 @@ def main(_: Params) -> None:
             print(f"{experiment_name(choice)}: {came_to(row)}", flush=True)
 
 
-def headline(name: str) -> Headline:
+def headline(name: str, params: Params) -> Headline:
     """`p7b2/clone` parsed; `p7b2` is its primary arm. Raises UserError for a phase or an arm that isn't known."""
     phase, _, arm = name.partition("/")
-    return parse(Headline, {"phase": phase, "arm": arm or PRIMARY}, "headline")
+    chosen = parse(Headline, {"phase": phase, "arm": arm or PRIMARY}, "headline")
+    params.check_headline(chosen)
+    return chosen
 
 
 def experiment_name(choice: Headline) -> str:

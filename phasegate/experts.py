@@ -2,6 +2,9 @@
 
 Shapes: N tokens, K experts of each token, M = N * K rows (pairs of a token and one of its experts), D model width,
 H expert width, E experts.
+
+`torch.export` can trace neither `bincount`, whose length depends on the data, nor the grouped product in float32. While
+it exports, and only then, plain operations take their place; on a CPU the exported program gives the same bits.
 """
 
 from typing import Any, NamedTuple
@@ -22,13 +25,16 @@ class Sorted(NamedTuple):
 
 def count(experts: Tensor, n_experts: int) -> Tensor:
     """How often each expert is chosen in `experts` (any shape) -> (E,)."""
+    if torch.compiler.is_exporting():
+        ones = torch.ones_like(experts.flatten())
+        return torch.zeros(n_experts, dtype=ones.dtype, device=ones.device).scatter_add(0, experts.flatten(), ones)
     return torch.bincount(experts.flatten(), minlength=n_experts)
 
 
 def sort(experts: Tensor, counts: Tensor) -> Sorted:
     """The rows of tokens that run `experts` (N, K), which are chosen so often: `counts` (E,)."""
     order = experts.flatten().argsort(stable=True)
-    place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    place = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
     return Sorted(order // experts.shape[1], place.view_as(experts), counts.cumsum(0, dtype=torch.int32))
 
 
@@ -79,7 +85,7 @@ class _Mixture(torch.autograd.Function):
 def grouped_mm(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
     """Rows x (M, A), grouped by expert up to `ends` (E,), times their expert's weights (E, A, B) -> (M, B).
 
-    `torch.nn.functional.grouped_mm` where it can (float32, row strides of 16 bytes), else a plain loop.
+    `torch.nn.functional.grouped_mm` where it can (float32, row strides of 16 bytes, no export), else a plain loop.
     """
     if _grouped(x, *weights.shape[1:]):
         return F.grouped_mm(x, weights, offs=ends)
@@ -96,7 +102,8 @@ def grouped_outer(x: Tensor, y: Tensor, ends: Tensor) -> Tensor:
 
 
 def _grouped(x: Tensor, *sizes: int) -> bool:
-    return x.dtype == torch.float32 and not x.is_cuda and all(size % 4 == 0 for size in sizes)
+    possible = x.dtype == torch.float32 and not x.is_cuda and all(size % 4 == 0 for size in sizes)
+    return possible and not torch.compiler.is_exporting()
 
 
 def _sizes(ends: Tensor) -> list[int]:

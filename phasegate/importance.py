@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from phasegate.errors import UserError
+from phasegate.plugins import Plugin
 from phasegate.probe import Probe
 from phasegate.signals import expert_signals
 
@@ -90,3 +92,26 @@ PUBLISHED: dict[str, Signal] = {
     )
 }
 """The signals of the literature, by name; the first is the control."""
+
+
+def own_signal(plugin: Plugin) -> Signal:
+    """A signal of one's own, whose answers are looked at.
+
+    Raises, when it is called:
+        UserError: if it does not give `Scores` of one finite number per expert.
+    """
+    signal = plugin.function()
+
+    def scores(probe: Probe, draws: torch.Generator) -> Scores:
+        given, experts = signal(probe, draws), probe.layer.n_routed
+        if not isinstance(given, Scores) or (given.prune is None and given.grow is None):
+            raise UserError(f"{plugin.path}: signal must return Scores, not {given!r:.80}")
+        for kind, values in given._asdict().items():
+            fits = isinstance(values, Tensor) and tuple(values.shape) == (experts,) and bool(values.isfinite().all())
+            if values is not None and not fits:
+                raise UserError(
+                    f"{plugin.path}: {kind} must be a tensor of {experts} finite numbers, not {values!r:.80}"
+                )
+        return given
+
+    return scores

@@ -6,6 +6,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from phasegate import live
 from phasegate.model import Model
 from phasegate.moe import routing_entropy
 from phasegate.references import Reference
@@ -53,6 +54,7 @@ class Curve:
             }
         )
         self._losses.clear()
+        live.show(self.points)
         return right
 
     def _dead_experts(self) -> int:

@@ -4,7 +4,8 @@ import os
 from pathlib import Path
 
 from phasegate.errors import UserError
-from phasegate.params import Architecture, Params
+from phasegate.params import Params
+from phasegate.pretraining_params import Architecture
 
 COPIES = 4  # of every weight: itself, its gradient, and Adam's two moments
 GIB = 1 << 30

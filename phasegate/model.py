@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from phasegate.moe import MoE, Routing
-from phasegate.params import Architecture
+from phasegate.pretraining_params import Architecture
 
 
 @dataclass(frozen=True)

@@ -5,308 +5,26 @@ and what would be right. Library functions take these objects or plain values, n
 """
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field, model_validator
 
 from phasegate.errors import UserError
-from phasegate.sections import (
-    LARGEST,
-    MOST,
-    Count,
-    Fraction,
-    Index,
-    Name,
-    NonNegative,
-    Number,
-    Positive,
-    Probability,
-    Scalar,
-    Section,
-    Seeds,
-    Size,
-    Text,
-    load_yaml,
-    override,
-    parse,
-    suggestion,
+from phasegate.phase_params import (
+    Claim,
+    Decisions,
+    GroundTruth,
+    Headline,
+    MultiTask,
+    Own,
+    RandomLabels,
+    RoutingEntropy,
+    Schedule,
+    SurgeryStudy,
 )
-
-RAW = "data/raw"  # where downloads go, and the path of data sets that need no file
-BASE = "base"  # a search's own base configuration, as a candidate
-Phase = Literal["p7a", "p7b1", "p7b2", "p7b3", "p7b4", "surgery"]
-
-ARMS: dict[str, tuple[str, ...]] = {
-    "p7b1": ("noise_acting", "noise", "noise_detached", "random_acting", "random_split", "random_clone"),
-    "p7b2": (
-        *("split", "clone", "reinit", "split_thresholds", "clone_thresholds", "reinit_thresholds"),
-        "entropy_loss",
-    ),
-    "p7b3": ("task_gates", "heads", "single"),
-    "p7b4": ("counterfactual_head", "oracle", "frequency", "keep"),
-    "surgery": (
-        *("split", "clone", "reinit", "remove_by_usage", "remove_by_loss", "merge"),
-        *("split_principal", "split_loss", "split_trained", "split_balanced"),
-    ),
-}
-"""The arms of each phase that is decided on."""
-START, START_ARMS = "p7a", ("baseline", "continue")
-"""The phase whose checkpoints all later phases start from; its second arm is the control."""
-PRIMARY = "primary"
-"""Stands for the arm that decides a phase."""
-EVALUATED_PHASES = ("references", "p7a", "continue", *ARMS)
-"""Everything that leaves checkpoints to be evaluated."""
-
-
-class Data(Section):
-    """Which data set, and how it is split."""
-
-    name: Literal["mnist1d", "fashion_mnist", "cifar10", "cifar100", "npz"]
-    path: Text
-    validation: Count
-    split_seed: Annotated[int, Field(ge=0, lt=2**63, strict=True)]
-    tasks: dict[str, dict[str, list[Index]]]
-
-    @model_validator(mode="after")
-    def _check(self) -> "Data":
-        if self.name in ("npz", "cifar10", "cifar100") and self.path == RAW:
-            raise ValueError(f"path is {RAW}, but data set {self.name} is read from a file: give its path")
-        return self
-
-
-class Training(Section):
-    """One training configuration."""
-
-    steps: Count
-    batch: Count
-    lr: Positive
-    warmup: Index
-    weight_decay: NonNegative
-    label_smoothing: Fraction
-    noise: NonNegative
-    shift: Index
-
-    @model_validator(mode="after")
-    def _check(self) -> "Training":
-        if self.warmup >= self.steps:
-            raise ValueError(f"warmup is {self.warmup}: it must be less than steps = {self.steps}")
-        return self
-
-
-class Architecture(Section):
-    """One mixture-of-experts architecture, and how its load is balanced."""
-
-    stem: Literal["mlp", "conv"]
-    width: Size
-    blocks: Size
-    n_routed: Size
-    n_shared: Annotated[int, Field(ge=0, le=LARGEST, strict=True)]
-    top_k: Size
-    expert_width: Size
-    dropout: Fraction
-    balance_loss: NonNegative
-    balance_bias: NonNegative
-    z_loss: NonNegative
-
-    @model_validator(mode="after")
-    def _check(self) -> "Architecture":
-        if self.top_k > self.n_routed:
-            raise ValueError(f"top_k is {self.top_k}: it must be at most n_routed = {self.n_routed}")
-        return self
-
-
-class Reference(Section):
-    """A published model: a perceptron (`hidden` widths) or a strided convolutional network (`channels`)."""
-
-    hidden: tuple[Size, ...] | None = None
-    channels: tuple[Size, ...] | None = None
-    steps: Count
-    batch: Count
-    lr: Positive
-    weight_decay: NonNegative
-    published: Annotated[Number, Field(ge=0, le=100)] | None = None
-
-    @model_validator(mode="after")
-    def _check(self) -> "Reference":
-        if (self.hidden is None) == (self.channels is None):
-            raise ValueError("exactly one of hidden and channels must be given")
-        return self
-
-    def training(self) -> Training:
-        """As a training configuration: neither warm-up nor augmentation nor smoothing."""
-        return Training(
-            steps=self.steps,
-            batch=self.batch,
-            lr=self.lr,
-            warmup=0,
-            weight_decay=self.weight_decay,
-            label_smoothing=0,
-            noise=0,
-            shift=0,
-        )
-
-
-class Search(Section):
-    """A search: named overrides of a base configuration, each over several seeds."""
-
-    seeds: Seeds
-    candidates: dict[Name, dict[str, Scalar]]
-
-    @model_validator(mode="after")
-    def _check(self) -> "Search":
-        if BASE in self.candidates:
-            raise ValueError(f"a candidate is named {BASE}: that is the base configuration itself, always a candidate")
-        return self
-
-
-class Baseline(Section):
-    """Phase 7a's baseline."""
-
-    n_routed: Size
-
-
-class Schedule(Section):
-    """What every 7b trial and its control share."""
-
-    steps: Count
-    lr_scale: Positive
-    act_every: Count
-    settle: Index
-    cooldown: Index
-    min_experts: Size
-    max_experts: Size
-    eval_every: Count
-    split_direction: Literal["random", "principal", "loss"]
-    hyperplanes: Literal["fixed", "trained", "balanced"]
-    sibling_balance: NonNegative
-
-    @model_validator(mode="after")
-    def _check(self) -> "Schedule":
-        if self.min_experts > self.max_experts:
-            raise ValueError(f"min_experts is {self.min_experts}: it must be at most max_experts = {self.max_experts}")
-        if self.eval_every > self.steps:
-            raise ValueError(f"eval_every is {self.eval_every}: it must be at most steps = {self.steps}")
-        if self.act_every + self.settle > self.steps:
-            raise ValueError(
-                f"act_every + settle is {self.act_every + self.settle}: it must be at most steps = "
-                f"{self.steps}, else no controller ever acts"
-            )
-        return self
-
-
-class RandomLabels(Section):
-    """Phase 7b.1."""
-
-    grow: Probability
-    prune: Probability
-    loss_weight: NonNegative
-    head_lr: Positive
-
-    @model_validator(mode="after")
-    def _check(self) -> "RandomLabels":
-        if self.grow + self.prune > 1:
-            raise ValueError(f"grow + prune is {self.grow + self.prune}: it must be at most 1")
-        return self
-
-
-class EntropyLabels(Section):
-    """When routing entropy, as a multiple of the batch's, says grow or prune; and the head that learns it."""
-
-    grow_below: NonNegative
-    prune_above: NonNegative
-    head_lr: Positive
-
-    @model_validator(mode="after")
-    def _check(self) -> "EntropyLabels":
-        if self.grow_below > self.prune_above:
-            raise ValueError(f"grow_below is {self.grow_below}: it must be at most prune_above = {self.prune_above}")
-        return self
-
-
-class RoutingEntropy(Section):
-    """Phase 7b.2."""
-
-    labels: EntropyLabels
-    entropy_weight: Number
-
-
-class MultiTask(Section):
-    """Phase 7b.3."""
-
-    task_weight: NonNegative
-
-
-class UsageLabels(Section):
-    """When an expert's load, as a multiple of the even share, says grow or prune."""
-
-    grow_above: NonNegative
-    prune_below: NonNegative
-
-    @model_validator(mode="after")
-    def _check(self) -> "UsageLabels":
-        if self.prune_below > self.grow_above:
-            raise ValueError(f"prune_below is {self.prune_below}: it must be at most grow_above = {self.grow_above}")
-        return self
-
-
-class GroundTruth(Section):
-    """Phase 7b.4: how changes of the loss are measured, and what they must be worth."""
-
-    recovery_steps: Count
-    repeats: Annotated[int, Field(ge=2, le=MOST, strict=True)]
-    surveys: Count
-    survey_every: Count
-    surveyed: Count
-    candidates: Count
-    price: NonNegative
-    usage: UsageLabels
-
-
-class SurgeryStudy(Section):
-    """The study of surgery apart from any signal."""
-
-    operations: Annotated[int, Field(ge=2, le=MOST, multiple_of=2, strict=True)]
-    in_a_row: Count
-
-
-class Claim(Section):
-    """What a phase claims, written before it runs."""
-
-    primary: Text
-    hypothesis: Text
-
-
-class Decisions(Section):
-    """How verdicts are reached."""
-
-    margin_pp: NonNegative
-    confidence: Annotated[Number, Field(gt=0.5, lt=1)]
-    phases: dict[str, Claim]
-
-    @model_validator(mode="after")
-    def _check(self) -> "Decisions":
-        if set(self.phases) != set(ARMS):
-            raise ValueError(f"phases has {', '.join(self.phases)}: it must have {', '.join(ARMS)}")
-        for phase, claim in self.phases.items():
-            if claim.primary not in ARMS[phase]:
-                raise ValueError(
-                    f"the primary arm of {phase} is {claim.primary!r}: {suggestion(claim.primary, ARMS[phase])}"
-                )
-        return self
-
-
-class Headline(Section):
-    """What metrics.json holds."""
-
-    phase: Phase
-    arm: Text  # of the phase; "primary" for the one that decides it
-
-    @model_validator(mode="after")
-    def _check(self) -> "Headline":
-        known = (PRIMARY, *({START: START_ARMS} | ARMS)[self.phase])
-        if self.arm not in known:
-            raise ValueError(f"arm is {self.arm!r}, no arm of {self.phase}: {suggestion(self.arm, known)}")
-        return self
+from phasegate.pretraining_params import Architecture, Baseline, Data, Reference, Search, Training
+from phasegate.sections import Name, Section, Seeds, load_yaml, override, parse, suggestion
+from phasegate.study import ARMS, OWN, PRIMARY, START, START_ARMS
 
 
 class Params(Section):
@@ -326,17 +44,32 @@ class Params(Section):
     p7b3: MultiTask
     p7b4: GroundTruth
     surgery: SurgeryStudy
+    own: Own
     decisions: Decisions
     headline: Headline
 
     @model_validator(mode="after")
     def _check(self) -> "Params":
+        self.check_headline(self.headline)
         self._check_searches()
         self._check_surgery()
         self._check_ground_truth()
         if "default" not in self.references:
             raise ValueError("references.default is missing: the models of data sets that have none of their own")
         return self
+
+    def check_headline(self, headline: Headline) -> None:
+        """Raises UserError for a phase or an arm that is not in the study."""
+        phases = {START: START_ARMS} | ARMS | {OWN: tuple(self.own.arms)}
+        if headline.phase not in phases:
+            raise UserError(f"headline.phase is {headline.phase!r}: {suggestion(headline.phase, phases)}")
+        known = (PRIMARY, *phases[headline.phase])
+        if headline.arm not in known:
+            raise UserError(
+                f"headline.arm is {headline.arm!r}, no arm of {headline.phase}: {suggestion(headline.arm, known)}"
+            )
+        if not phases[headline.phase]:
+            raise UserError(f"headline.phase is {OWN}, but own.arms is empty")
 
     def _check_searches(self) -> None:
         for name, changes in self.q1.candidates.items():
@@ -390,6 +123,12 @@ class Params(Section):
             key: override(self.model, changes, key)
             for key, changes in ((f"q2.candidates.{name}", changes) for name, changes in self.q2.candidates.items())
         }
+
+    def claims(self) -> dict[str, Claim]:
+        """What each phase that has arms claims."""
+        if not self.own.arms:
+            return self.decisions.phases
+        return self.decisions.phases | {OWN: Claim(primary=next(iter(self.own.arms)), hypothesis=self.own.hypothesis)}
 
     def references_of(self, name: str) -> dict[str, Reference]:
         """The reference models of a data set; those under `default` where it has none of its own."""

@@ -22,7 +22,8 @@ from phasegate.logs import CURVE, SURGERIES, SURGERY_COLUMNS, Curve
 from phasegate.model import Model
 from phasegate.moe import routing_entropy
 from phasegate.multitask import add_tasks, further_losses
-from phasegate.params import Schedule
+from phasegate.phase_params import Schedule
+from phasegate.plugins import Plugin
 from phasegate.randomness import derived_seed
 from phasegate.snapshots import Snapshots, Stateful
 from phasegate.surgeon import Surgeon, Treatment
@@ -47,6 +48,7 @@ class Arm:
     treatment: Treatment | None = None
     entropy_weight: float = 0.0  # of the routing entropy in the loss
     tasks: Tasks | None = None
+    plugins: tuple[Plugin, ...] = ()  # files of one's own that the treatment uses
 
 
 def continuations(
@@ -64,7 +66,11 @@ def continuations(
             f"{arm.name}/seed-{seed}",
             run_arm,
             {"prepared": prepared, "start": start, "phase": phase, "arm": arm, "seed": seed, "schedule": schedule},
-            (*begin_files(prepared, start), *([heads / f"seed-{seed}" / HEAD] if heads else [])),
+            (
+                *begin_files(prepared, start),
+                *([heads / f"seed-{seed}" / HEAD] if heads else []),
+                *(plugin.path for plugin in arm.plugins),
+            ),
             (meta_file(prepared),),
         )
         for arm in arms

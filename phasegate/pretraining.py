@@ -11,7 +11,7 @@ from phasegate.checkpoint import Record
 from phasegate.data import fit_file, meta_file
 from phasegate.logs import CURVE, Curve
 from phasegate.model import Model, ModelSpec
-from phasegate.params import Training
+from phasegate.pretraining_params import Training
 from phasegate.randomness import derived_seed
 from phasegate.references import Reference, ReferenceSpec
 from phasegate.snapshots import Snapshots

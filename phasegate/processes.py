@@ -1,15 +1,17 @@
 """What becomes of processes: one run at a time in a folder, and none that outlives the run that it belongs to."""
 
+import multiprocessing
 import os
 import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from threading import Thread
 from types import FrameType
+from typing import NoReturn
 
 from filelock import FileLock, Timeout
 
@@ -41,6 +43,15 @@ def interrupts_held() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
+def leave(code: int) -> NoReturn:
+    """End at once, and silently, the processes that this one started, and then this one."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # a thread that waits for them would complain
+    for worker in filter(None, (child.pid for child in multiprocessing.active_children())):
+        with suppress(ProcessLookupError):
+            os.kill(worker, signal.SIGKILL)
+    os._exit(code)
 
 
 def terminate_as_interrupt() -> None:

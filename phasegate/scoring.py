@@ -33,10 +33,11 @@ from phasegate.counterfactual_head import (
 )
 from phasegate.data import Array, meta_file
 from phasegate.files import write_atomic
-from phasegate.importance import PUBLISHED, Signal
+from phasegate.importance import PUBLISHED, Signal, own_signal
 from phasegate.model import Model
-from phasegate.params import Schedule
 from phasegate.phase import begin, begin_files
+from phasegate.phase_params import Schedule
+from phasegate.plugins import Plugin
 from phasegate.probe import Probe
 from phasegate.randomness import generator
 from phasegate.regret import Removals
@@ -68,16 +69,26 @@ class Claim:
 
 
 def scorings(
-    prepared: Path, baselines: Path, surveys: Path, heads: Path, seeds: int, schedule: Schedule
+    prepared: Path,
+    baselines: Path,
+    surveys: Path,
+    heads: Path,
+    seeds: int,
+    schedule: Schedule,
+    own: tuple[Plugin, ...] = (),
 ) -> list[Trial]:
-    """The trials of all seeds: seed s scores the signals of `baselines`/seed-s."""
-    shared = {"prepared": prepared, "surveys": surveys, "heads": heads, "schedule": schedule}
+    """The trials of all seeds: seed s scores the published signals, and those of one's own, of `baselines`/seed-s."""
+    shared = {"prepared": prepared, "surveys": surveys, "heads": heads, "schedule": schedule, "own": own}
     return [
         Trial(
             f"seed-{seed}",
             score_signals,
             {**shared, "start": start, "seed": seed},
-            (*begin_files(prepared, start), surveys / f"seed-{seed}" / SURVEY, heads / f"seed-{seed}" / HEAD),
+            (
+                *begin_files(prepared, start),
+                *(surveys / f"seed-{seed}" / SURVEY, heads / f"seed-{seed}" / HEAD),
+                *(plugin.path for plugin in own),
+            ),
             (meta_file(prepared),),
         )
         for seed in range(seeds)
@@ -87,18 +98,27 @@ def scorings(
 
 @torch.no_grad()
 def score_signals(
-    folder: Path, *, prepared: Path, start: Path, surveys: Path, heads: Path, seed: int, schedule: Schedule
+    folder: Path,
+    *,
+    prepared: Path,
+    start: Path,
+    surveys: Path,
+    heads: Path,
+    seed: int,
+    schedule: Schedule,
+    own: tuple[Plugin, ...],
 ) -> None:
     """Score all signals on one seed and write `folder/signals.csv`: a row per signal, a mean over the layers."""
     begun, course = begin(prepared, start, seed, schedule)
     model, head = begun.model, load_head(heads / f"seed-{seed}").to(course.gate.x.device)
     assert isinstance(model, Model), "not a 7a checkpoint"
     survey = read_table(surveys / f"seed-{seed}" / SURVEY, SURVEY_COLUMNS)
+    signals = PUBLISHED | {plugin.name: own_signal(plugin) for plugin in own}
     rows = []
     for block in range(len(model.layers)):
         measured = survey[(survey["step"] == 0) & (survey["block"] == block)]
         probe, removals = partial(Probe, model, block, course.signal), Removals(Probe(model, block, course.gate))
-        claims = {name: _said(signal, generator(seed, name, block), probe) for name, signal in PUBLISHED.items()}
+        claims = {name: _said(signal, generator(seed, name, block), probe) for name, signal in signals.items()}
         claims[PREDICTED] = _predicted(head, probe, measured)
         claims[MEASURED] = _measured(measured)
         rows += [{"signal": name, "seed": seed} | _judged(claim, measured, removals) for name, claim in claims.items()]

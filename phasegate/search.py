@@ -10,8 +10,8 @@ from phasegate import checkpoint
 from phasegate.failure import read_failure
 from phasegate.files import write_atomic
 from phasegate.model import Cost, ModelSpec
-from phasegate.params import BASE, Search, Training
 from phasegate.pretraining import pretraining
+from phasegate.pretraining_params import BASE, Search, Training
 from phasegate.references import ReferenceSpec
 from phasegate.sections import Scalar, SectionT, override
 from phasegate.trials import run_trials, seconds

@@ -35,7 +35,7 @@ def run(main: Callable[[Params], None]) -> None:
         sys.exit(_say(f"{error.filename or 'a file'}: {error.strerror or error}", 2))
     except KeyboardInterrupt:
         _say("stopped; `dvc repro` goes on where it was", 130)
-        os._exit(130)  # without waiting for workers, which end when this process does
+        processes.leave(130)
 
 
 def _say(sentence: str, code: int) -> int:

@@ -1,9 +1,9 @@
 """What happens when a controller acts: it decides, the operation is carried out, and its effect is logged."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,18 +14,17 @@ from phasegate.checkpoint import below
 from phasegate.control import Allowed, Control, HeadControl, Proposal, Situation
 from phasegate.counterfactual import Forked, Forks, removals
 from phasegate.counterfactual_head import describe
-from phasegate.errors import Diverged
-from phasegate.expert_manager import ExpertManager, Surgery
+from phasegate.errors import Diverged, UserError
+from phasegate.expert_manager import ExpertManager, Surgery, SurgeryRefused
 from phasegate.model import Model, Output
 from phasegate.moe import Routing
 from phasegate.oracle import example_losses
+from phasegate.phase_params import Grow, Prune
+from phasegate.plugins import Plugin
 from phasegate.probe import Probe
 from phasegate.randomness import derived_seed, generator
 from phasegate.signals import expert_signals, routing_kl
 from phasegate.training import EVALUATION_BATCH, PROBE, Course, correct, predict
-
-Grow = Literal["split", "clone", "reinit"]
-Prune = Literal["remove", "merge"]
 
 
 @dataclass(frozen=True)
@@ -33,8 +32,8 @@ class Treatment:
     """Who decides, how an expert is added, and how one is taken away."""
 
     control: Control
-    grow: Grow = "split"
-    prune: Prune = "remove"
+    grow: Grow | Plugin = "split"
+    prune: Prune | Plugin = "remove"
 
 
 class Surgeon:
@@ -115,6 +114,7 @@ class Surgeon:
             removals=partial(removals, probe),
             forks=partial(self._forks, probe, step),
             expert_size=probe.layer.weights(0).numel(),
+            probe=probe,
         )
 
     def _carry_out(self, proposal: Proposal, probe: Probe, step: int, draws: torch.Generator) -> None:
@@ -153,6 +153,8 @@ class Surgeon:
         e = proposal.expert
         expert = int(manager.moe.expert_id[e])
         match self.treatment.grow if proposal.action == "grow" else self.treatment.prune:
+            case Plugin() as own:
+                return _operate_own(own, manager, proposal, probe, draws)
             case "split":
                 return manager.split(expert, *self._plane(probe, e, draws))
             case "clone":
@@ -225,3 +227,25 @@ class Surgeon:
     def _glance(self) -> Output:
         """The model's output on the first examples of the signal split."""
         return predict(self.model, self.course.signal.x[:PROBE])[0]
+
+
+def _operate_own(
+    own: Plugin, manager: ExpertManager, proposal: Proposal, probe: Probe, draws: torch.Generator
+) -> Surgery:
+    """Carry out a proposal by a surgery of one's own, which has to change the number of experts by one.
+
+    Raises:
+        UserError: if it doesn't, or asks the manager for something impossible.
+    """
+    before = manager.moe.n_routed
+    try:
+        surgery = own.function()(manager, int(manager.moe.expert_id[proposal.expert]), probe, draws)
+    except SurgeryRefused as error:
+        raise UserError(f"{own.path}: {error}") from None
+    wanted = before + (1 if proposal.action == "grow" else -1)
+    if not isinstance(surgery, Surgery) or manager.moe.n_routed != wanted:
+        raise UserError(
+            f"{own.path}: to {proposal.action}, operate must return the manager's Surgery and leave {wanted} experts; "
+            f"it returned {surgery!r:.80} and left {manager.moe.n_routed}"
+        )
+    return replace(surgery, operation=own.name, n_routed_before=before, n_routed_after=wanted)

@@ -10,8 +10,8 @@ import pandas as pd
 from numpy.typing import ArrayLike
 
 from phasegate.decisions import CONTROL, relabel_control
-from phasegate.params import START
 from phasegate.statistics import mean_interval, paired_difference
+from phasegate.study import START
 
 COLUMNS = [
     *("phase", "arm", "operation", "n_seeds", "surgeries", "seeds_operated", "output_change", "output_change_max"),

@@ -19,8 +19,8 @@ from phasegate.counterfactual_head import CHANGES, FEATURES, GROW, PRUNE, RECOVE
 from phasegate.data import meta_file
 from phasegate.files import write_atomic
 from phasegate.model import Model
-from phasegate.params import GroundTruth, RandomLabels, Schedule
 from phasegate.phase import begin, begin_files
+from phasegate.phase_params import GroundTruth, RandomLabels, Schedule
 from phasegate.probe import Probe
 from phasegate.randomness import generator
 from phasegate.snapshots import Snapshots

@@ -19,7 +19,8 @@ from phasegate import data
 from phasegate.errors import Diverged
 from phasegate.model import Model, Output
 from phasegate.moe import Routing
-from phasegate.params import Architecture, Schedule, Training
+from phasegate.phase_params import Schedule
+from phasegate.pretraining_params import Architecture, Training
 from phasegate.randomness import derived_seed, generator, seed_default_generators
 
 EVALUATION_BATCH = 2048

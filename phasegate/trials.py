@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,7 +25,7 @@ import torch
 from joblib.externals.loky.process_executor import BrokenProcessPool
 from tqdm import tqdm
 
-from phasegate import execution, processes, snapshots
+from phasegate import durations, execution, live, processes, snapshots
 from phasegate.errors import Diverged, UserError
 from phasegate.failure import Failure, read_failure, write_failure
 from phasegate.files import sha256, write_atomic
@@ -36,7 +37,10 @@ KEEP_DAYS = 30
 SECONDS_BETWEEN_LINES = 20
 OUTSIDE = tuple(
     f"phasegate.{name}"
-    for names in ("params sections memory", "trials cluster processes failure files", "decisions statistics")
+    for names in (
+        *("study sections params pretraining_params phase_params memory", "decisions statistics"),
+        "trials cluster processes failure files live durations",
+    )
     for name in names.split()
 )
 """Modules that change no trial: parameters reach it as values, which are among its arguments; where it runs and how
@@ -76,13 +80,15 @@ def run_trials(trials: list[Trial], output: Path, label: str) -> None:
     _forget_old()
     missing = [trial for trial in begin if not kept[trial.name].exists()]
     try:
-        for name, files in _watch(_results(missing, kept, label), len(missing), label):
-            _keep(kept[name], files)
+        with live.stage(label, len(missing)) if missing and execution.progress() else nullcontext():
+            for name, files in _watch(_results(missing, kept, label), len(missing), label):
+                _keep(kept[name], files)
     except BrokenProcessPool:
         raise UserError(
             f"a worker of {label} was killed, perhaps since memory ran out: `dvc repro` goes on where it was, and "
             "PHASEGATE_WORKERS=1 needs the least memory"
         ) from None
+    output.mkdir(parents=True, exist_ok=True)  # there may be no trials
     for trial in trials:
         shutil.rmtree(output / trial.name, ignore_errors=True)  # what an earlier run left there, finished or failed
         if trial.name in failures:
@@ -91,6 +97,7 @@ def run_trials(trials: list[Trial], output: Path, label: str) -> None:
         _copy(kept[trial.name], output / trial.name)
         if failure := read_failure(output / trial.name):
             failures[trial.name] = failure
+    durations.record(STORE.parent, label, sum(seconds(output / trial.name) for trial in begin))
     _report(list(failures.values()), len(trials), label)
 
 
@@ -140,6 +147,7 @@ def _results(trials: list[Trial], kept: dict[str, Path], label: str) -> Iterator
 def _run_here(trial: Trial, label: str, folder: Path, stage: int) -> Result:
     """In a process of this machine: go on with what an earlier run left in `folder`."""
     processes.end_with(stage)
+    live.follow(label, trial.name)
     folder.mkdir(parents=True, exist_ok=True)
     for path in folder.iterdir():
         if path.name != snapshots.SNAPSHOT:
@@ -239,14 +247,15 @@ def _watch(jobs: Iterator[T], total: int, label: str) -> Iterator[T]:
     """Pass results on, showing trials done and time left: a bar, or lines where there is no terminal."""
     if not execution.progress():
         yield from jobs
-    elif sys.stderr.isatty():
-        yield from tqdm(jobs, desc=label, total=total, unit="trial", smoothing=0.1, disable=not total)
-    else:
-        start = shown = time.monotonic()
-        for done, result in enumerate(jobs, start=1):
-            now = time.monotonic()
-            if now - shown > SECONDS_BETWEEN_LINES or done == total:
-                left = (now - start) / done * (total - done)
-                print(f"{label}: {done} of {total} trials, about {left:.0f} s left", file=sys.stderr, flush=True)
-                shown = now
-            yield result
+        return
+    bar = sys.stderr.isatty()
+    shown = tqdm(jobs, desc=label, total=total, unit="trial", smoothing=0.1, disable=not total) if bar else jobs
+    start = said = time.monotonic()
+    for done, result in enumerate(shown, start=1):
+        live.tell(label, total, done)
+        now = time.monotonic()
+        if not bar and (now - said > SECONDS_BETWEEN_LINES or done == total):
+            left = (now - start) / done * (total - done)
+            print(f"{label}: {done} of {total} trials, about {left:.0f} s left", file=sys.stderr, flush=True)
+            said = now
+        yield result

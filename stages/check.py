@@ -14,6 +14,9 @@ from phasegate.stage import SCHEMA, run
 def main(params: Params) -> None:
     """`params` are checked by now, but for what the machine can hold."""
     refuse_too_large(params)
+    for name, arm in params.own.arms.items():
+        for key, plugin in arm.plugins.items():
+            plugin.check(f"own.arms.{name}.{key}")
     write_atomic(SCHEMA, json.dumps(params.model_json_schema(), indent=2) + "\n")
 
 

@@ -7,11 +7,12 @@ from phasegate.data import load_meta
 from phasegate.decisions import decide, leaderboard, relabel_control
 from phasegate.errors import UserError
 from phasegate.files import write_atomic
-from phasegate.params import EVALUATED_PHASES, Params
+from phasegate.params import Params
 from phasegate.report.tables import decisions_markdown
 from phasegate.sections import load_yaml
 from phasegate.signal_summary import signal_summary
 from phasegate.stage import EVALUATED, MODELS, PREPARED, REPORTS, run
+from phasegate.study import EVALUATED_PHASES
 from phasegate.surgery_summary import surgery_summary
 from phasegate.table_files import read_table
 
@@ -21,10 +22,10 @@ def main(params: Params) -> None:
     claims = params.decisions
     names = ("trials", "classes", "tasks", "routing", "loads", "curves", "surgeries", "halves", "failures")
     tables = {name: collect(name) for name in names}
-    primary = {phase: claim.primary for phase, claim in claims.phases.items()}
+    primary = {phase: claim.primary for phase, claim in params.claims().items()}
     failures = relabel_control(tables["failures"])
     decisions = decide(tables["trials"], claims.margin_pp, claims.confidence, primary, failures)
-    hypotheses = {phase: claim.hypothesis for phase, claim in claims.phases.items()}
+    hypotheses = {phase: claim.hypothesis for phase, claim in params.claims().items()}
     for name, table in tables.items():
         write(name, relabel_control(table))
     summary = surgery_summary(tables["surgeries"], tables["halves"], tables["curves"], decisions, claims.confidence)

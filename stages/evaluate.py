@@ -3,8 +3,9 @@
 import argparse
 
 from phasegate.evaluation import evaluate_phase
-from phasegate.params import EVALUATED_PHASES, Params
+from phasegate.params import Params
 from phasegate.stage import EVALUATED, MODELS, PREPARED, run
+from phasegate.study import EVALUATED_PHASES, OWN
 
 
 def main(params: Params) -> None:
@@ -12,7 +13,7 @@ def main(params: Params) -> None:
     parser = argparse.ArgumentParser(description="Evaluate one phase on the test split.")
     parser.add_argument("phase", choices=EVALUATED_PHASES)
     phase = parser.parse_args().phase
-    evaluate_phase(MODELS / phase, PREPARED, EVALUATED / phase)
+    evaluate_phase(MODELS / phase, PREPARED, EVALUATED / phase, may_be_empty=phase == OWN and not params.own.arms)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
 from phasegate.data import load_meta
 from phasegate.model import ModelSpec
-from phasegate.params import Architecture, Params, Training
+from phasegate.params import Params
 from phasegate.pretraining import pretraining
+from phasegate.pretraining_params import Architecture, Training
 from phasegate.sections import load_section
 from phasegate.stage import MODELS, PREPARED, run
 from phasegate.trials import run_trials

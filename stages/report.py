@@ -45,20 +45,13 @@ def main(params: Params) -> None:
     for name, figure in figures.items():
         drawing.save(figure, REPORTS / name)
     page = html.render(
-        decisions,
-        table["failures"],
-        {phase: claim.hypothesis for phase, claim in claims.phases.items()},
-        claims.margin_pp,
-        figures={name: (REPORTS / f"{name}.svg").read_text() for name in figures},
-        leaderboards={"q1": table["leaderboard_q1"], "q2": table["leaderboard_q2"]},
-        surgeries=surgeries,
-        surgery_summary=summary,
-        signals=table["signal_summary"],
-        attribution=table["attribution"],
-        curves=table["curves"],
-        tasks=table["tasks"],
+        table,
+        {name: (REPORTS / f"{name}.svg").read_text() for name in figures},
+        html.Claims(
+            {phase: claim.hypothesis for phase, claim in params.claims().items()}, claims.margin_pp, claims.confidence
+        ),
+        data=load_meta(PREPARED).name,
         provenance=provenance(params),
-        confidence=claims.confidence,
     )
     write_atomic(REPORTS / "report.html", page)
 

@@ -6,7 +6,8 @@ from phasegate.data import load_meta
 from phasegate.decisions import winner
 from phasegate.files import write_atomic
 from phasegate.model import ModelSpec
-from phasegate.params import Params, Training
+from phasegate.params import Params
+from phasegate.pretraining_params import Training
 from phasegate.search import run_search, variants
 from phasegate.sections import load_section
 from phasegate.stage import MODELS, PREPARED, run

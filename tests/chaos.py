@@ -22,7 +22,7 @@ from tests.small_study import Checkout, content
 
 TARGETS = ("worker", "stage", "dvc")
 SECONDS = (0.3, 6.0)  # from the start of a run, or from the moment at which there is something to kill
-LONGEST = 300  # seconds of any one run
+LONGEST = 900  # seconds of any one run
 COMPARED = ("models", "data", "reports")
 
 
@@ -53,7 +53,8 @@ def chaos(checkout: Checkout, expected: dict[str, str], kills: int, seed: int) -
             assert not differ, f"after {done}: {len(differ)} files differ, as {differ[:5]}"
             done["studies"] += 1
             forget(checkout.folder)
-        print(f"\r{done}", end="", file=sys.stderr, flush=True)
+        here = sys.stderr.isatty()
+        print(f"\r{done}" if here else done, end="" if here else "\n", file=sys.stderr, flush=True)
     return done
 
 

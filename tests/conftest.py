@@ -9,25 +9,48 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from hypothesis import settings
 
 from phasegate.counterfactual_head import SURVEY, learn
 from phasegate.data import Split, save
 from phasegate.model import ModelSpec
-from phasegate.params import Architecture, GroundTruth, Schedule, Training, UsageLabels
+from phasegate.phase_params import GroundTruth, Schedule, UsageLabels
 from phasegate.pretraining import pretrain
+from phasegate.pretraining_params import Architecture, Training
 from phasegate.survey import survey
 from phasegate.training import Examples, load_examples
 from phasegate.trials import SECONDS
+from tests.small_study import Checkout
 
 torch.set_num_threads(1)
 settings.register_profile("phasegate", deadline=None)  # a test may wait for a busy core
 settings.load_profile("phasegate")
 
 
+FIRST = ("test_pipeline.py", "test_cifar.py", "test_recipes.py")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The slowest file first, so that no process is left alone with it."""
-    items.sort(key=lambda item: item.path.name != "test_pipeline.py")
+    """The slowest files first, so that no process is left alone with them; the first makes what the third copies."""
+    items.sort(key=lambda item: FIRST.index(item.path.name) if item.path.name in FIRST else len(FIRST))
+
+
+@pytest.fixture(scope="session")
+def small_study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The pipeline under the small profile, run once from nothing for all processes: to be copied."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "small-study"
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "metrics.json").exists():
+            Checkout(folder, PHASEGATE_WORKERS="2").repro()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def checkout(small_study: Path, tmp_path_factory: pytest.TempPathFactory) -> Checkout:
+    """A copy of the small study, for the tests of one file."""
+    return Checkout(tmp_path_factory.mktemp("study") / "checkout", of=small_study)
 
 
 @pytest.fixture(scope="session")

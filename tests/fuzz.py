@@ -26,6 +26,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import psutil
+
 from phasegate.errors import UserError
 from phasegate.files import sha256
 
@@ -100,12 +102,12 @@ def _verdict(case: Case, folder: Path) -> str | None:
 
 
 def _attempt(call: Callable[[], object], harmful: bool) -> str | None:
-    memory = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     unlimited = resource.getrlimit(resource.RLIMIT_AS)
+    limit = (psutil.Process().memory_info().vms + LARGEST, unlimited[1]) if sys.platform == "linux" else unlimited
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         signal.alarm(LONGEST)
-        resource.setrlimit(resource.RLIMIT_AS, (memory + LARGEST, unlimited[1]))
+        resource.setrlimit(resource.RLIMIT_AS, limit)  # elsewhere it can't be lowered
         try:
             call()
             wrong = "accepts damage" if harmful else None
@@ -159,18 +161,19 @@ def main() -> None:
     for kind in KINDS:
         parser.add_argument(f"--{kind}", type=int, default=0, metavar="CASES")
     parser.add_argument("--seed", type=int, default=0, help="the number of the first case of each kind")
-    arguments, failed = parser.parse_args(), 0
+    arguments, failed, clear = parser.parse_args(), 0, "\r" if sys.stderr.isatty() else ""
     for kind in KINDS:
         count, start, here = getattr(arguments, kind), time.monotonic(), 0
 
         def progress(done: int, kind: str = kind, count: int = count) -> None:
-            print(f"\r{kind}: {done:,} of {count:,}", end="", file=sys.stderr, flush=True)
+            if sys.stderr.isatty():
+                print(f"\r{kind}: {done:,} of {count:,}", end="", file=sys.stderr, flush=True)
 
         for wrong in failures(kind, range(arguments.seed, arguments.seed + count), progress):
-            print(f"\r{wrong}", flush=True)
+            print(f"{clear}{wrong}", flush=True)
             here += 1
         if count:
-            print(f"\r{kind}: {count:,} cases, {here:,} failed, in {time.monotonic() - start:.0f} s", flush=True)
+            print(f"{clear}{kind}: {count:,} cases, {here:,} failed, in {time.monotonic() - start:.0f} s", flush=True)
         failed += here
     sys.exit(failed > 0)
 

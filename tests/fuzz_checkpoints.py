@@ -10,12 +10,13 @@ import numpy as np
 import safetensors.numpy
 import torch
 
+import phasegate
 from phasegate import checkpoint, data
 from phasegate.checkpoint import RECORD, WEIGHTS
 from phasegate.expert_manager import ExpertManager
 from phasegate.model import Model, ModelSpec
-from phasegate.params import Architecture, Training
 from phasegate.pretraining import pretrain
+from phasegate.pretraining_params import Architecture, Training
 from phasegate.training import Examples, load_examples
 from tests.damage import DEEP, damaged_bytes, damaged_tree, replaced
 from tests.fuzz import Case
@@ -87,7 +88,7 @@ def prepared(folder: Path) -> Path:
 
 
 def case(state: Originals, draw: random.Random, folder: Path) -> Case:
-    """One damaged checkpoint, to be loaded and summarised."""
+    """One damaged checkpoint, to be loaded, on data and without them, and summarised."""
     damaged = folder / "checkpoint"
     shutil.copytree(draw.choice(state.folders), damaged)
     weights, record = damaged / WEIGHTS, damaged / RECORD
@@ -105,8 +106,8 @@ def case(state: Originals, draw: random.Random, folder: Path) -> Case:
         case "mixed":
             shutil.copy(draw.choice(state.folders) / WEIGHTS, weights)
     changed = not weights.is_file() or weights.stat().st_size != len(before) or weights.read_bytes() != before
-    load = lambda: checkpoint.load(damaged, state.gate)  # noqa: E731
-    return Case((load,) if changed else (load, lambda: checkpoint.summary(damaged)), harmful=changed)
+    loads = (lambda: checkpoint.load(damaged, state.gate), lambda: phasegate.load(damaged, dataset=None))
+    return Case(loads if changed else (*loads, lambda: checkpoint.summary(damaged)), harmful=changed)
 
 
 def _damage_record(path: Path, draw: random.Random) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import pandas as pd
 import yaml
 
+REPLACED = ("candidates", "arms", "mnist1d")
 ROOT = Path(__file__).parent.parent
 
 
@@ -44,9 +45,13 @@ def closure(path: Path) -> set[str]:
 
 
 class Checkout:
-    """A temporary copy of the project under the small profile, with settings for the environment."""
+    """A temporary copy of the project under the small profile, with settings for the environment.
 
-    def __init__(self, folder: Path, **settings: str) -> None:
+    Args:
+        of: another such folder, to copy with all that has been done in it.
+    """
+
+    def __init__(self, folder: Path, of: Path | None = None, **settings: str) -> None:
         self.folder = folder
         self.environment = os.environ | {
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
@@ -54,7 +59,10 @@ class Checkout:
             "PHASEGATE_WORKERS": "1",
             **settings,
         }
-        for name in ("phasegate", "stages"):
+        if of:
+            shutil.copytree(of, folder, symlinks=True)
+            return
+        for name in ("phasegate", "stages", "plugins"):
             shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
         for name in ("dvc.yaml", "params.yaml", ".dvcignore", ".gitignore", "data/raw/.gitkeep"):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -86,10 +94,10 @@ class Checkout:
 
 
 def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """`base` with `changes` merged in; the searches' candidates and a data set's references are replaced."""
+    """`base` with `changes` merged in; candidates, arms of one's own and a data set's references are replaced."""
     merged = dict(base)
     for key, value in changes.items():
-        deeper = isinstance(value, dict) and isinstance(base.get(key), dict) and key not in ("candidates", "mnist1d")
+        deeper = isinstance(value, dict) and isinstance(base.get(key), dict) and key not in REPLACED
         merged[key] = merge(base[key], value) if deeper else value
     return merged
 

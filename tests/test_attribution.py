@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from phasegate.attribution import ACCOUNTS, COLUMNS, CONTINUED, FACTORIAL, WHOLE, attribution
 from phasegate.decisions import AVERAGED, decide
 from phasegate.errors import UserError
-from phasegate.params import ARMS, START, START_ARMS
 from phasegate.statistics import holm
+from phasegate.study import ARMS, START, START_ARMS
 
 CONTRASTS = {
     (name, part): contrast

@@ -16,9 +16,10 @@ from phasegate.counterfactual_head import heads
 from phasegate.errors import UserError
 from phasegate.ground_truth import PredictedControl
 from phasegate.model import ModelSpec
-from phasegate.params import GroundTruth, Schedule, Training
 from phasegate.phase import Arm, continuations
+from phasegate.phase_params import GroundTruth, Schedule
 from phasegate.pretraining import pretraining
+from phasegate.pretraining_params import Training
 from phasegate.scoring import scorings
 from phasegate.surgeon import Treatment
 from phasegate.survey import surveys

@@ -1,6 +1,6 @@
 """Controllers label as they say, learn what can be learned, and propose only what is allowed."""
 
-from typing import NoReturn
+from typing import NoReturn, cast
 
 import pytest
 import torch
@@ -28,12 +28,16 @@ from phasegate.control import (
     random_labels,
     usage_labels,
 )
-from phasegate.params import EntropyLabels, RandomLabels, UsageLabels
+from phasegate.phase_params import EntropyLabels, RandomLabels, UsageLabels
+from phasegate.probe import Probe
 from phasegate.signals import N_SCALARS, ExpertSignals
 
 WIDTH = 4
 NOISE = RandomLabels(grow=0.3, prune=0.2, loss_weight=1.0, head_lr=0.01)
 ENTROPY = EntropyLabels(grow_below=0.9, prune_above=1.1, head_lr=0.01)
+
+
+NO_PROBE = cast(Probe, None)  # nobody asks
 
 
 def draws(seed: int = 0) -> torch.Generator:
@@ -63,7 +67,8 @@ def situation(
     def unasked(*questions: object) -> NoReturn:
         raise AssertionError("nobody needs to know")
 
-    return Situation(given, allowed or Allowed(yes, yes), loss_after, draws(seed), unasked, unasked, unasked, 1)
+    known = (given, allowed or Allowed(yes, yes), loss_after, draws(seed))
+    return Situation(*known, features=unasked, removals=unasked, forks=unasked, expert_size=1, probe=NO_PROBE)
 
 
 @given(st.integers(0, 10), st.integers(0, 10), st.integers(0, 10**6))

@@ -16,7 +16,7 @@ from phasegate.counterfactual import Estimate, Forks, Operation, estimate, remov
 from phasegate.expert_manager import ExpertManager
 from phasegate.model import Model
 from phasegate.oracle import losses_without_each
-from phasegate.params import Schedule
+from phasegate.phase_params import Schedule
 from phasegate.probe import Probe
 from phasegate.sections import override
 from phasegate.training import Course, load_examples

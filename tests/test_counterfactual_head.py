@@ -30,7 +30,7 @@ from phasegate.errors import UserError
 from phasegate.expert_manager import ExpertManager
 from phasegate.failure import Failure, write_failure
 from phasegate.model import Model, ModelSpec
-from phasegate.params import Architecture
+from phasegate.pretraining_params import Architecture
 from phasegate.probe import Probe
 from phasegate.sections import override
 from phasegate.training import Examples

@@ -32,8 +32,9 @@ from phasegate.halves import HALVES_COLUMNS
 from phasegate.logs import SURGERY_COLUMNS
 from phasegate.model import Cost, Model, ModelSpec, cost
 from phasegate.multitask import add_tasks
-from phasegate.params import Architecture, Schedule
 from phasegate.phase import Arm, continuations
+from phasegate.phase_params import Schedule
+from phasegate.pretraining_params import Architecture
 from phasegate.references import Reference, ReferenceSpec
 from phasegate.sections import override
 from phasegate.surgeon import Treatment

@@ -16,12 +16,13 @@ from phasegate.errors import UserError
 from phasegate.experiments import came_to
 from phasegate.failure import FAILURE, FAILURE_COLUMNS, Failure, finished, read_failure, write_failure
 from phasegate.model import ModelSpec
-from phasegate.params import ARMS, EVALUATED_PHASES, START, Training, load_params
+from phasegate.params import load_params
+from phasegate.pretraining_params import Training
 from phasegate.report import drawing, lineage_plots, plots, surgery_plots, tables
-from phasegate.report.readme import TABLES as README_TABLES
-from phasegate.report.readme import refreshed
+from phasegate.report.documents import TABLES, blocks
 from phasegate.scoring import SCORES
 from phasegate.search import COLUMNS, run_search
+from phasegate.study import ARMS, EVALUATED_PHASES, START
 from phasegate.surgery_summary import surgery_summary
 from phasegate.trials import Trial
 from stages import decide, headline, repeat_surgery, report, score_signals
@@ -88,14 +89,17 @@ def test_every_verdict_row_states_its_failures(study: Path) -> None:
     assert (others["n_failed"] == 0).all() and (others["n_seeds"] == 9).all()
     verdict = str(rows.loc[("p7b2", "split"), "verdict"])
     cells = {
-        **{"baseline": "**BASELINE, 1 of 10 trials failed**", "continue": "CONTROL, 1 of 10 trials failed"},
-        **{r"noise\_acting": "**NO-GO, all 9 trials failed**", "split": f"**{verdict}, 1 of 9 trials failed**"},
+        **{"baseline": "BASELINE, 1 of 10 trials failed", "continue": "CONTROL, 1 of 10 trials failed"},
+        **{r"noise\_acting": "NO-GO, all 9 trials failed", "split": f"{verdict}, 1 of 9 trials failed"},
     }
-    written = {name: pd.read_csv(study / f"reports/{name}.csv") for name in README_TABLES}
-    readme = refreshed((ROOT / "README.md").read_text(), written, 1.0, 0.95)
-    for text in ((study / "reports/decisions.md").read_text(), readme):
+    tables = {name: pd.read_csv(study / f"reports/{name}.csv") for name in TABLES}
+    hypotheses = dict.fromkeys(tables["decisions"]["phase"], "It costs no more than the margin.")
+    for text in (
+        (study / "reports/decisions.md").read_text(),
+        blocks({"mnist1d": tables}, hypotheses, 1.0, 0.95)["results"],
+    ):
         for arm, cell in cells.items():
-            assert re.search(rf"\| \**{re.escape(arm)}\** \| {re.escape(cell)} \|", text), arm
+            assert re.search(rf"\| \**{re.escape(arm)}\** \| \**{re.escape(cell)}", text), arm
         assert "- 7b.2 split, seed 3, step 17: the loss is nan" in text
         assert "- 7b.3 task\\_gates, heads, single, seed 0, step 0: its start models/p7a" in text
     assert "NO-GO: noise_acting, all 9 trials failed.**" in (study / "reports/decisions.md").read_text()

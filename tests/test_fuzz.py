@@ -33,7 +33,7 @@ BAD: dict[str, Callable[[], object]] = {
     "takes more than": lambda: refuse("too large", MemoryError()),
     "warns: 'careful'": lambda: warnings.warn("careful", stacklevel=1),
     "took longer": lambda: time.sleep(30),
-    "MemoryError": lambda: np.ones(1 << 28),
+    **({"MemoryError": lambda: np.ones(1 << 28)} if sys.platform == "linux" else {}),  # where it can be bounded
     "changed its input": lambda: Path("file").write_text("other"),
     "accepts damage": lambda: None,
 }

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, cast
 
 import pytest
 import torch
@@ -15,9 +15,11 @@ from phasegate.counterfactual import Estimate, Forked, estimate
 from phasegate.counterfactual_head import CHANGES, FEATURES, GROW, RECOVERED, CounterfactualHead, save_head
 from phasegate.errors import UserError
 from phasegate.ground_truth import MeasuredControl, MeasuringController, PredictedControl, PredictingController
+from phasegate.probe import Probe
 from phasegate.signals import ExpertSignals
 
 E, SIZE = 5, 100  # experts, and parameters of one
+NO_PROBE = cast(Probe, None)  # nobody asks
 seeds = st.integers(0, 10**6)
 masks = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=E, max_size=E)
 prices = st.sampled_from([0.0, 0.001, 0.01, 0.05])  # nats per parameter
@@ -38,7 +40,15 @@ def situation(
     ones = torch.ones(E) / E if load is None else load
     signals = ExpertSignals(ones, ones, ones, torch.zeros(E, 4), torch.tensor(0.5))
     return Situation(
-        signals, Allowed(*torch.tensor(allowed).T), unasked, torch.Generator(), features, removals, forks, SIZE
+        signals=signals,
+        allowed=Allowed(*torch.tensor(allowed).T),
+        loss_after=unasked,
+        draws=torch.Generator(),
+        features=features,
+        removals=removals,
+        forks=forks,
+        expert_size=SIZE,
+        probe=NO_PROBE,
     )
 
 

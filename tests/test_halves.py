@@ -16,7 +16,7 @@ from phasegate.halves import HALVES_COLUMNS, halves
 from phasegate.hyperplanes import halve, random_direction
 from phasegate.logs import SURGERY_COLUMNS
 from phasegate.model import Model, ModelSpec
-from phasegate.params import Architecture
+from phasegate.pretraining_params import Architecture
 from phasegate.references import Reference, ReferenceSpec
 from phasegate.sections import override
 from phasegate.training import Examples, predict

@@ -14,7 +14,7 @@ from phasegate.expert_manager import ExpertManager
 from phasegate.importance import PUBLISHED, Scores, random_labels
 from phasegate.model import Model, ModelSpec
 from phasegate.moe import Routing
-from phasegate.params import Architecture
+from phasegate.pretraining_params import Architecture
 from phasegate.probe import Probe
 from phasegate.sections import override
 from phasegate.training import Examples

@@ -8,7 +8,15 @@ import pytest
 from tests.small_study import ROOT
 
 UNSAFE_MODULES = {"pickle", "cPickle", "cloudpickle", "dill", "marshal", "shelve"}
-UNSAFE_CALLS = {"torch.load", "np.load", "numpy.load", "joblib.load", "pd.read_pickle", "pandas.read_pickle"}
+UNSAFE_CALLS = {
+    "torch.load",
+    "torch.export.load",
+    "np.load",
+    "numpy.load",
+    "joblib.load",
+    "pd.read_pickle",
+    "pandas.read_pickle",
+}
 UNSAFE_CALLS |= {f"yaml.{name}" for name in ("load", "load_all", "full_load", "unsafe_load", "full_load_all")}
 UNSAFE_CALLS |= {"eval", "exec", "compile", "__import__"}
 SOURCES = sorted(path for folder in ("phasegate", "stages", "bench") for path in (ROOT / folder).rglob("*.py"))
@@ -41,6 +49,7 @@ def test_no_module_loads_a_pickle(path: Path) -> None:
     "code",
     [
         *("import pickle", "import os, dill", "from pickle import loads", "from torch import load", "torch.load(f)"),
+        *("torch.export.load(f)", "from torch.export import load"),
         *("np.load(f)", "np.load(f, allow_pickle=True)", "yaml.load(f, Loader)", "yaml.unsafe_load(f)", "eval('1')"),
         *("pd.read_pickle(f)", "joblib.load(f)", "exec(code)"),
     ],

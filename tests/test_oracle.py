@@ -12,7 +12,7 @@ from torch import Tensor
 from phasegate.expert_manager import ExpertManager
 from phasegate.model import Model, ModelSpec
 from phasegate.oracle import choice_of_set, example_losses, losses_of_all_sets, losses_without_each
-from phasegate.params import Architecture
+from phasegate.pretraining_params import Architecture
 from phasegate.probe import Probe
 from phasegate.sections import override
 from phasegate.training import Examples

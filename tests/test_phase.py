@@ -18,8 +18,10 @@ from phasegate.ground_truth import MeasuringController
 from phasegate.halves import halves
 from phasegate.model import Model
 from phasegate.multitask import add_tasks
-from phasegate.params import ARMS, GroundTruth, Schedule, SurgeryStudy, load_params
+from phasegate.params import load_params
+from phasegate.phase_params import GroundTruth, Schedule, SurgeryStudy
 from phasegate.sections import override
+from phasegate.study import ARMS
 from phasegate.training import Examples
 from phasegate.trials import Trial
 from stages import continue_7a, phase_7b1, phase_7b2, phase_7b3, phase_7b4, surgery_study

@@ -14,7 +14,8 @@ from phasegate.expert_manager import ExpertManager
 from phasegate.hyperplanes import halve, random_direction
 from phasegate.model import Model, ModelSpec
 from phasegate.oracle import losses_of_all_sets
-from phasegate.params import Architecture, Schedule, Training
+from phasegate.phase_params import Schedule
+from phasegate.pretraining_params import Architecture, Training
 from phasegate.probe import Probe
 from phasegate.sections import override
 from phasegate.training import Course, Examples, make_optimizer

@@ -13,7 +13,7 @@ from torch import Tensor
 from phasegate.expert_manager import ExpertManager
 from phasegate.model import Model, ModelSpec
 from phasegate.moe import Routing
-from phasegate.params import Architecture
+from phasegate.pretraining_params import Architecture
 from phasegate.probe import Probe
 from phasegate.sections import override
 from phasegate.training import EVALUATION_BATCH, Examples

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from phasegate.expert_manager import ExpertManager
 from phasegate.model import Model, ModelSpec
 from phasegate.oracle import example_losses
-from phasegate.params import Architecture
+from phasegate.pretraining_params import Architecture
 from phasegate.probe import Probe
 from phasegate.regret import Removals, lowest_sets
 from phasegate.sections import override

@@ -13,8 +13,7 @@ import pytest
 import yaml
 from scipy import stats
 
-from phasegate.params import load_params
-from phasegate.report.readme import TABLES, refreshed
+from phasegate.report.documents import DOCUMENTS, refreshed, written
 
 ROOT = Path(__file__).parent.parent
 DVC = [str(Path(sys.executable).parent / "dvc")]
@@ -77,14 +76,16 @@ def textbook(trials: pd.DataFrame, margin_pp: float, confidence: float, phases: 
     return table
 
 
-def test_the_readme_shows_the_committed_results() -> None:
-    text, claims = (ROOT / "README.md").read_text(), load_params(ROOT / "params.yaml").decisions
-    tables = {name: pd.read_csv(ROOT / f"reports/{name}.csv") for name in TABLES}
-    assert refreshed(text, tables, claims.margin_pp, claims.confidence) == text, "run `make readme`"
+def test_the_documents_show_the_committed_results() -> None:
+    texts, blocks = [(ROOT / name).read_text() for name in DOCUMENTS], written(ROOT)
+    assert [refreshed(text, blocks) for text in texts] == texts, "run `make docs`"
+    assert all(sum(f"<!-- {name} -->\n" in text for text in texts) >= 1 for name in blocks)
 
 
-def test_the_readme_shows_the_output_that_dvc_metrics_diff_has_for_the_committed_results() -> None:
-    lines = re.findall(r"^metrics\.json +(\w+) +(\S+) +(\S+) +\S+$", (ROOT / "README.md").read_text(), re.MULTILINE)
+def test_the_recipes_show_the_output_that_dvc_metrics_diff_has_for_the_committed_results() -> None:
+    lines = re.findall(
+        r"^metrics\.json +(\w+) +(\S+) +(\S+) +\S+$", (ROOT / "docs/recipes.md").read_text(), re.MULTILINE
+    )
     decisions = pd.read_csv(ROOT / "reports/decisions.csv").query("primary").set_index("phase")
     assert len(lines) >= 15
     for name, *shown in lines:
@@ -96,12 +97,6 @@ def test_the_readme_shows_the_output_that_dvc_metrics_diff_has_for_the_committed
                 assert text == value
             else:
                 assert float(text) == pytest.approx(value, abs=1e-5)
-
-
-def test_every_link_of_the_readme_leads_somewhere() -> None:
-    links = re.findall(r"\]\((?!https?:)([^)#]+)\)", (ROOT / "README.md").read_text())
-    assert links
-    assert [link for link in links if not (ROOT / link).exists()] == []
 
 
 def test_the_reference_models_reach_their_published_accuracy() -> None:

@@ -17,7 +17,7 @@ from phasegate.expert_manager import ExpertManager
 from phasegate.importance import PUBLISHED
 from phasegate.model import Model
 from phasegate.oracle import example_losses
-from phasegate.params import GroundTruth, Schedule, UsageLabels
+from phasegate.phase_params import GroundTruth, Schedule, UsageLabels
 from phasegate.probe import Probe
 from phasegate.scoring import MEASURED, PREDICTED, SCORE_COLUMNS, SCORES, rank_correlation, scorings
 from phasegate.survey import surveys

@@ -19,9 +19,10 @@ from phasegate.failure import LAST_GOOD
 from phasegate.ground_truth import MeasuredControl, PredictedControl
 from phasegate.logs import CURVE
 from phasegate.model import ModelSpec
-from phasegate.params import EntropyLabels, GroundTruth, RandomLabels, Schedule, Training
 from phasegate.phase import Arm, Tasks, run_arm
+from phasegate.phase_params import EntropyLabels, GroundTruth, RandomLabels, Schedule
 from phasegate.pretraining import pretrain
+from phasegate.pretraining_params import Training
 from phasegate.references import ReferenceSpec
 from phasegate.snapshots import SNAPSHOT, Snapshots
 from phasegate.surgeon import Treatment

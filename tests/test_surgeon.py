@@ -16,9 +16,9 @@ from phasegate.control import Controller, Plan, Proposal, Situation
 from phasegate.expert_manager import ExpertManager
 from phasegate.model import Model
 from phasegate.moe import MoE
-from phasegate.params import Schedule
+from phasegate.phase_params import Grow, Prune, Schedule
 from phasegate.sections import override
-from phasegate.surgeon import Grow, Prune, Surgeon, Treatment
+from phasegate.surgeon import Surgeon, Treatment
 from phasegate.training import Course, correct, load_examples, predict
 
 CPU = torch.device("cpu")

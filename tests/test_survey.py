@@ -15,7 +15,7 @@ from phasegate.counterfactual_head import CHANGES, FEATURES, SURVEY, describe
 from phasegate.expert_manager import ExpertManager
 from phasegate.model import Model
 from phasegate.oracle import example_losses
-from phasegate.params import GroundTruth, Schedule, UsageLabels
+from phasegate.phase_params import GroundTruth, Schedule, UsageLabels
 from phasegate.probe import Probe
 from phasegate.sections import override
 from phasegate.survey import SURVEY_COLUMNS, surveys

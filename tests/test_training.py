@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from phasegate.model import Model, ModelSpec
 from phasegate.moe import Routing
-from phasegate.params import Training
+from phasegate.pretraining_params import Training
 from phasegate.training import (
     Batches,
     Examples,

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from phasegate import execution, trials
+from phasegate import durations, execution, trials
 from phasegate.checkpoint import WEIGHTS
 from phasegate.errors import UserError
 from phasegate.model import ModelSpec
-from phasegate.params import Training
 from phasegate.pretraining import pretraining
+from phasegate.pretraining_params import Training
 from phasegate.trials import OUTSIDE, Trial, run_trials
 from tests.small_study import ROOT, closure
 
@@ -91,6 +91,16 @@ def test_a_changed_argument_or_input_trains_again(study: Study) -> None:
     assert study.run(2) == [0, 1]
     study.input.write_text("content")
     assert study.run(2) == []
+
+
+def test_what_all_trials_took_is_noted_kept_ones_included(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)  # the record holds the parameters of the run
+    for seeds in (2, 3):
+        study.run(seeds)
+        took = sum(float(path.read_text()) for path in study.folder.glob("models/arm/*/seconds.txt"))
+        assert durations.recorded(study.folder, "mnist1d")["test"].seconds == pytest.approx(took, abs=1e-3)
+    monkeypatch.chdir(study.folder)  # where no parameters are, nothing is noted, and nothing is wrong
+    assert study.run(4) == [3]
 
 
 def test_changed_code_trains_again(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,12 +3,14 @@
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import pandas as pd
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from phasegate.report import attribution_tables, signal_tables, surgery_tables, tables
+from phasegate.report.story import story_cells
 
 CAPTIONS = {
     "differences": "Difference of each arm from the control",
@@ -26,68 +28,84 @@ CAPTIONS = {
 }
 
 
+class Claims(NamedTuple):
+    """What was written before the run."""
+
+    hypotheses: Mapping[str, str]  # by phase
+    margin_pp: float
+    confidence: float
+
+
 def render(
-    decisions: pd.DataFrame,
-    failures: pd.DataFrame,
-    hypotheses: Mapping[str, str],
-    margin_pp: float,
-    *,
+    table: Mapping[str, pd.DataFrame],
     figures: Mapping[str, str],
-    leaderboards: Mapping[str, pd.DataFrame],
-    surgeries: pd.DataFrame,
-    surgery_summary: pd.DataFrame,
-    signals: pd.DataFrame,
-    attribution: pd.DataFrame,
-    curves: pd.DataFrame,
-    tasks: pd.DataFrame,
+    claims: Claims,
+    data: str,
     provenance: Mapping[str, object],
-    confidence: float,
 ) -> str:
     """The whole page as HTML.
 
-    `figures` maps all names of `CAPTIONS` to SVG text from `drawing.svg`, `leaderboards` maps `q1`
-    and `q2` to their tables; `signals` is their summary, `tasks` may be empty, `provenance` may nest mappings.
-    Raises UserError for a phase without a hypothesis.
+    Args:
+        table: the tables of `reports/`, by name; that of the tasks may be empty.
+        figures: SVG text from `drawing.svg`, by the names of `CAPTIONS`.
+        data: name of the data set.
+        provenance: what the results came from; may nest mappings.
+
+    Raises:
+        UserError: for a phase without a hypothesis.
     """
-    environment = Environment(
+    decisions, summary = table["decisions"], table["surgery_summary"]
+    leaderboards = {name: table[f"leaderboard_{name}"] for name in ("q1", "q2")}
+    return _template().render(
+        data=tables.data_label(data),
+        seeds=int(decisions["n_seeds"].max()),
+        phases=_phases(decisions, claims),
+        rule=tables.rule(claims.margin_pp, claims.confidence),
+        decisions=tables.decision_cells(decisions),
+        failures=tables.failure_list(table["failures"]),
+        primary=list(decisions["primary"]),
+        costs=tables.cost_cells(decisions),
+        story=story_cells(decisions, leaderboards),
+        figures={
+            name: {"name": name, "caption": CAPTIONS[name], "svg": inline_svg(svg, name)}
+            for name, svg in figures.items()
+        },
+        broken=attribution_tables.attribution_findings(table["attribution"], claims.confidence),
+        attribution=attribution_tables.attribution_cells(table["attribution"]),
+        findings=signal_tables.signal_findings(
+            table["signal_summary"], decisions, table["surgeries"], claims.confidence
+        ),
+        signals=signal_tables.signal_cells(table["signal_summary"], claims.confidence),
+        surgeries=surgery_tables.surgery_cells(summary) if len(summary) > 1 else [],
+        dead=surgery_tables.dead_finding(table["curves"]),
+        halves=surgery_tables.halves_cells(summary),
+        tasks=tables.task_cells(table["tasks"], claims.confidence),
+        leaderboards={name: tables.leaderboard_cells(board) for name, board in leaderboards.items()},
+        provenance=list(_flat(provenance)),
+    )
+
+
+def _template() -> Template:
+    return Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-    )
-    phases = [
+    ).get_template("report.html.j2")
+
+
+def _phases(decisions: pd.DataFrame, claims: Claims) -> list[dict[str, str]]:
+    """What the page begins with: one card per phase."""
+    return [
         {
             "label": tables.phase_label(row.phase),
             "verdict": row.verdict,
-            "hypothesis": tables.hypothesis(hypotheses, row.phase),
-            "outcome": tables.outcome(row, decisions, margin_pp),
+            "hypothesis": tables.hypothesis(claims.hypotheses, row.phase),
+            "outcome": tables.outcome(row, decisions, claims.margin_pp),
         }
         for row in tables.headline_rows(decisions)
     ]
-    return environment.get_template("report.html.j2").render(
-        phases=phases,
-        rule=tables.rule(margin_pp, confidence),
-        decisions=tables.decision_cells(decisions),
-        failures=tables.failure_list(failures),
-        primary=list(decisions["primary"]),
-        costs=tables.cost_cells(decisions),
-        story=tables.story_cells(decisions, leaderboards),
-        figures={
-            name: {"name": name, "caption": CAPTIONS[name], "svg": inline_svg(svg, name)}
-            for name, svg in figures.items()
-        },
-        broken=attribution_tables.attribution_findings(attribution, confidence),
-        attribution=attribution_tables.attribution_cells(attribution),
-        findings=signal_tables.signal_findings(signals, decisions, surgeries, confidence),
-        signals=signal_tables.signal_cells(signals, confidence),
-        surgeries=surgery_tables.surgery_cells(surgery_summary) if len(surgery_summary) > 1 else [],
-        dead=surgery_tables.dead_finding(curves),
-        halves=surgery_tables.halves_cells(surgery_summary),
-        tasks=tables.task_cells(tasks, confidence),
-        leaderboards={name: tables.leaderboard_cells(table) for name, table in leaderboards.items()},
-        provenance=list(_flat(provenance)),
-    )
 
 
 def inline_svg(svg: str, name: str) -> Markup:

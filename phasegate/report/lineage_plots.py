@@ -13,10 +13,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from phasegate.decisions import CONTROL
-from phasegate.params import START
 from phasegate.report.drawing import BLUE, GREY, STYLE, VERMILION, band, new_figure, wrapped
 from phasegate.report.tables import failed, headline_rows, number, of_arm, phase_label, rows_of
 from phasegate.statistics import mean_interval
+from phasegate.study import START
 
 THINNEST, WIDEST = 0.03, 0.42  # half the height of an idle expert, and of the busiest; rows are one apart
 

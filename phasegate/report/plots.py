@@ -17,7 +17,6 @@ from matplotlib.lines import Line2D
 
 from phasegate.decisions import BASELINE, CONTROL, relabel_control
 from phasegate.errors import UserError
-from phasegate.params import START
 from phasegate.report.drawing import (
     BLACK,
     BLUE,
@@ -45,6 +44,7 @@ from phasegate.report.tables import (
     phase_label,
     rows_of,
 )
+from phasegate.study import START
 
 ARM_STYLES = [  # colour and dash of the arms of a phase, primary first
     (BLUE, "-"),
@@ -61,6 +61,7 @@ VERDICT_STYLES = {  # colour and marker
     "BASELINE": (GREY, "s"),
 }
 OPERATION_MARKERS = {"split": "^", "clone": "P", "reinit": "*", "remove": "v", "merge": "d"}
+OWN_MARKER = "h"  # of any surgery of one's own
 
 
 @mpl.rc_context(STYLE)
@@ -136,9 +137,8 @@ def learning_curves(
         axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1), title=title, title_fontsize=8)
     if surgeries is not None and len(surgeries):
         marks = [
-            Line2D([], [], color=BLACK, marker=OPERATION_MARKERS[name], linestyle="", markersize=5, label=name)
-            for name in OPERATION_MARKERS
-            if name in set(surgeries["operation"])
+            Line2D([], [], color=BLACK, marker=marker, linestyle="", markersize=5, label=name)
+            for name, marker in _markers(surgeries).items()
         ]
         figure.legend(
             handles=marks,
@@ -235,11 +235,18 @@ def _surgery_marks(axes: Axes, surgeries: pd.DataFrame, arms: list[str]) -> None
     for level, (arm, operation, counts) in enumerate(rows):
         axes.scatter(
             *(counts.index, np.full(len(counts), 0.03 + 0.05 * level), 10 + 25 * counts / counts.max()),
-            marker=OPERATION_MARKERS[str(operation)],
+            marker=OPERATION_MARKERS.get(str(operation), OWN_MARKER),
             color=ARM_STYLES[arms.index(arm)][0],
             linewidth=0,
             transform=axes.get_xaxis_transform(),
         )
+
+
+def _markers(surgeries: pd.DataFrame) -> dict[str, str]:
+    """The markers of the operations that were done, by name."""
+    done = set(surgeries["operation"])
+    known = {name: marker for name, marker in OPERATION_MARKERS.items() if name in done}
+    return known | dict.fromkeys(sorted(done - set(known)), OWN_MARKER)
 
 
 def _busiest(counts: pd.DataFrame) -> float:

@@ -5,9 +5,9 @@ from typing import Any
 import pandas as pd
 
 from phasegate.decisions import CONTROL
-from phasegate.params import START
 from phasegate.report.tables import failed, interval, number, of_arm, rows_of
 from phasegate.signal_summary import CORRELATIONS, GONE, beats_chance
+from phasegate.study import START
 
 PHASE = "p7b4"
 MEASURED = "measured_change"

@@ -5,37 +5,30 @@ A finding is always made from the row it describes, so no sentence or title can 
 
 from collections.abc import Mapping, Sequence
 from math import isfinite
-from typing import Any, NamedTuple
+from typing import Any
 
 import pandas as pd
 
 from phasegate.decisions import CONTROL, COSTS
 from phasegate.errors import UserError
-from phasegate.params import START
 from phasegate.statistics import mean_interval
+from phasegate.study import START
 
 MINUS = "\N{MINUS SIGN}"
 
 
-class Milestone(NamedTuple):
-    """What the published story did in a phase and what came out, on its author's own data."""
+DATA_LABELS = {
+    "mnist1d": "MNIST-1D",
+    "fashion_mnist": "Fashion-MNIST",
+    "cifar10": "CIFAR-10",
+    "cifar100": "CIFAR-100",
+    "npz": "data of one's own",
+}
 
-    phase: str
-    label: str
-    done: str
-    accuracy: float | None  # percent
-    result: str
 
-
-STORY = (
-    Milestone("q1", "7a Q1", "search for the best training configuration", 70.15, ""),
-    Milestone("q2", "7a Q2", "optimise the MoE architecture", 70.73, ""),
-    Milestone("p7a", "7a", "baseline: 12 fixed routed experts", 69.80, ""),
-    Milestone("p7b1", "7b.1", "control head trained on random labels", 58.30, "NO-GO"),
-    Milestone("p7b2", "7b.2", "routing entropy as the signal", None, "broken: checkpoint loaded at 8.95 %"),
-    Milestone("p7b3", "7b.3", "fixed experts, multi-task learning", None, "the next step"),
-    Milestone("p7b4", "7b.4", "ground-truth signals", None, "the lesson"),
-)
+def data_label(name: str) -> str:
+    """The name that people use for a data set."""
+    return DATA_LABELS.get(name, name)
 
 
 def phase_label(phase: str) -> str:
@@ -259,17 +252,18 @@ def markdown_rows(decisions: pd.DataFrame, columns: Sequence[str] | None = None)
     for row, primary in zip(cells, decisions["primary"], strict=True):
         bold = {"arm", "verdict", "difference, pp"} if primary else set()
         texts = (f"**{row[title]}**" if title in bold and row[title] else row[title] for title in titles)
-        lines.append("| " + " | ".join(_escaped(text) for text in texts) + " |")
+        lines.append("| " + " | ".join(escaped(text) for text in texts) + " |")
     return lines
 
 
 def failed_lines(failures: pd.DataFrame) -> list[str]:
     """The failed trials as a Markdown list under its title; nothing if there are none."""
-    listed = [f"- {_escaped(phrase)}" for phrase in failure_list(failures)]
+    listed = [f"- {escaped(phrase)}" for phrase in failure_list(failures)]
     return ["", "Failed trials:", "", *listed] if listed else []
 
 
-def _escaped(text: str) -> str:
+def escaped(text: str) -> str:
+    """A text as part of a Markdown table or list."""
     return text.replace("|", "\\|").replace("_", "\\_")
 
 
@@ -309,28 +303,4 @@ def task_cells(tasks: pd.DataFrame, confidence: float) -> list[dict[str, str]]:
             "derived, %": interval(*mean_interval(rows["derived"].to_numpy(), confidence)),
         }
         for (phase, arm, task), rows in tasks.groupby(["phase", "arm", "task"])
-    ]
-
-
-def story_cells(decisions: pd.DataFrame, leaderboards: Mapping[str, pd.DataFrame]) -> list[dict[str, str]]:
-    """The published story beside ours; leaderboards keyed `q1`, `q2` give the winners' gate accuracies."""
-    ours = {
-        phase: f"{interval(best.accuracy, best.accuracy_lo, best.accuracy_hi)} (search, gate split)"
-        for phase, table in leaderboards.items()
-        for best in rows_of(table[table["chosen"].astype(bool)])
-    }
-    verdicts: dict[str, str] = {}
-    for row in rows_of(decisions[decisions["primary"].astype(bool)]):
-        ours[row.phase] = interval(row.accuracy, row.accuracy_lo, row.accuracy_hi)
-        verdicts[row.phase] = "" if row.phase == START else f"{verdict(row)} ({row.arm})"
-    return [
-        {
-            "phase": step.label,
-            "what was done": step.done,
-            "story, %": "" if step.accuracy is None else f"{step.accuracy:.2f}",
-            "story's result": step.result,
-            "here, %": ours.get(step.phase, ""),
-            "verdict here": verdicts.get(step.phase, ""),
-        }
-        for step in STORY
     ]

@@ -1,0 +1,70 @@
+"""Signals and surgeries of one's own: files in `plugins/`, found by the names that `params.yaml` gives.
+
+A file is run as it stands, in the process of every trial that uses it, and its content is among the inputs of that
+trial: whoever edits it trains anew what rests on it, and nothing else.
+"""
+
+import ast
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from phasegate.errors import UserError, one_line
+from phasegate.sections import suggestion
+
+FOLDER = Path("plugins")
+Kind = Literal["signal", "operate"]
+"""The function that a file must define."""
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """The file `plugins/<name>.py`, and the function of it that is wanted."""
+
+    name: str
+    kind: Kind
+
+    @property
+    def path(self) -> Path:
+        """Where the file is."""
+        return FOLDER / f"{self.name}.py"
+
+    def check(self, key: str) -> None:
+        """Look at the file without running it; `key` is the parameter that names it.
+
+        Raises:
+            UserError: if there is no such file, it is not Python, or it does not define the function.
+        """
+        if not self.path.is_file():
+            known = sorted(path.stem for path in FOLDER.glob("*.py"))
+            hint = suggestion(self.name, known, f"{FOLDER} has") if known else f"{FOLDER} has no files"
+            raise UserError(f"{key} is {self.name!r}, but there is no file {self.path}: {hint}")
+        try:
+            tree = ast.parse(self.path.read_bytes())
+        except (SyntaxError, ValueError) as error:
+            raise UserError(f"{self.path}, which {key} names, is not Python: {one_line(error)}") from None
+        if self.kind not in {name for statement in tree.body for name in _defined(statement)}:
+            raise UserError(f"{self.path}, which {key} names, does not define the function {self.kind}")
+
+    def function(self) -> Any:
+        """Run the file, and return its function. Errors in it are its author's, and keep their traceback."""
+        specification = importlib.util.spec_from_file_location(f"{FOLDER.name}.{self.name}", self.path)
+        assert specification and specification.loader, "a path with the suffix .py has a loader"
+        module = importlib.util.module_from_spec(specification)
+        specification.loader.exec_module(module)
+        return getattr(module, self.kind)
+
+
+def _defined(statement: ast.stmt) -> list[str]:
+    """The names that a statement at the top of a file defines."""
+    match statement:
+        case ast.FunctionDef(name=name):
+            return [name]
+        case ast.ImportFrom(names=names) | ast.Import(names=names):
+            return [alias.asname or alias.name for alias in names]
+        case ast.Assign(targets=targets):
+            return [target.id for target in targets if isinstance(target, ast.Name)]
+        case ast.AnnAssign(target=ast.Name(id=name)):
+            return [name]
+    return []

@@ -1,0 +1,145 @@
+"""The blocks of results in README.md and docs/study.md, from the committed tables: `make docs`.
+
+A block stands between two markers, `<!-- results -->` and `<!-- /results -->`, each on a line of its own.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pandas as pd
+import yaml
+
+from phasegate.decisions import CONTROL
+from phasegate.params import load_params
+from phasegate.report.attribution_tables import attribution_findings
+from phasegate.report.pipeline import mermaid
+from phasegate.report.signal_tables import signal_findings
+from phasegate.report.surgery_tables import surgery_finding
+from phasegate.report.tables import (
+    MINUS,
+    data_label,
+    escaped,
+    failed_lines,
+    hypothesis,
+    interval,
+    outcome,
+    phase_label,
+    rows_of,
+    rule,
+    verdict,
+)
+from phasegate.study import START
+from phasegate.table_files import read_table
+
+DOCUMENTS = ("README.md", "docs/study.md")
+TABLES = ("decisions", "attribution", "surgery_summary", "signal_summary", "surgeries", "failures")
+Study = Mapping[str, pd.DataFrame]
+"""The tables of `TABLES`, by name."""
+
+
+def blocks(
+    studies: Mapping[str, Study], hypotheses: Mapping[str, str], margin_pp: float, confidence: float
+) -> dict[str, str]:
+    """The text of every block of results.
+
+    Args:
+        studies: by the data set's name; the first is the one whose findings are told.
+    """
+    study = next(iter(studies.values()))
+    decisions = study["decisions"]
+    told = {
+        "attribution": attribution_findings(study["attribution"], confidence),
+        "surgery": surgery_finding(study["surgery_summary"]),
+        "signals": signal_findings(study["signal_summary"], decisions, study["surgeries"], confidence),
+    }
+    failures = [line for tables in studies.values() for line in failed_lines(tables["failures"])]
+    results = [*side_by_side({name: tables["decisions"] for name, tables in studies.items()}), *failures]
+    return {
+        "results": "\n".join(results),
+        "reading": reading(margin_pp, confidence),
+        "rule": rule(margin_pp, confidence),
+        "phases": "\n".join(claims(studies, hypotheses, margin_pp)),
+        **{name: "\n".join(f"- {sentence}" for sentence in sentences) for name, sentences in told.items()},
+    }
+
+
+def side_by_side(decisions: Mapping[str, pd.DataFrame]) -> list[str]:
+    """The primary arms of several data sets as one Markdown table: verdicts, and differences in pp with intervals."""
+    titles = [f"{data_label(name)}{what}" for name in decisions for what in ("", ", pp")]
+    lines = [f"| phase | arm | {' | '.join(titles)} |", "| --- |" + " --- |" * (1 + len(titles))]
+    rows = [_primary(table) for table in decisions.values()]
+    for key in dict.fromkeys(key for table in rows for key in table):
+        cells = [cell for table in rows for cell in table.get(key, ("", ""))]
+        lines.append(f"| {phase_label(key[0])} | {escaped(key[1])} | {' | '.join(cells)} |")
+    return lines
+
+
+def reading(margin_pp: float, confidence: float) -> str:
+    """How to read the table, in short; `tables.rule` has it all."""
+    bound, full = f"{MINUS}{margin_pp:g} pp", "[the rule in full](docs/study.md#how-it-is-decided)"
+    return (
+        f"Test accuracy minus that of `{CONTROL}`, the same checkpoints trained as long with nothing added: means over "
+        f"pairs of seeds, in percentage points, with {100 * confidence:g} % intervals. GO: the interval lies at or "
+        f"above {bound}. NO-GO: it lies below. INCONCLUSIVE: neither ({full})."
+    )
+
+
+def _primary(decisions: pd.DataFrame) -> dict[tuple[str, str], tuple[str, str]]:
+    """By phase and arm the verdict and the difference; of 7a, which is not on trial, the accuracy and nothing."""
+    found = {}
+    for row in rows_of(decisions):
+        if row.phase == START:
+            accuracy = interval(row.accuracy, row.accuracy_lo, row.accuracy_hi)
+            found[row.phase, row.arm] = (f"{verdict(row)}, {accuracy} %", "")
+        elif row.primary:
+            difference = interval(row.delta_pp, row.delta_lo, row.delta_hi, signed=True)
+            found[row.phase, row.arm] = (f"**{verdict(row)}**", difference)
+    return found
+
+
+def claims(studies: Mapping[str, Study], hypotheses: Mapping[str, str], margin_pp: float) -> Iterator[str]:
+    """Each phase's hypothesis, and what came of it on every data set, as a Markdown list."""
+    for phase in dict.fromkeys(phase for tables in studies.values() for phase in tables["decisions"]["phase"]):
+        if phase == START:
+            continue
+        yield f"- **{phase_label(phase)}** {hypothesis(hypotheses, phase)}"
+        for name, tables in studies.items():
+            decisions = tables["decisions"]
+            for row in rows_of(decisions[(decisions["phase"] == phase) & decisions["primary"].astype(bool)]):
+                yield f"  - {data_label(name)}: {escaped(outcome(row, decisions, margin_pp))}"
+
+
+def refreshed(text: str, written: Mapping[str, str]) -> str:
+    """A document with its blocks written anew; it need not hold them all.
+
+    Raises:
+        ValueError: if a block has no end, stands there twice, or is not known.
+    """
+    for name in re.findall(r"^<!-- (\w+) -->$", text, re.MULTILINE):
+        parts = re.split(rf"^(<!-- /?{name} -->\n)", text, flags=re.MULTILINE)
+        if len(parts) != 5 or name not in written:
+            raise ValueError(f"the block {name} must be one of {', '.join(written)}, and begin and end once")
+        text = "".join([*parts[:2], "\n", written[name], "\n\n", *parts[3:]])
+    return text
+
+
+def written(root: Path) -> dict[str, str]:
+    """All blocks, from the committed results below `root` and its dvc.yaml."""
+    params = load_params(root / "params.yaml")
+    folders = [root / "reports", *sorted(path.parent for path in root.glob("reports/*/params.yaml"))]
+    names: list[str] = [params.data.name, *(load_params(folder / "params.yaml").data.name for folder in folders[1:])]
+    studies = {
+        name: {table: read_table(folder / f"{table}.csv") for table in TABLES}
+        for name, folder in zip(names, folders, strict=True)
+    }
+    hypotheses = {phase: claim.hypothesis for phase, claim in params.claims().items()}
+    stages = yaml.safe_load((root / "dvc.yaml").read_text())["stages"]
+    drawn = f"```mermaid\n{mermaid(stages)}\n```"
+    return {**blocks(studies, hypotheses, params.decisions.margin_pp, params.decisions.confidence), "pipeline": drawn}
+
+
+if __name__ == "__main__":
+    texts = written(Path())
+    for document in map(Path, DOCUMENTS):
+        document.write_text(refreshed(document.read_text(), texts))

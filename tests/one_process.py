@@ -1,0 +1,29 @@
+"""The whole pipeline in this process: without DVC, whose part is tested elsewhere, and without starting processes."""
+
+import importlib
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from phasegate.params import Params
+from phasegate.training import load_examples
+from tests.small_study import ROOT
+
+
+def run_all(params: Params, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every stage of dvc.yaml in its order, with one worker, which is this process."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("PHASEGATE_WORKERS", "1")
+    monkeypatch.setenv("PHASEGATE_PROGRESS", "0")
+    stages: dict[str, dict[str, Any]] = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+    load_examples.cache_clear()
+    for stage in stages.values():
+        [values] = stage.get("matrix", {"": [""]}).values()
+        for value in values:
+            module, *arguments = stage["cmd"].removeprefix("python -m ").split()
+            monkeypatch.setattr(sys, "argv", [module, *(word.replace("${item.phase}", value) for word in arguments)])
+            importlib.import_module(module).main(params)
+    load_examples.cache_clear()

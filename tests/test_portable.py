@@ -1,0 +1,115 @@
+"""What a Mac, another shell, a log file or a code host's runner meets is what was tested here."""
+
+import os
+import pty
+import re
+import subprocess
+import sys
+import termios
+from pathlib import Path
+
+import yaml
+
+from tests.small_study import ROOT
+
+TRACKED = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+MAKEFILE = (ROOT / "Makefile").read_text()
+TARGETS = set(re.findall(r"^([a-z-]+):", MAKEFILE, re.MULTILINE))
+LINUX_ONLY = re.compile(r"/proc/|/sys/|prctl|sched_getaffinity|PR_SET_PDEATHSIG|epoll|inotify|os\.fork\b")
+GUARDED = {
+    "stages/report.py": "listed.read_text()) if listed.exists() else",
+    "phasegate/memory.py": "except (OSError, ValueError):",
+    "tests/damage.py": 'symlink_to("/proc/self/mem")',  # elsewhere it leads nowhere, which is damage too
+    "tests/test_portable.py": "LINUX_ONLY",
+}
+"""Files that name what only Linux has, and what makes that harmless elsewhere."""
+
+
+def test_what_only_linux_has_is_guarded() -> None:
+    found = {name for name in TRACKED if name.endswith(".py") and LINUX_ONLY.search((ROOT / name).read_text())}
+    assert found <= GUARDED.keys()
+    assert all(guard in (ROOT / name).read_text() for name, guard in GUARDED.items())
+
+
+def test_no_two_files_differ_in_case_alone() -> None:
+    assert len({name.lower() for name in TRACKED}) == len(TRACKED)
+
+
+def test_the_makefile_asks_for_nothing_that_make_3_81_or_bsd_tools_lack() -> None:
+    assert re.search(r"^SHELL := (?!/bin/sh$)", MAKEFILE, re.MULTILINE)  # else 3.81 ignores the PATH exported here
+    recipes = [line for line in MAKEFILE.splitlines() if line.startswith("\t")]
+    assert not re.search(r"^\.ONESHELL|\$\(file |!=|&:", MAKEFILE, re.MULTILINE)
+    for line in recipes:
+        assert not re.search(
+            r"sed -[iEr]|grep -P|readlink -f|xargs -r|date -d|--exclude=|cp -a|stat -c|mktemp", line
+        ), line
+        assert "tar -x" not in line or "tar -x -f -" in line, line
+
+
+def test_an_environment_behind_a_link_is_not_emptied(tmp_path: Path) -> None:
+    for name in ("Makefile", "requirements.lock", "pyproject.toml"):
+        (tmp_path / name).write_text((ROOT / name).read_text())
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/precious").touch()
+    (tmp_path / ".venv").symlink_to("other")
+    done = subprocess.run(["make", "lint"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode and ".venv is a link" in done.stderr
+    assert (tmp_path / "other/precious").exists()
+
+
+def test_the_workflow_runs_commands_that_exist_with_few_rights() -> None:
+    text = (ROOT / ".github/workflows/test.yml").read_text()
+    workflow = yaml.safe_load(text)
+    triggers = workflow[True]  # YAML 1.1 takes the key `on` for a truth value
+    assert set(triggers) == {"push", "pull_request"} and triggers["push"] == {"branches": ["main"]}
+    assert workflow["permissions"] == {"contents": "read"}
+    assert workflow["jobs"]["verdicts"]["permissions"] == {"contents": "read", "pull-requests": "write"}
+    steps = [step for job in workflow["jobs"].values() for step in job["steps"]]
+    commands = [step["run"] for step in steps if "run" in step]
+    made = {command.split()[1] for command in commands if command.startswith("make ")}
+    assert made == {"test", "verdicts"} and made <= TARGETS
+    assert all(command.split()[0] in ("make", "cat", "gh") for command in commands)
+    assert all("timeout-minutes" in job for job in workflow["jobs"].values())
+    caches = [step["with"] for step in steps if step.get("uses", "").startswith("actions/setup-python@")]
+    assert caches and all((ROOT / cache["cache-dependency-path"]).exists() for cache in caches)
+
+
+def test_the_hooks_need_no_network_and_run_what_exists() -> None:
+    config = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())
+    hooks = [hook for repo in config["repos"] if repo["repo"] == "local" for hook in repo["hooks"]]
+    assert len(config["repos"]) == 1 and {hook["language"] for hook in hooks} <= {"system", "pygrep"}
+    made = [hook["entry"].split()[1] for hook in hooks if hook["entry"].startswith("make ")]
+    assert made == ["lint"] and set(made) <= TARGETS
+
+
+BAR = "from phasegate.trials import _watch; list(_watch(iter(range(3)), 3, 'label'))"
+
+
+def in_terminal(*words: str) -> bytes:
+    """What a command writes to a terminal of its own."""
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 80))
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PHASEGATE_PROGRESS": "1"}
+    with subprocess.Popen(words, stdout=theirs, stderr=theirs, stdin=theirs, env=environment) as process:
+        os.close(theirs)
+        written = b""
+        try:
+            while more := os.read(ours, 1 << 16):
+                written += more
+        except OSError:  # how Linux says that the other side is closed
+            pass
+    os.close(ours)
+    assert process.returncode == 0
+    return written
+
+
+def test_a_terminal_gets_a_bar_without_colours_whatever_no_color_says() -> None:
+    written = in_terminal(sys.executable, "-c", BAR)
+    assert b"3/3" in written and b"\r" in written
+    assert not re.search(rb"\x1b\[[0-9;]*m", written)
+
+
+def test_what_is_no_terminal_gets_whole_lines() -> None:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PHASEGATE_PROGRESS": "1"}
+    done = subprocess.run([sys.executable, "-c", BAR], env=environment, capture_output=True, check=True)
+    assert done.stdout == b"" and done.stderr == b"label: 3 of 3 trials, about 0 s left\n"

@@ -1,0 +1,115 @@
+"""What people do with a finished study: compare phases, follow the recipes, kill it, permute its test labels."""
+
+import json
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from phasegate.data import Split
+from phasegate.params import load_params
+from phasegate.sources import Raw, load_source
+from tests import chaos
+from tests.documents import commands
+from tests.one_process import run_all
+from tests.small_study import ROOT, Checkout, content
+
+TRAINING = (["dvc", "queue", "start"], ["dvc", "exp", "run"])
+
+
+def test_dvc_compares_phases_saved_as_experiments(checkout: Checkout) -> None:
+    def save(*arms: str, ok: bool = True) -> str:
+        return checkout.command("python", "-m", "phasegate.experiments", *arms, ok=ok)
+
+    def references() -> list[str]:
+        return checkout.command("git", "for-each-ref", "--format=%(refname)", "refs/exps/*/*/*").split()
+
+    checkout.command("git", "add", "params.yaml", "dvc.lock", "metrics.json", "reports")
+    checkout.command("git", "commit", "--allow-empty", "-qm", "results")
+    rows = {(row["phase"], row["arm"]): row for row in checkout.table("decisions").to_dict("records")}
+    old, new = rows["p7a", "baseline"], rows["p7b2", "clone"]
+    assert save("p7a", "p7b2/clone").splitlines() == [
+        f"phase-7a: baseline, BASELINE, {old['accuracy']:.2f} %",
+        f"phase-7b2-clone: clone, {new['verdict']}, {new['accuracy']:.2f} %",
+    ]
+    for reference in (name for name in references() if "/phase-" in name):  # nothing else was made anew
+        changed = checkout.command("git", "diff", "--name-only", "HEAD", reference).split()
+        curve = ["reports/headline_curve.csv"] if "/phase-7a" in reference else changed[3:]  # two arms may share theirs
+        assert changed == ["dvc.lock", "metrics.json", "params.yaml", *curve]
+
+    pair = ("phase-7a", "phase-7b2-clone")
+    metrics = json.loads(checkout.command("dvc", "metrics", "diff", "--json", *pair))["metrics.json"]
+    assert metrics["accuracy"]["old"] == pytest.approx(old["accuracy"])
+    assert metrics["accuracy"]["new"] == pytest.approx(new["accuracy"])
+    params = json.loads(checkout.command("dvc", "params", "diff", "--json", *pair))["params.yaml"]
+    assert params["headline.phase"] == {"old": "p7a", "new": "p7b2"}
+    table = checkout.command("dvc", "exp", "show", "--md", "--only-changed")
+    assert all(
+        any(name in line and verdict in line for line in table.splitlines())
+        for name, verdict in zip(pair, (old["verdict"], new["verdict"]), strict=True)
+    )
+    checkout.command("dvc", "plots", "diff", *pair)
+    page = (checkout.folder / "dvc_plots/index.html").read_text()
+    assert all(f'"rev": "{name}"' in page for name in pair)  # their curves, over each other
+
+    own = next(name for name in references() if name.endswith("/phase-7a")).replace("phase-7a", "own")
+    checkout.command("git", "update-ref", own, "HEAD")
+    checkout.change({"p7b2": {"entropy_weight": 9.0}})
+    assert "params.yaml changed since the last commit" in save("p7a", ok=False)
+    checkout.command("git", "commit", "-qam", "other parameters, the same results")
+    assert "would start at stage p7b2" in save("p7a", ok=False)
+    checkout.command("git", "revert", "--no-edit", "HEAD")
+    assert "arm is 'clones', no arm of p7b2: did you mean clone?" in save("p7b2/clones", ok=False)
+    save("p7a")
+    assert own in references()
+    assert json.loads(checkout.command("dvc", "metrics", "diff", "--json", *pair))["metrics.json"] == metrics
+
+
+def test_the_recipes_work_one_after_the_other(checkout: Checkout, tmp_path: Path) -> None:
+    checkout.command("git", "add", "-A")
+    checkout.command("git", "commit", "--allow-empty", "-qm", "results")
+    checkout.command("git", "init", "-q", "--bare", str(tmp_path / "origin"))
+    checkout.command("git", "remote", "add", "origin", str(tmp_path / "origin"))
+    first = checkout.command("dvc", "exp", "run", "--name", "gutsy-seat", "-S", "p7b2.entropy_weight=0.2")
+    assert "Ran experiment" in first
+    outputs = {}
+    for words in commands(ROOT / "docs/recipes.md"):
+        if words == ["make", "phases"]:  # which runs this, in an environment that is not here
+            words = [sys.executable, "-m", "phasegate.experiments"]
+        elif "--queue" not in words and (words[0] == "make" or words[:3] in TRAINING):
+            continue  # it would train for minutes; test_docs.py looks at what it sets
+        words = [word.replace("/mnt/shared/phasegate", str(tmp_path / "remote")) for word in words]
+        outputs[" ".join(words[1:])] = checkout.command(*words)
+        checkout.command("git", "checkout", "-q", "--", "params.yaml", "dvc.lock", "metrics.json", "reports")
+    assert outputs["queue status"].count("Queued") == 3
+    assert any((tmp_path / "remote").rglob("*")) and "Pushed" in outputs["exp push origin phase-7b2"]
+
+
+@pytest.mark.chaos
+def test_a_study_killed_at_random_moments_ends_with_the_same_bits(checkout: Checkout, tmp_path: Path) -> None:
+    study = Checkout(tmp_path / "study", PHASEGATE_WORKERS="2", PHASEGATE_SNAPSHOT="0")
+    shutil.copy(checkout.folder / "params.yaml", study.folder)
+    done = chaos.chaos(study, chaos.results(checkout.folder), kills=25, seed=0)
+    assert done["worker"] + done["stage"] + done["dvc"] == 25
+
+
+def test_permuting_the_test_labels_changes_nothing_but_the_evaluation(
+    small_study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def permuted(name: str, path: Path) -> Raw:
+        raw = load_source(name, path)
+        return replace(raw, test=Split(raw.test.x, np.random.default_rng(0).permutation(raw.test.y)))
+
+    monkeypatch.setattr("phasegate.prepare.load_source", permuted)
+    (tmp_path / "plugins").symlink_to(ROOT / "plugins")
+    (tmp_path / "data/raw").mkdir(parents=True)
+    run_all(load_params(small_study / "params.yaml"), tmp_path, monkeypatch)
+    assert content(tmp_path / "models") == content(small_study / "models")  # nor does it matter which process trains
+    honest, other = (content(folder / "reports")["signals.csv"] for folder in (small_study, tmp_path))
+    assert honest == other
+    before, after = (pd.read_csv(f / "reports/trials.csv")["accuracy"] for f in (small_study, tmp_path))
+    assert (after < before).mean() > 0.9 and abs(after.mean() - 10) < 3  # ten classes: chance
