@@ -17,7 +17,12 @@ def main(params: Params) -> None:
     for name, arm in params.own.arms.items():
         for key, plugin in arm.plugins.items():
             plugin.check(f"own.arms.{name}.{key}")
-    write_atomic(SCHEMA, json.dumps(params.model_json_schema(), indent=2) + "\n")
+    write_atomic(SCHEMA, schema())
+
+
+def schema() -> str:
+    """The parameters' JSON schema, which editors can check params.yaml by."""
+    return json.dumps(Params.model_json_schema(), indent=2) + "\n"
 
 
 if __name__ == "__main__":

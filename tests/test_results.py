@@ -1,5 +1,6 @@
 """What is committed under reports/ is what the committed code and parameters produce."""
 
+import hashlib
 import re
 import shutil
 import subprocess
@@ -14,6 +15,8 @@ import yaml
 from scipy import stats
 
 from phasegate.report.documents import DOCUMENTS, refreshed, written
+from phasegate.stage import SCHEMA
+from stages.check import schema
 
 ROOT = Path(__file__).parent.parent
 DVC = [str(Path(sys.executable).parent / "dvc")]
@@ -37,6 +40,13 @@ def test_nothing_is_left_to_run_in_a_clone_without_a_cache(tmp_path: Path, resul
     output = run(tmp_path, *DVC, "repro", "--dry", "--allow-missing")
     assert "Running stage" not in output
     assert len(re.findall("didn't change, skipping", output)) >= 15
+
+
+@pytest.mark.parametrize("results", RESULTS)
+def test_the_lock_knows_the_schema_of_the_parameters_as_the_first_stage_writes_it(results: str) -> None:
+    locked = yaml.safe_load((ROOT / results / "dvc.lock").read_text())["stages"]["check"]["outs"]
+    [written] = [out["md5"] for out in locked if out["path"] == str(SCHEMA)]
+    assert written == hashlib.md5(schema().encode()).hexdigest()
 
 
 @pytest.mark.parametrize("results", RESULTS)
