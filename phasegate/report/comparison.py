@@ -13,7 +13,7 @@ from pathlib import Path
 import pandas as pd
 
 from phasegate.errors import UserError
-from phasegate.report.tables import markdown_rows, phase_label, rows_of, verdict
+from phasegate.report.tables import escaped, markdown_rows, phase_label, rows_of, verdict
 from phasegate.table_files import read_table
 
 TABLE = "reports/decisions.csv"
@@ -49,7 +49,7 @@ def changes(base: pd.DataFrame, head: pd.DataFrame) -> list[str]:
     lines = []
     for key in dict.fromkeys([*after, *before]):
         old, new = before.get(key), after.get(key)
-        name = f"| {phase_label(key[0])} | {key[1]} |".replace("_", "\\_")
+        name = f"| {phase_label(key[0])} | {escaped(key[1])} |"
         if old is None or new is None:
             [row] = [row for row in (old, new) if row is not None]
             lines.append(f"{name} {'**new**' if old is None else '**gone**'}: {verdict(row)} |  |  |")
