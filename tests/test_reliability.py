@@ -205,6 +205,27 @@ def wait_for(condition: Any) -> float:
     return time.monotonic() - begin
 
 
+LEAVES = """
+import time, joblib, multiprocessing
+from phasegate import processes
+if __name__ == "__main__":
+    tasks = [joblib.delayed(time.sleep)(60) for _ in range(2)]
+    running = joblib.Parallel(n_jobs=2, return_as="generator", backend="loky")(tasks)
+    print(*(worker.pid for worker in multiprocessing.active_children()), flush=True)
+    processes.leave(3)
+"""
+
+
+def test_who_leaves_ends_its_workers_first_and_silently(tmp_path: Path) -> None:
+    (tmp_path / "leaves.py").write_text(LEAVES)
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore:resource_tracker"}  # as `run` does
+    words = [sys.executable, str(tmp_path / "leaves.py")]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=PATIENCE / 2, check=False)
+    workers = [int(pid) for pid in done.stdout.split()]
+    assert done.returncode == 3 and done.stderr == "" and len(workers) == 2
+    assert not any(psutil.pid_exists(pid) and alive(psutil.Process(pid)) for pid in workers)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_stage_ends_within_three_seconds_children_included_and_says_how_to_go_on(
     tmp_path: Path, number: int
@@ -238,7 +259,7 @@ def test_nobody_outlives_a_killed_run(tmp_path: Path, parent: str) -> None:
 def test_a_second_run_waits_for_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = start(tmp_path)
     code = STAGE.replace('harm="slow", at=1', "seeds=1")
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore:resource_tracker"}  # as `run` does
     second = subprocess.Popen(
         [sys.executable, "-c", code], cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True
     )
@@ -269,7 +290,7 @@ def test_what_the_machine_refuses_is_said_in_a_line_and_bugs_keep_their_tracebac
     script = (
         f"from pathlib import Path; from phasegate import stage; stage.load_params = dir; stage.run(lambda _: {main})"
     )
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore:resource_tracker"}  # as `run` does
     words = [sys.executable, "-c", script]
     done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == code and (done.stderr == said if code == 2 else done.stderr.startswith(said))
