@@ -32,10 +32,18 @@ def ids(value: Any) -> str:
     return value if isinstance(value, str) else ""
 
 
+def sections(page: Path) -> list[str]:
+    """What links call the sections of a page."""
+    titles = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles]
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_link_and_figure_leads_somewhere(page: Path) -> None:
-    links = re.findall(r"\]\((?!https?:)([^)#]+)(?:#[^)]*)?\)", page.read_text())
-    assert [link for link in links if not (page.parent / link).exists()] == []
+    links = re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)", page.read_text())
+    for link, section in links:
+        target = page.parent / link if link else page
+        assert target.exists() and (not section or section in sections(target)), (link, section)
     named = re.findall(r"`((?:phasegate|stages|tests|docs|plugins|reports)/[\w/.]+\.\w+)`", page.read_text())
     assert [path for path in named if not (ROOT / path).exists() and "plugins/" not in path] == []
 

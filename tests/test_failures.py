@@ -94,10 +94,9 @@ def test_every_verdict_row_states_its_failures(study: Path) -> None:
     }
     tables = {name: pd.read_csv(study / f"reports/{name}.csv") for name in TABLES}
     hypotheses = dict.fromkeys(tables["decisions"]["phase"], "It costs no more than the margin.")
-    for text in (
-        (study / "reports/decisions.md").read_text(),
-        blocks({"mnist1d": tables}, hypotheses, 1.0, 0.95)["results"],
-    ):
+    shown = blocks({"mnist1d": tables, "fashion_mnist": tables}, hypotheses, 1.0, 0.95)["results"]
+    assert all(f"\n\nFailed trials on {data}:\n\n- 7a" in shown for data in ("MNIST-1D", "Fashion-MNIST"))
+    for text in ((study / "reports/decisions.md").read_text(), shown):
         for arm, cell in cells.items():
             assert re.search(rf"\| \**{re.escape(arm)}\** \| \**{re.escape(cell)}", text), arm
         assert "- 7b.2 split, seed 3, step 17: the loss is nan" in text

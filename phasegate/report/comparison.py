@@ -97,4 +97,5 @@ if __name__ == "__main__":
     try:
         main()
     except UserError as error:
-        sys.exit(f"comparison: {error}")
+        print(f"comparison: {error}", file=sys.stderr)
+        sys.exit(2)

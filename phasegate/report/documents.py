@@ -20,7 +20,7 @@ from phasegate.report.tables import (
     MINUS,
     data_label,
     escaped,
-    failed_lines,
+    failure_list,
     hypothesis,
     interval,
     outcome,
@@ -53,8 +53,7 @@ def blocks(
         "surgery": surgery_finding(study["surgery_summary"]),
         "signals": signal_findings(study["signal_summary"], decisions, study["surgeries"], confidence),
     }
-    failures = [line for tables in studies.values() for line in failed_lines(tables["failures"])]
-    results = [*side_by_side({name: tables["decisions"] for name, tables in studies.items()}), *failures]
+    results = [*side_by_side({name: tables["decisions"] for name, tables in studies.items()}), *failed(studies)]
     return {
         "results": "\n".join(results),
         "reading": reading(margin_pp, confidence),
@@ -66,13 +65,24 @@ def blocks(
 
 def side_by_side(decisions: Mapping[str, pd.DataFrame]) -> list[str]:
     """The primary arms of several data sets as one Markdown table: verdicts, and differences in pp with intervals."""
-    titles = [f"{data_label(name)}{what}" for name in decisions for what in ("", ", pp")]
-    lines = [f"| phase | arm | {' | '.join(titles)} |", "| --- |" + " --- |" * (1 + len(titles))]
+    lines = [f"| phase | arm | {' | '.join(map(data_label, decisions))} |", "| --- |" + " --- |" * (1 + len(decisions))]
     rows = [_primary(table) for table in decisions.values()]
     for key in dict.fromkeys(key for table in rows for key in table):
-        cells = [cell for table in rows for cell in table.get(key, ("", ""))]
+        cells = [table.get(key, "") for table in rows]
         lines.append(f"| {phase_label(key[0])} | {escaped(key[1])} | {' | '.join(cells)} |")
     return lines
+
+
+def failed(studies: Mapping[str, Study]) -> Iterator[str]:
+    """The failed trials of every data set as a Markdown list under its title; nothing of those without any."""
+    for name, tables in studies.items():
+        if phrases := failure_list(tables["failures"]):
+            yield from (
+                "",
+                f"Failed trials on {data_label(name)}:",
+                "",
+                *(f"- {escaped(phrase)}" for phrase in phrases),
+            )
 
 
 def reading(margin_pp: float, confidence: float) -> str:
@@ -85,16 +95,15 @@ def reading(margin_pp: float, confidence: float) -> str:
     )
 
 
-def _primary(decisions: pd.DataFrame) -> dict[tuple[str, str], tuple[str, str]]:
-    """By phase and arm the verdict and the difference; of 7a, which is not on trial, the accuracy and nothing."""
+def _primary(decisions: pd.DataFrame) -> dict[tuple[str, str], str]:
+    """By phase and arm the verdict and the difference; of 7a, which is not on trial, the accuracy."""
     found = {}
     for row in rows_of(decisions):
         if row.phase == START:
-            accuracy = interval(row.accuracy, row.accuracy_lo, row.accuracy_hi)
-            found[row.phase, row.arm] = (f"{verdict(row)}, {accuracy} %", "")
+            found[row.phase, row.arm] = f"{verdict(row)}: {interval(row.accuracy, row.accuracy_lo, row.accuracy_hi)} %"
         elif row.primary:
             difference = interval(row.delta_pp, row.delta_lo, row.delta_hi, signed=True)
-            found[row.phase, row.arm] = (f"**{verdict(row)}**", difference)
+            found[row.phase, row.arm] = f"**{verdict(row)}**: {difference} pp"
     return found
 
 
