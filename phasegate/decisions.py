@@ -21,7 +21,7 @@ from phasegate.statistics import (
     paired_difference,
     seeds_needed,
 )
-from phasegate.study import PRIMARY, START, START_ARMS
+from phasegate.study import OWN, PRIMARY, START, START_ARMS
 
 BASELINE, CONTROL = START_ARMS
 REFERENCES = "references"  # published models trained for comparison: no verdict
@@ -76,7 +76,8 @@ def decide(
     for phase in {phase for phase, _ in arms} - {START}:
         if (phase, primary.get(phase, "")) not in arms:
             raise UserError(f"the primary arm of phase {phase} is {primary.get(phase)}: it has no trials")
-    keys = sorted(arms, key=lambda key: (key[0], primary[key[0]] != key[1]))  # stable: arms keep their order
+    # The study's phases in order, and what was added to them last; arms keep their order but for the primary.
+    keys = sorted(arms, key=lambda key: (key[0] == OWN, key[0], primary[key[0]] != key[1]))
     control = arms[START, CONTROL]
     table = pd.DataFrame(
         {"phase": phase, "arm": arm, "primary": primary[phase] == arm}

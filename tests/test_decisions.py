@@ -52,6 +52,13 @@ def test_a_study_is_decided_primary_arms_first_under_the_contract_columns() -> N
     assert table["seeds_needed"].notna().tolist() == [False] * 5 + [True]
 
 
+def test_the_phase_of_ones_own_comes_after_those_of_the_study() -> None:
+    table = decide(
+        trials(surgery__split=[0.0] * 4, own__mine=[0.0] * 4), 1.0, 0.95, {"surgery": "split", "own": "mine"}
+    )
+    assert table["phase"].tolist() == ["p7a", "p7a", "surgery", "own"]
+
+
 def test_an_exploratory_arm_also_has_to_pass_holm() -> None:
     doubtful = [-0.55, 0.35, -0.3, 0.35]  # p = 0.025 against the margin: a GO alone, not as one of four
     alone = trials(p7b1__noise_acting=doubtful)
