@@ -36,6 +36,7 @@ def test_a_verdict_that_changed_is_bold_and_numbers_show_both_values() -> None:
     assert lines[-1] == "| 7b.2 | split | **NO-GO → INCONCLUSIVE** | 80.00 → 82.17 | +0.50 → −1.43 |"
     assert len(lines) == 5
     assert said(changed("split", delta_pp=-2.0))[-1] == "| 7b.2 | split | INCONCLUSIVE |  | −2.00 → −1.43 |"
+    assert said(changed("split", delta_pp=-1e-9))[-1].endswith("| 0.00 → −1.43 |")
 
 
 def test_new_arms_arms_that_went_and_older_tables_are_told() -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pandas as pd
 
 from phasegate.errors import UserError
-from phasegate.report.tables import escaped, markdown_rows, phase_label, rows_of, verdict
+from phasegate.report.tables import escaped, markdown_rows, number, phase_label, rows_of, verdict
 from phasegate.table_files import read_table
 
 TABLE = "reports/decisions.csv"
@@ -55,22 +55,22 @@ def changes(base: pd.DataFrame, head: pd.DataFrame) -> list[str]:
             lines.append(f"{name} {'**new**' if old is None else '**gone**'}: {verdict(row)} |  |  |")
             continue
         said = [verdict(old), verdict(new)]
-        numbers = [_moved(getattr(old, column), getattr(new, column), sign) for column, sign in _NUMBERS.items()]
+        numbers = [_moved(getattr(old, column), getattr(new, column), signed) for column, signed in _NUMBERS.items()]
         if said[0] != said[1] or any(numbers):
             words = said[1] if said[0] == said[1] else f"**{said[0]} → {said[1]}**"
             lines.append(f"{name} {words} | {' | '.join(numbers)} |")
     return lines
 
 
-_NUMBERS = {"accuracy": "", "delta_pp": "+"}
+_NUMBERS = {"accuracy": False, "delta_pp": True}
+"""What is compared, and whether it has a sign."""
 
 
-def _moved(old: float, new: float, sign: str) -> str:
+def _moved(old: float, new: float, signed: bool) -> str:
     """`83.62 → 83.70`; blank if it stayed."""
     if (pd.isna(old) and pd.isna(new)) or abs(old - new) < SAME:
         return ""
-    texts = ("none" if pd.isna(value) else f"{value:{sign}.2f}".replace("-", "\N{MINUS SIGN}") for value in (old, new))
-    return " → ".join(texts)
+    return " → ".join("none" if pd.isna(value) else number(value, signed=signed) for value in (old, new))
 
 
 def at(revision: str) -> pd.DataFrame | None:
