@@ -38,7 +38,7 @@ phases: $(READY) ## every phase as a DVC experiment; other arms: make phases ARM
 bench: $(READY) ## how fast it is, in ratios, to reports/bench.json; STUDY=1: the whole study too; peers: pip install -e '.[bench]'
 	@python -m bench $(if $(STUDY),study)
 
-docs: $(READY) ## the blocks of results in README.md and docs/study.md, from the committed tables
+docs: $(READY) ## the blocks of results in README.md and docs/, from the committed tables
 	python -m phasegate.report.documents
 
 BASE ?= origin/main

@@ -1,4 +1,4 @@
-"""The blocks of results in README.md and docs/study.md, from the committed tables: `make docs`.
+"""The blocks of results in README.md and docs/, from the committed tables: `make docs`.
 
 A block stands between two markers, `<!-- results -->` and `<!-- /results -->`, each on a line of its own.
 """
@@ -11,6 +11,7 @@ import pandas as pd
 import yaml
 
 from phasegate.decisions import CONTROL
+from phasegate.files import read_json
 from phasegate.params import load_params
 from phasegate.report.attribution_tables import attribution_findings
 from phasegate.report.pipeline import mermaid
@@ -32,7 +33,7 @@ from phasegate.report.tables import (
 from phasegate.study import START
 from phasegate.table_files import read_table
 
-DOCUMENTS = ("README.md", "docs/study.md")
+DOCUMENTS = ("README.md", "docs/study.md", "docs/architecture.md")
 TABLES = ("decisions", "attribution", "surgery_summary", "signal_summary", "surgeries", "failures")
 Study = Mapping[str, pd.DataFrame]
 """The tables of `TABLES`, by name."""
@@ -95,6 +96,17 @@ def reading(margin_pp: float, confidence: float) -> str:
     )
 
 
+def speed(bench: pd.DataFrame) -> list[str]:
+    """What `make bench` measured, as a Markdown table; a ratio above one means that ours takes less time."""
+    lines = ["| case | threads | ours | limit's time / ours | best peer's time / ours |", "|" + " --- |" * 5]
+    for row in rows_of(bench):
+        limit = "" if pd.isna(row.ratio_to_limit) else f"{row.ratio_to_limit:.2f}"
+        peer = "" if pd.isna(row.ratio_to_best_peer) else f"{row.ratio_to_best_peer:.2f} ({row.best_peer})"
+        taken = f"{row.ours_ms:,.2f} ms" if row.ours_ms < 10_000 else f"{row.ours_ms / 1000:,.0f} s"
+        lines.append(f"| {row.case} | {row.threads} | {taken} | {limit} | {escaped(peer)} |")
+    return lines
+
+
 def _primary(decisions: pd.DataFrame) -> dict[tuple[str, str], str]:
     """By phase and arm the verdict and the difference; of 7a, which is not on trial, the accuracy."""
     found = {}
@@ -144,8 +156,11 @@ def written(root: Path) -> dict[str, str]:
     }
     hypotheses = {phase: claim.hypothesis for phase, claim in params.claims().items()}
     stages = yaml.safe_load((root / "dvc.yaml").read_text())["stages"]
-    drawn = f"```mermaid\n{mermaid(stages)}\n```"
-    return {**blocks(studies, hypotheses, params.decisions.margin_pp, params.decisions.confidence), "pipeline": drawn}
+    return {
+        **blocks(studies, hypotheses, params.decisions.margin_pp, params.decisions.confidence),
+        "pipeline": f"```mermaid\n{mermaid(stages)}\n```",
+        "speed": "\n".join(speed(pd.DataFrame(read_json(root / "reports/bench.json")))),
+    }
 
 
 if __name__ == "__main__":
