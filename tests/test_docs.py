@@ -69,20 +69,26 @@ def test_every_command_is_one_that_there_is(command: str) -> None:
 
 def sweep(change: str) -> list[str]:
     """`a=1,2` as `a=1` and `a=2`, as DVC takes it."""
-    key, _, values = change.partition("=")
+    key, sign, values = change.partition("=")
+    if not sign:
+        return [change]
     return [f"{key}={value}" for value in (values.split(",") if "{" not in values else [values])]
 
 
 def changed(change: str) -> Params:
     """The parameters with a change as on DVC's command line; arms of one's own are those of docs/extending.md."""
-    adds, (key, _, value) = change.startswith("+"), change.removeprefix("+").partition("=")
+    adds, removes = change.startswith("+"), change.startswith("~")
+    key, _, value = change.lstrip("+~").partition("=")
     values = load_params(ROOT / "params.yaml").model_dump()
     values["own"]["arms"] = {"busiest": {"signal": "busiest", "grow_above": 1.5}}
     place, (*path, leaf) = values, key.split(".")
     for part in path:
         place = place.setdefault(part, {}) if adds else place[part]
     assert adds or leaf in place
-    place[leaf] = yaml.safe_load(value)
+    if removes:
+        del place[leaf]
+    else:
+        place[leaf] = yaml.safe_load(value)
     if place is values["data"] and place["name"] in ("npz", "cifar10", "cifar100"):
         place["path"] = "somewhere"
     return Params.model_validate(values)
