@@ -18,6 +18,7 @@ from phasegate.errors import Diverged, UserError
 from phasegate.failure import FAILURE, Failure, read_failure
 from phasegate.snapshots import SNAPSHOT
 from phasegate.trials import SECONDS, UNFINISHED, Trial, run_trials
+from tests import chaos
 from tests.small_study import ROOT, Checkout
 
 WEIGHTS = "weights"
@@ -321,7 +322,7 @@ def test_ctrl_c_ends_dvc_and_all_below_and_two_runs_at_once_do_no_harm(tmp_path:
             words, cwd=study.folder, env=study.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             start_new_session=True, text=True, preexec_fn=hear_interrupts,
         )  # fmt: skip
-        wait_for(lambda: any("popen_loky" in " ".join(process.cmdline()) for process in run.children(recursive=True)))
+        wait_for(lambda: chaos.find(run, "worker"))
         return run
 
     first = repro()
