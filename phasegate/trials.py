@@ -13,6 +13,7 @@ import shutil
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -136,6 +137,7 @@ def _results(trials: list[Trial], kept: dict[str, Path], label: str) -> Iterator
         from phasegate import cluster
 
         return cluster.results([(partial(_run, trial, label), (*trial.inputs, *trial.reads)) for trial in trials])
+    warnings.filterwarnings("ignore", r"\d+ tasks (have been|which were) ")  # joblib's, when a run is stopped
     with processes.interrupts_held():  # so that only this process hears of Ctrl-C, not its workers
         parallel = joblib.Parallel(n_jobs=execution.workers(), return_as="generator_unordered", backend="loky")
         results: Iterator[Result] = parallel(

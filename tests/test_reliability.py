@@ -227,6 +227,24 @@ def test_who_leaves_ends_its_workers_first_and_silently(tmp_path: Path) -> None:
     assert not any(psutil.pid_exists(pid) and alive(psutil.Process(pid)) for pid in workers)
 
 
+STOPPED = """
+import time
+from pathlib import Path
+from phasegate import trials
+if __name__ == "__main__":
+    some = [trials.Trial(f"split/seed-{seed}", time.sleep, {}) for seed in range(2)]
+    trials._results(some, {trial.name: Path("trials") / trial.name for trial in some}, "p7b2").close()
+"""
+
+
+def test_trials_that_are_not_waited_for_end_silently(tmp_path: Path) -> None:
+    (tmp_path / "stopped.py").write_text(STOPPED)
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PHASEGATE_WORKERS": "2"}
+    words = [sys.executable, "stopped.py"]
+    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "UserWarning" not in done.stderr
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_stage_ends_within_three_seconds_children_included_and_says_how_to_go_on(
     tmp_path: Path, number: int
