@@ -23,7 +23,7 @@ def run_all(params: Params, folder: Path, monkeypatch: pytest.MonkeyPatch) -> No
     for stage in stages.values():
         [values] = stage.get("matrix", {"": [""]}).values()
         for value in values:
-            module, *arguments = stage["cmd"].removeprefix("python -m ").split()
+            module, *arguments = stage["cmd"].removeprefix("exec python -m ").split()
             monkeypatch.setattr(sys, "argv", [module, *(word.replace("${item.phase}", value) for word in arguments)])
             importlib.import_module(module).main(params)
     load_examples.cache_clear()

@@ -56,6 +56,7 @@ class Checkout:
         self.environment = os.environ | {
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
             "DVC_NO_ANALYTICS": "1",
+            "SHELL": "/bin/sh",  # with which dvc starts stages; dash stays between the two, unless told otherwise
             "PHASEGATE_WORKERS": "1",
             **settings,
         }

@@ -21,7 +21,7 @@ STAGES: dict[str, dict[str, Any]] = yaml.safe_load((ROOT / "dvc.yaml").read_text
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_depends_on_exactly_the_modules_that_its_script_imports(stage: str) -> None:
-    script = re.match(r"python -m stages\.(\w+)", STAGES[stage]["cmd"])
+    script = re.match(r"exec python -m stages\.(\w+)", STAGES[stage]["cmd"])
     assert script
     listed = {dep for dep in STAGES[stage]["deps"] if dep.endswith(".py")}
     assert listed == closure(ROOT / f"stages/{script[1]}.py")

@@ -12,6 +12,7 @@ from typing import Any
 
 import psutil
 import pytest
+import yaml
 
 from phasegate import processes, trials
 from phasegate.errors import Diverged, UserError
@@ -264,7 +265,9 @@ def test_nobody_outlives_a_killed_run(tmp_path: Path, parent: str) -> None:
         victim = start(tmp_path)
         family = victim.children(recursive=True)
     else:
-        code = "import os, sys, subprocess; subprocess.run([sys.executable, '-c', os.environ['STAGE']])"
+        command = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]["check"]["cmd"]
+        command = command.replace("-m stages.check", '-c "$STAGE"')
+        code = f"import subprocess; subprocess.run({command!r}, shell=True)"
         environment = os.environ | {"PYTHONPATH": str(ROOT), "PHASEGATE_WORKERS": "2", "DVC_STAGE": "x", "STAGE": STAGE}
         victim = psutil.Popen([sys.executable, "-c", code], cwd=tmp_path, env=environment)
         wait_for(lambda: (tmp_path / "slow").exists())
