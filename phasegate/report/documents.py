@@ -21,7 +21,7 @@ from phasegate.report.tables import (
     MINUS,
     data_label,
     escaped,
-    failure_list,
+    failed_lines,
     hypothesis,
     interval,
     outcome,
@@ -54,7 +54,9 @@ def blocks(
         "surgery": surgery_finding(study["surgery_summary"]),
         "signals": signal_findings(study["signal_summary"], decisions, study["surgeries"], confidence),
     }
-    results = [*side_by_side({name: tables["decisions"] for name, tables in studies.items()}), *failed(studies)]
+    results = side_by_side({name: tables["decisions"] for name, tables in studies.items()})
+    for name, tables in studies.items():
+        results += failed_lines(tables["failures"], f"Failed trials on {data_label(name)}")
     return {
         "results": "\n".join(results),
         "reading": reading(margin_pp, confidence),
@@ -72,18 +74,6 @@ def side_by_side(decisions: Mapping[str, pd.DataFrame]) -> list[str]:
         cells = [table.get(key, "") for table in rows]
         lines.append(f"| {phase_label(key[0])} | {escaped(key[1])} | {' | '.join(cells)} |")
     return lines
-
-
-def failed(studies: Mapping[str, Study]) -> Iterator[str]:
-    """The failed trials of every data set as a Markdown list under its title; nothing of those without any."""
-    for name, tables in studies.items():
-        if phrases := failure_list(tables["failures"]):
-            yield from (
-                "",
-                f"Failed trials on {data_label(name)}:",
-                "",
-                *(f"- {escaped(phrase)}" for phrase in phrases),
-            )
 
 
 def reading(margin_pp: float, confidence: float) -> str:

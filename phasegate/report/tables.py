@@ -256,10 +256,10 @@ def markdown_rows(decisions: pd.DataFrame, columns: Sequence[str] | None = None)
     return lines
 
 
-def failed_lines(failures: pd.DataFrame) -> list[str]:
+def failed_lines(failures: pd.DataFrame, title: str = "Failed trials") -> list[str]:
     """The failed trials as a Markdown list under its title; nothing if there are none."""
     listed = [f"- {escaped(phrase)}" for phrase in failure_list(failures)]
-    return ["", "Failed trials:", "", *listed] if listed else []
+    return ["", f"{title}:", "", *listed] if listed else []
 
 
 def escaped(text: str) -> str:
