@@ -2,17 +2,22 @@
 
     python -m tests.chaos --kills 200 --seed 0
 
-A worker, a stage and dvc itself are killed in turn (SIGKILL), after random times. When a study ends, its models and
-tables must have the bits of the undisturbed one, and the next study begins, until all kills are done.
+A worker, a stage and dvc itself are killed in turn (SIGKILL), after random times: some while they start, some only
+when the study has come further. When a study ends, its models and tables must have the bits of the undisturbed one,
+and the next study begins, until all kills are done.
 """
 
 import argparse
+import math
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -21,7 +26,7 @@ import psutil
 from tests.small_study import Checkout, content
 
 TARGETS = ("worker", "stage", "dvc")
-SECONDS = (0.3, 6.0)  # from the start of a run, or from the moment at which there is something to kill
+SECONDS = (0.3, 60.0)  # from the start of a run to its kill, or to the next moment at which there is something to kill
 LONGEST = 900  # seconds of any one run
 COMPARED = ("models", "data", "reports")
 
@@ -32,37 +37,57 @@ def results(folder: Path) -> dict[str, str]:
     return {name: text for name, text in found.items() if not name.startswith("reports/") or name.endswith(".csv")}
 
 
-def chaos(checkout: Checkout, expected: dict[str, str], kills: int, seed: int) -> dict[str, int]:
-    """Kill studies in `checkout`, which begins with none, until so many kills are done; returns what was done.
+@dataclass
+class Done:
+    """What was done: how often each was killed, in which stages, in how many runs; and how many studies ended."""
+
+    kills: Counter[str] = field(default_factory=Counter)
+    stages: Counter[str] = field(default_factory=Counter)
+    runs: int = 0
+    studies: int = 0
+
+    def __str__(self) -> str:
+        kills = ", ".join(f"{target} {self.kills[target]}" for target in TARGETS)
+        return f"kills: {kills}, in {len(self.stages)} stages; runs: {self.runs}, studies: {self.studies}"
+
+
+def chaos(checkout: Checkout, expected: dict[str, str], kills: int, seed: int) -> Done:
+    """Kill studies in `checkout`, which begins with none, until so many kills are done.
 
     Raises:
         AssertionError: if a study ends with other bits, or does not end.
     """
     draws = random.Random(seed)
-    done = dict.fromkeys((*TARGETS, "studies", "runs"), 0)
-    while sum(done[target] for target in TARGETS) < kills or not done["studies"]:
-        left = kills - sum(done[target] for target in TARGETS)
-        target = TARGETS[(kills - left) % len(TARGETS)] if left else None
-        done["runs"] += 1
-        ended, killed = run_and_kill(checkout, target, draws.uniform(*SECONDS))
-        if killed and target:
-            done[target] += 1
+    done = Done()
+    while (count := done.kills.total()) < kills or not done.studies:
+        target = TARGETS[count % len(TARGETS)] if count < kills else None
+        done.runs += 1
+        ended, stage = run_and_kill(checkout, target, math.exp(draws.uniform(*map(math.log, SECONDS))))
+        if stage and target:
+            done.kills[target] += 1
+            done.stages[stage] += 1
         if ended:
             found = results(checkout.folder)
             differ = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
             assert not differ, f"after {done}: {len(differ)} files differ, as {differ[:5]}"
-            done["studies"] += 1
+            done.studies += 1
             forget(checkout.folder)
         here = sys.stderr.isatty()
         print(f"\r{done}" if here else done, end="" if here else "\n", file=sys.stderr, flush=True)
     return done
 
 
-def run_and_kill(checkout: Checkout, target: str | None, seconds: float) -> tuple[bool, bool]:
-    """One `dvc repro`, whose worker, stage or own process is killed after so many seconds: did it end, was it hit?"""
-    with (checkout.folder.parent / "log").open("wb") as log:
+def run_and_kill(checkout: Checkout, target: str | None, seconds: float) -> tuple[bool, str]:
+    """One `dvc repro`, whose worker, stage or own process is killed after so many seconds.
+
+    Returns:
+        Whether it ended, and the last stage that it had begun when it was hit; empty if it was not.
+    """
+    log = checkout.folder.parent / "log"
+    with log.open("wb") as file:
+        environment = checkout.environment | {"PYTHONUNBUFFERED": "1"}  # a killed dvc has said where it was
         dvc = psutil.Popen(
-            ["dvc", "repro"], cwd=checkout.folder, env=checkout.environment, stdout=log, stderr=subprocess.STDOUT
+            ["dvc", "repro"], cwd=checkout.folder, env=environment, stdout=file, stderr=subprocess.STDOUT
         )
         start, hit = time.monotonic(), False
         while dvc.poll() is None:
@@ -72,13 +97,14 @@ def run_and_kill(checkout: Checkout, target: str | None, seconds: float) -> tupl
                 victim.send_signal(signal.SIGKILL)
                 hit = True
             assert time.monotonic() - start < LONGEST, f"dvc repro has not ended for {LONGEST} s"
-    said = (checkout.folder.parent / "log").read_text(errors="replace")
+    said = log.read_text(errors="replace")
+    stage = ["before the first", *re.findall(r"Running stage '([^']+)'", said)][-1] if hit else ""
     assert "Traceback" not in said, said
     if "RWLock-file" in said and "corrupted" in said:  # dvc was killed while it wrote this file, and says so
         (checkout.folder / ".dvc/tmp/rwlock").unlink()
-        return False, hit
+        return False, stage
     assert hit or dvc.returncode == 0, f"without a kill, dvc repro ended with {dvc.returncode}:\n{said}"
-    return dvc.returncode == 0, hit
+    return dvc.returncode == 0, stage
 
 
 def find(dvc: psutil.Process, target: str) -> psutil.Process | None:

@@ -54,8 +54,10 @@ def failures(kind: str, numbers: range, progress: Callable[[int], None] = lambda
     waiting = list(numbers)
     while waiting:
         number = None
+        folder = TemporaryDirectory()  # not the child's own: it is killed
         ours, theirs = multiprocessing.Pipe()
-        child = multiprocessing.get_context("spawn").Process(target=_child, args=(kind, waiting, theirs), daemon=True)
+        words = (kind, waiting, Path(folder.name), theirs)
+        child = multiprocessing.get_context("spawn").Process(target=_child, args=words, daemon=True)
         child.start()
         theirs.close()
         try:
@@ -76,22 +78,22 @@ def failures(kind: str, numbers: range, progress: Callable[[int], None] = lambda
         finally:
             child.kill()
             child.join()
+            folder.cleanup()
 
 
-def _child(kind: str, numbers: list[int], pipe: Connection) -> None:
-    """Run these cases, and send for each what is wrong, or nothing."""
+def _child(kind: str, numbers: list[int], folder: Path, pipe: Connection) -> None:
+    """Run these cases in an empty folder, and send for each what is wrong, or nothing."""
     signal.signal(signal.SIGALRM, _too_long)
-    with TemporaryDirectory() as folder:
-        originals, scratch = Path(folder) / "originals", Path(folder) / "scratch"
-        originals.mkdir()
-        cases = importlib.import_module(f"tests.fuzz_{kind}")
-        state = cases.originals(originals)
-        pipe.send("ready")
-        for number in numbers:
-            scratch.mkdir()
-            case = cases.case(state, random.Random(f"{kind} {number}"), scratch)
-            pipe.send(_verdict(case, scratch))
-            shutil.rmtree(scratch)
+    originals, scratch = folder / "originals", folder / "scratch"
+    originals.mkdir()
+    cases = importlib.import_module(f"tests.fuzz_{kind}")
+    state = cases.originals(originals)
+    pipe.send("ready")
+    for number in numbers:
+        scratch.mkdir()
+        case = cases.case(state, random.Random(f"{kind} {number}"), scratch)
+        pipe.send(_verdict(case, scratch))
+        shutil.rmtree(scratch)
 
 
 def _verdict(case: Case, folder: Path) -> str | None:

@@ -14,6 +14,8 @@ import pandas as pd
 import yaml
 
 REPLACED = ("candidates", "arms", "mnist1d")
+FOLDERS = ("phasegate", "stages", "plugins")
+FILES = (".dvc/config", ".dvc/.gitignore", ".dvcignore", ".gitignore", "dvc.yaml", "params.yaml", "data/raw/.gitkeep")
 ROOT = Path(__file__).parent.parent
 
 
@@ -55,7 +57,6 @@ class Checkout:
         self.folder = folder
         self.environment = os.environ | {
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-            "DVC_NO_ANALYTICS": "1",
             "SHELL": "/bin/sh",  # with which dvc starts stages; dash stays between the two, unless told otherwise
             "PHASEGATE_WORKERS": "1",
             **settings,
@@ -63,14 +64,13 @@ class Checkout:
         if of:
             shutil.copytree(of, folder, symlinks=True)
             return
-        for name in ("phasegate", "stages", "plugins"):
+        for name in FOLDERS:
             shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-        for name in ("dvc.yaml", "params.yaml", ".dvcignore", ".gitignore", "data/raw/.gitkeep"):
+        for name in FILES:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, folder / name)
         self.change(yaml.safe_load((ROOT / "tests/small.yaml").read_text()))
         self.command("git", "init", "-q")
-        self.command("dvc", "init", "-q")
         self.command("git", "add", "-A")
         self.command("git", "config", "user.name", "tests")
         self.command("git", "config", "user.email", "tests@localhost")

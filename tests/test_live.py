@@ -1,7 +1,6 @@
 """While a stage trains, DVC's own commands see how far it is; afterwards nothing is left of it."""
 
 import json
-import os
 import subprocess
 from pathlib import Path
 
@@ -19,6 +18,7 @@ POINTS = [
 def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(live, "_followed", None)
+    monkeypatch.setenv("DVC_NO_ANALYTICS", "1")
     for command in (["git", "init", "-q"], ["dvc", "init", "-q"]):
         subprocess.run(command, check=True)
     (tmp_path / "dvc.yaml").write_text("stages: {}\n")
@@ -26,8 +26,7 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def dvc(*words: str) -> str:
-    environment = os.environ | {"DVC_NO_ANALYTICS": "1"}
-    return subprocess.run(["dvc", *words], check=True, capture_output=True, text=True, env=environment).stdout
+    return subprocess.run(["dvc", *words], check=True, capture_output=True, text=True).stdout
 
 
 def test_dvc_sees_the_stage_that_trains_and_the_curve_of_seed_0(repository: Path) -> None:
