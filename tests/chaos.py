@@ -39,16 +39,19 @@ def results(folder: Path) -> dict[str, str]:
 
 @dataclass
 class Done:
-    """What was done: how often each was killed, in which stages, in how many runs; and how many studies ended."""
+    """What was done."""
 
     kills: Counter[str] = field(default_factory=Counter)
-    stages: Counter[str] = field(default_factory=Counter)
+    """How often each of `TARGETS` was killed."""
+    places: Counter[str] = field(default_factory=Counter)
+    """How often in each stage, or before the first of a run."""
     runs: int = 0
     studies: int = 0
+    """How many studies ended."""
 
     def __str__(self) -> str:
         kills = ", ".join(f"{target} {self.kills[target]}" for target in TARGETS)
-        return f"kills: {kills}, in {len(self.stages)} stages; runs: {self.runs}, studies: {self.studies}"
+        return f"kills: {kills}, at {len(self.places)} places; runs: {self.runs}, studies: {self.studies}"
 
 
 def chaos(checkout: Checkout, expected: dict[str, str], kills: int, seed: int) -> Done:
@@ -65,7 +68,7 @@ def chaos(checkout: Checkout, expected: dict[str, str], kills: int, seed: int) -
         ended, stage = run_and_kill(checkout, target, math.exp(draws.uniform(*map(math.log, SECONDS))))
         if stage and target:
             done.kills[target] += 1
-            done.stages[stage] += 1
+            done.places[stage] += 1
         if ended:
             found = results(checkout.folder)
             differ = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))

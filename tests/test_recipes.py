@@ -100,7 +100,7 @@ def test_a_study_killed_at_random_moments_ends_with_the_same_bits(checkout: Chec
     study = Checkout(tmp_path / "study", PHASEGATE_WORKERS="2", PHASEGATE_SNAPSHOT="0")
     shutil.copy(checkout.folder / "params.yaml", study.folder)
     done = chaos.chaos(study, chaos.results(checkout.folder), kills=25, seed=0)
-    assert done.kills.total() == 25 and len(done.stages) > 4, done
+    assert done.kills.total() == 25 and len(done.places) > 4, done
 
 
 def test_permuting_the_test_labels_changes_nothing_but_the_evaluation(
