@@ -13,6 +13,7 @@ help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-14s%s\n", $$1, $$2 }' Makefile
 
 repro: $(READY) ## the whole study: dvc repro
+	@python -m phasegate.mend
 	dvc repro
 
 plan: $(READY) ## what dvc repro would run now, why, and about how long it takes; runs nothing

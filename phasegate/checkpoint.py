@@ -171,12 +171,16 @@ def _build(values: dict[str, Any], parts_at_most: int) -> Model | Reference:
     """The model that a checkpoint describes, without memory: whether its weights are as large, `fill` will see."""
     fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
     with torch.device("meta"):
+        spec: ModelSpec | ReferenceSpec
         if fields.pop("kind") == "reference":
-            return Reference(ReferenceSpec(**fields))
-        architecture = parse(Architecture, fields.pop("architecture"), "architecture")
-        if max(architecture.blocks, len(fields["heads"])) > parts_at_most:
-            raise ValueError(f"its {architecture.blocks} blocks and their heads have only {parts_at_most} tensors")
-        return Model(ModelSpec(architecture=architecture, **fields))
+            spec = ReferenceSpec(**fields)
+            parts = max(len(spec.hidden or ()), len(spec.channels or ()))
+        else:
+            spec = ModelSpec(architecture=parse(Architecture, fields.pop("architecture"), "architecture"), **fields)
+            parts = max(spec.architecture.blocks, len(spec.heads))
+        if parts > parts_at_most:
+            raise ValueError(f"its {parts:,} layers or heads have only {parts_at_most:,} tensors")
+        return Model(spec) if isinstance(spec, ModelSpec) else Reference(spec)
 
 
 def fill(

@@ -34,7 +34,8 @@ class Plugin:
         """Look at the file without running it; `key` is the parameter that names it.
 
         Raises:
-            UserError: if there is no such file, it is not Python, or it does not define the function.
+            UserError: if there is no such file, it is not Python, it does not define the function, or it imports
+                another file of the folder, whose content would be nobody's input.
         """
         if not self.path.is_file():
             known = sorted(path.stem for path in FOLDER.glob("*.py"))
@@ -46,6 +47,8 @@ class Plugin:
             raise UserError(f"{self.path}, which {key} names, is not Python: {one_line(error)}") from None
         if self.kind not in {name for statement in tree.body for name in _defined(statement)}:
             raise UserError(f"{self.path}, which {key} names, does not define the function {self.kind}")
+        if any(_imports_neighbour(node) for node in ast.walk(tree)):
+            raise UserError(f"{self.path}, which {key} names, imports from {FOLDER}: it must be a file by itself")
 
     def function(self) -> Any:
         """Run the file, and return its function. Errors in it are its author's, and keep their traceback."""
@@ -54,6 +57,16 @@ class Plugin:
         module = importlib.util.module_from_spec(specification)
         specification.loader.exec_module(module)
         return getattr(module, self.kind)
+
+
+def _imports_neighbour(node: ast.AST) -> bool:
+    """Whether a piece of a file is an import from its own folder."""
+    match node:
+        case ast.ImportFrom(module=module, level=level):
+            return level > 0 or str(module).partition(".")[0] == FOLDER.name
+        case ast.Import(names=names):
+            return any(alias.name.partition(".")[0] == FOLDER.name for alias in names)
+    return False
 
 
 def _defined(statement: ast.stmt) -> list[str]:

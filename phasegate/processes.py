@@ -5,9 +5,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from functools import cache
 from pathlib import Path
 from threading import Thread
 from types import FrameType
@@ -45,6 +44,19 @@ def interrupts_held() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
+def when_stopped(act: Callable[[int, FrameType | None], object]) -> None:
+    """What to do from now on at Ctrl-C, if it reaches this process, and at SIGTERM, with which machines stop it."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, act)
+
+
+def say_stopped(*_: object) -> NoReturn:
+    """Say that this run was stopped, and how to go on, and leave it."""
+    print(f"{Path(sys.argv[0]).stem}: stopped; `dvc repro` goes on where it was", file=sys.stderr, flush=True)
+    leave(130)
+
+
 def leave(code: int) -> NoReturn:
     """End at once, and silently, the processes that this one started, and then this one."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # a thread that waits for them would complain
@@ -54,20 +66,8 @@ def leave(code: int) -> NoReturn:
     os._exit(code)
 
 
-def terminate_as_interrupt() -> None:
-    """Take SIGTERM, with which machines stop what runs on them, for Ctrl-C."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, interrupt)
-
-
-@cache
 def end_with(parent: int) -> None:
-    """End this process, if `parent` started it, as soon as that one is gone, be it by SIGKILL."""
-    if parent == os.getpid():
-        return
+    """End this process as soon as `parent`, which started it, is gone, be it by SIGKILL."""
 
     def watch() -> None:
         while os.getppid() == parent:

@@ -39,6 +39,19 @@ Text = Annotated[str, Field(min_length=1)]
 Scalar = bool | int | float | str
 
 
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader, but for mappings merged into others (`<<`), which could take exponential time."""
+
+    merged = 0
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Merge into `node` those that it names, unless too many pairs were merged before."""
+        super().flatten_mapping(node)
+        self.merged += len(node.value)
+        if self.merged > MOST_VALUES:
+            raise yaml.YAMLError(f"it merges more than {MOST_VALUES:,} values")
+
+
 class Section(BaseModel):
     """A frozen group of parameters that refuses unknown keys."""
 
@@ -87,7 +100,7 @@ def load_yaml(path: Path) -> Any:
     """
     content = read_bounded(path)
     try:
-        values = yaml.safe_load(content)
+        values = _Loader(content).get_single_data()
     except Exception as error:  # PyYAML's tags, dates and scanner raise whatever comes up
         raise UserError(f"{path} is not valid YAML: {one_line(error)}") from None
     waiting, seen = [values], 0

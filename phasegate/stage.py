@@ -1,11 +1,12 @@
 """How every stage begins and ends: parameters in, one clear sentence out if something is wrong."""
 
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from phasegate import PARENT, processes
+from phasegate import processes
 from phasegate.errors import UserError
 from phasegate.params import Params, load_params
 
@@ -21,10 +22,8 @@ REPORTS = Path("reports")
 
 def run(main: Callable[[Params], None]) -> None:
     """Run a stage on the checked parameters; errors meant for people end it with exit code 2, bugs with a traceback."""
-    processes.terminate_as_interrupt()
+    processes.when_stopped(signal.default_int_handler)  # which ends what is half done, and then `run`
     os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")  # loky's, of a run that was stopped
-    if "DVC_STAGE" in os.environ:
-        processes.end_with(PARENT)
     try:
         params = load_params()
         with processes.alone():
@@ -34,8 +33,7 @@ def run(main: Callable[[Params], None]) -> None:
     except OSError as error:  # a full disk, a file that vanished, no permission
         sys.exit(_say(f"{error.filename or 'a file'}: {error.strerror or error}", 2))
     except KeyboardInterrupt:
-        _say("stopped; `dvc repro` goes on where it was", 130)
-        processes.leave(130)
+        processes.say_stopped()
 
 
 def _say(sentence: str, code: int) -> int:

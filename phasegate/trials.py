@@ -139,16 +139,21 @@ def _results(trials: list[Trial], kept: dict[str, Path], label: str) -> Iterator
         return cluster.results([(partial(_run, trial, label), (*trial.inputs, *trial.reads)) for trial in trials])
     warnings.filterwarnings("ignore", r"\d+ tasks (have been|which were) ")  # joblib's, when a run is stopped
     with processes.interrupts_held():  # so that only this process hears of Ctrl-C, not its workers
-        parallel = joblib.Parallel(n_jobs=execution.workers(), return_as="generator_unordered", backend="loky")
+        parallel = joblib.Parallel(
+            n_jobs=execution.workers(),
+            return_as="generator_unordered",
+            backend="loky",
+            initializer=processes.end_with,  # before a worker imports torch, which takes seconds
+            initargs=(os.getpid(),),
+        )
         results: Iterator[Result] = parallel(
-            joblib.delayed(_run_here)(trial, label, _unfinished(kept[trial.name]), os.getpid()) for trial in trials
+            joblib.delayed(_run_here)(trial, label, _unfinished(kept[trial.name])) for trial in trials
         )
     return results
 
 
-def _run_here(trial: Trial, label: str, folder: Path, stage: int) -> Result:
+def _run_here(trial: Trial, label: str, folder: Path) -> Result:
     """In a process of this machine: go on with what an earlier run left in `folder`."""
-    processes.end_with(stage)
     live.follow(label, trial.name)
     folder.mkdir(parents=True, exist_ok=True)
     for path in folder.iterdir():

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -81,11 +82,14 @@ def chaos(checkout: Checkout, expected: dict[str, str], kills: int, seed: int) -
 
 
 def run_and_kill(checkout: Checkout, target: str | None, seconds: float) -> tuple[bool, str]:
-    """One `dvc repro`, whose worker, stage or own process is killed after so many seconds.
+    """What `make repro` runs; a worker, a stage or dvc itself is killed after so many seconds.
 
     Returns:
         Whether it ended, and the last stage that it had begun when it was hit; empty if it was not.
     """
+    mended = checkout.command("python", "-m", "phasegate.mend")
+    if mended:
+        print(f"\n{mended}", end="", file=sys.stderr)
     log = checkout.folder.parent / "log"
     with log.open("wb") as file:
         environment = checkout.environment | {"PYTHONUNBUFFERED": "1"}  # a killed dvc has said where it was
@@ -93,19 +97,20 @@ def run_and_kill(checkout: Checkout, target: str | None, seconds: float) -> tupl
             ["dvc", "repro"], cwd=checkout.folder, env=environment, stdout=file, stderr=subprocess.STDOUT
         )
         start, hit = time.monotonic(), False
-        while dvc.poll() is None:
-            time.sleep(0.01)
-            victim = find(dvc, target) if target and not hit and time.monotonic() - start > seconds else None
-            if victim:
-                victim.send_signal(signal.SIGKILL)
-                hit = True
-            assert time.monotonic() - start < LONGEST, f"dvc repro has not ended for {LONGEST} s"
+        try:
+            while dvc.poll() is None:
+                time.sleep(0.01)
+                victim = find(dvc, target) if target and not hit and time.monotonic() - start > seconds else None
+                if victim:
+                    with suppress(psutil.NoSuchProcess):  # it ended just now
+                        victim.send_signal(signal.SIGKILL)
+                        hit = True
+                assert time.monotonic() - start < LONGEST, f"dvc repro has not ended for {LONGEST} s"
+        finally:
+            dvc.kill()
     said = log.read_text(errors="replace")
     stage = ["before the first", *re.findall(r"Running stage '([^']+)'", said)][-1] if hit else ""
     assert "Traceback" not in said, said
-    if "RWLock-file" in said and "corrupted" in said:  # dvc was killed while it wrote this file, and says so
-        (checkout.folder / ".dvc/tmp/rwlock").unlink()
-        return False, stage
     assert hit or dvc.returncode == 0, f"without a kill, dvc repro ended with {dvc.returncode}:\n{said}"
     return dvc.returncode == 0, stage
 
@@ -116,12 +121,15 @@ def find(dvc: psutil.Process, target: str) -> psutil.Process | None:
         if target == "dvc":
             return dvc
         stages = [process for process in dvc.children(recursive=True) if "stages." in " ".join(process.cmdline())]
-        if target == "stage" or not stages:
-            return stages[0] if stages else None
-        workers = [process for process in stages[0].children() if "popen_loky" in " ".join(process.cmdline())]
-        return workers[0] if workers else None
+        found = stages if target == "stage" or not stages else workers(stages[0])
+        return found[0] if found else None
     except psutil.Error:  # it has ended meanwhile
         return None
+
+
+def workers(stage: psutil.Process) -> list[psutil.Process]:
+    """The processes that a stage has started for its trials."""
+    return [process for process in stage.children() if "popen_loky" in " ".join(process.cmdline())]
 
 
 def forget(folder: Path) -> None:

@@ -33,6 +33,7 @@ SNIPPETS = (  # YAML that no Python value is dumped as
     *("|\n  a\n  b", "? a", "- a", "a: b: c", "\t1", "\x00", "\x07", "\ufeff1", "\u2028", "[1, 2", "{a: 1", "]"),
     "[" + ", ".join(["&a0 [lol, lol]", *(f"&a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 30))]) + "]",
     "{" + ", ".join(["a0: &a0 {a: 1}", *(f"a{i}: &a{i} {{<<: [*a{i - 1}, *a{i - 1}]}}" for i in range(1, 20))]) + "}",
+    "{" + ", ".join(["a0: &a0 {a: 1}", *(f"a{i}: &a{i} {{<<: [{f'*a{i - 1}, ' * 10}]}}" for i in range(1, 12))]) + "}",
 )
 ENCODINGS = ("utf-8-sig", "utf-16", "utf-16-le", "utf-32", "latin-1", "cp1252", "cp037")
 PLACE = "placeholder_of_a_snippet"

@@ -20,8 +20,8 @@ ROOT = Path(__file__).parent.parent
 
 
 def imported(path: Path) -> set[Path]:
-    """The modules of the library that a file imports, packages on the way included."""
-    names = set()
+    """The modules of the library that a file imports, packages on the way and its own included."""
+    names = {path.parent.name}
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
@@ -57,6 +57,7 @@ class Checkout:
         self.folder = folder
         self.environment = os.environ | {
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+            "GIT_CONFIG_GLOBAL": os.devnull,  # whoever runs the tests may sign commits
             "SHELL": "/bin/sh",  # with which dvc starts stages; dash stays between the two, unless told otherwise
             "PHASEGATE_WORKERS": "1",
             **settings,

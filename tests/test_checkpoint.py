@@ -190,9 +190,7 @@ def test_a_valid_file_of_other_tensors_is_refused(folder: Path, many: Examples) 
     edit_weights(
         folder, lambda tensors: [tensors.pop(name) for name in list(tensors)] and tensors.update(a=torch.ones(2))
     )
-    with pytest.raises(
-        UserError, match=r"a model that runs on this data: its 2 blocks and their heads have only 1 tensors"
-    ):
+    with pytest.raises(UserError, match=r"a model that runs on this data: its 2 layers or heads have only 1 tensors"):
         load(folder, many)
 
 
@@ -238,3 +236,15 @@ def test_reference_models_come_back_too(
     assert isinstance(loaded.model, Reference) and loaded.model.spec == model.spec
     assert loaded.optimizer is None and loaded.record == record
     assert torch.equal(loaded.model(gate.x).logits[0], model(gate.x).logits[0])
+
+
+@pytest.mark.parametrize("claim", [{"hidden": [1] * 5_000}, {"hidden": [1], "channels": [1] * 5_000}])
+def test_more_layers_than_weights_are_refused_before_they_are_built(
+    tmp_path: Path, gate: Examples, trial: Checkpoint, claim: dict[str, list[int]]
+) -> None:
+    save(tmp_path, Reference(ReferenceSpec((1, 8), 4, (), None)), None, trial.record, gate)
+    content = json.loads((tmp_path / RECORD).read_text())
+    content["model"] |= claim
+    (tmp_path / RECORD).write_text(json.dumps(content))
+    with pytest.raises(UserError, match="its 5,000 layers or heads have only 2 tensors"):
+        load(tmp_path, gate)

@@ -57,6 +57,9 @@ def with_arm(**arm: Any) -> Params:
         (None, r"own.arms.mine.signal is 'loud', but there is no file plugins/loud.py: did you mean louder\?"),
         ("def signal(:", "plugins/loud.py, which own.arms.mine.signal names, is not Python: invalid syntax"),
         ("signals = 1", "plugins/loud.py, which .* names, does not define the function signal"),
+        ("from plugins.louder import signal", "plugins/loud.py, .* imports from plugins: it must be a file by itself"),
+        ("from .louder import signal", "plugins/loud.py, .* imports from plugins: it must be a file by itself"),
+        (f"{SCORES}    import plugins.louder", "plugins/loud.py, .* imports from plugins: it must be"),
     ],
 )
 def test_a_file_that_cannot_be_used_is_refused_before_anything_runs(

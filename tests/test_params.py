@@ -84,6 +84,7 @@ DEEP, DATE = "[" * 100_000, "seeds: 2026-13-45"
 BOMB = "a: &a [1,1,1,1,1,1,1,1,1,1]\n" + "".join(
     f"{new}: &{new} [{','.join([f'*{old}'] * 10)}]\n" for old, new in zip("abcdefgh", "bcdefghi", strict=True)
 )
+MERGES = BOMB.replace("[1,1,1,1,1,1,1,1,1,1]", "{x: 1}").replace("[", "{<<: [").replace("]", "]}")
 
 
 @pytest.mark.parametrize(
@@ -103,6 +104,7 @@ BOMB = "a: &a [1,1,1,1,1,1,1,1,1,1]\n" + "".join(
         (b"? [1]\n: 2", "is not valid YAML"),
         (DEEP.encode(), "is not valid YAML"),
         (BOMB.encode(), "has more than 100,000 values"),
+        (MERGES.encode(), "is not valid YAML: it merges more than 100,000 values"),
         (b"a: &a [*a]", "has more than 100,000 values"),
         (b"#" * (1 << 20) + b"\nseeds: 1", "has more than 1,048,576 bytes"),
         (None, "can't be read: it is no regular file"),

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from dvc.repo import Repo
 
 from phasegate.data import Split
 from phasegate.params import load_params
@@ -101,6 +102,28 @@ def test_a_study_killed_at_random_moments_ends_with_the_same_bits(checkout: Chec
     shutil.copy(checkout.folder / "params.yaml", study.folder)
     done = chaos.chaos(study, chaos.results(checkout.folder), kills=25, seed=0)
     assert done.kills.total() == 25 and len(done.places) > 4, done
+
+
+def test_what_a_killed_dvc_has_left_half_written_is_put_aside_and_costs_no_training(
+    small_study: Path, tmp_path: Path
+) -> None:
+    study = Checkout(tmp_path / "study", of=small_study)
+    lock, aside = study.folder / "dvc.lock", study.folder / ".dvc/tmp"
+    whole = lock.read_bytes()
+    assert study.command("python", "-m", "phasegate.mend") == ""
+    for half in (b"", whole[: whole.rindex(b"path: ") + 3]):
+        lock.write_bytes(half)
+        assert "dvc.lock" in study.command("dvc", "repro", ok=False)
+        assert study.command("python", "-m", "phasegate.mend").startswith("dvc.lock was half-written")
+        assert not lock.exists() and (aside / "dvc.lock.damaged").read_bytes() == half
+    (aside / "rwlock").write_text('{"read": {')
+    assert "rwlock" in study.command("dvc", "repro", ok=False)
+    assert study.command("python", "-m", "phasegate.mend").startswith(".dvc/tmp/rwlock was half-written")
+    assert study.repro() == {"signals", "repeat_surgery", "decide", "report", "headline"}  # tables that git keeps
+    assert lock.read_bytes() == whole and chaos.results(study.folder) == chaos.results(small_study)
+    lock.write_bytes(b"")
+    with Repo(study.folder).lock:  # a DVC at work may be just writing it
+        assert study.command("python", "-m", "phasegate.mend") == "" and lock.exists()
 
 
 def test_permuting_the_test_labels_changes_nothing_but_the_evaluation(

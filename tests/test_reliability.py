@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,9 @@ from tests import chaos
 from tests.small_study import ROOT, Checkout
 
 WEIGHTS = "weights"
+SLOW_REFERENCES = {
+    "cnn": {"channels": [8, 8], "steps": 1_500, "batch": 100, "lr": 0.02, "weight_decay": 0.1, "published": 94.0}
+}
 PATIENCE = 60  # seconds for what takes one or two on a busy machine
 
 
@@ -168,9 +172,9 @@ stage.run(lambda _: run_trials(wanted(Path(), harm="slow", at=1), Path("out"), "
 """
 
 
-def start(folder: Path, **settings: str) -> psutil.Popen:
-    """A stage whose second trial is slow, in two workers; returns when that trial has begun."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "PHASEGATE_WORKERS": "2", **settings}
+def start(folder: Path, until: Callable[[psutil.Popen], bool] | None = None) -> psutil.Popen:
+    """A stage whose second trial is slow, in two workers; returns when that trial has begun, or `until` holds."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PHASEGATE_WORKERS": "2", "PHASEGATE_PROGRESS": "0"}
     stage = psutil.Popen(
         [sys.executable, "-c", STAGE],
         cwd=folder,
@@ -181,7 +185,7 @@ def start(folder: Path, **settings: str) -> psutil.Popen:
         preexec_fn=hear_interrupts,
         text=True,
     )
-    wait_for(lambda: (folder / "slow").exists())
+    wait_for(lambda: until(stage) if until else (folder / "slow").exists())
     return stage
 
 
@@ -259,6 +263,32 @@ def test_a_stopped_stage_ends_within_three_seconds_children_included_and_says_ho
     assert stage.communicate()[0] == "-c: stopped; `dvc repro` goes on where it was\n"
 
 
+def test_a_stage_that_is_stopped_while_it_imports_says_how_to_go_on(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "stages", tmp_path / "stages")
+    imports = "from pathlib import Path; import time; Path('slow').touch(); time.sleep(60)"
+    (tmp_path / "stages/check.py").write_text(imports)
+    words = [sys.executable, "-m", "stages.check"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        (tmp_path / "slow").unlink(missing_ok=True)
+        stage = psutil.Popen(
+            words, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True, preexec_fn=hear_interrupts
+        )
+        wait_for((tmp_path / "slow").exists)
+        stage.send_signal(number)
+        assert stage.communicate(timeout=3)[1] == "check: stopped; `dvc repro` goes on where it was\n"
+        assert stage.returncode == 130
+
+
+def test_workers_whose_stage_is_killed_before_they_have_imported_anything_begin_nothing(tmp_path: Path) -> None:
+    stage = start(tmp_path, until=lambda stage: len(chaos.workers(stage)) == 2)
+    family = stage.children(recursive=True)
+    stage.kill()
+    stage.communicate()
+    wait_for(lambda: not any(map(alive, family)))
+    assert not (tmp_path / "log").exists()
+
+
 @pytest.mark.parametrize("parent", ["stage", "dvc"])
 def test_nobody_outlives_a_killed_run(tmp_path: Path, parent: str) -> None:
     if parent == "stage":
@@ -266,9 +296,11 @@ def test_nobody_outlives_a_killed_run(tmp_path: Path, parent: str) -> None:
         family = victim.children(recursive=True)
     else:
         command = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]["check"]["cmd"]
-        command = command.replace("-m stages.check", '-c "$STAGE"')
+        shutil.copytree(ROOT / "stages", tmp_path / "stages")
+        (tmp_path / "stages/check.py").write_text(STAGE)
         code = f"import subprocess; subprocess.run({command!r}, shell=True)"
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "PHASEGATE_WORKERS": "2", "DVC_STAGE": "x", "STAGE": STAGE}
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "PHASEGATE_WORKERS": "2", "DVC_STAGE": "check"}
+        environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
         victim = psutil.Popen([sys.executable, "-c", code], cwd=tmp_path, env=environment)
         wait_for(lambda: (tmp_path / "slow").exists())
         family = victim.children(recursive=True)
@@ -336,6 +368,7 @@ def test_a_full_disk_stops_the_stage_in_one_line_and_what_was_finished_stays(sma
 
 def test_ctrl_c_ends_dvc_and_all_below_and_two_runs_at_once_do_no_harm(tmp_path: Path) -> None:
     study = Checkout(tmp_path / "study", PHASEGATE_WORKERS="2")
+    study.change({"references": {"mnist1d": SLOW_REFERENCES}})
     words = ["dvc", "repro", "references"]
 
     def repro() -> psutil.Popen:
@@ -355,4 +388,4 @@ def test_ctrl_c_ends_dvc_and_all_below_and_two_runs_at_once_do_no_harm(tmp_path:
     said = first.communicate()[0]
     assert "train_references: stopped; `dvc repro` goes on where it was\n" in said and "Traceback" not in said
     study.command(*words)
-    assert len(list((study.folder / "models/references").glob("*/*/checkpoint.json"))) == 4
+    assert len(list((study.folder / "models/references").glob("*/*/checkpoint.json"))) == 2

@@ -11,7 +11,7 @@ import pandas as pd
 import yaml
 
 from phasegate.decisions import CONTROL
-from phasegate.files import read_json
+from phasegate.files import read_json, write_atomic
 from phasegate.params import load_params
 from phasegate.report.attribution_tables import attribution_findings
 from phasegate.report.pipeline import mermaid
@@ -156,4 +156,4 @@ def written(root: Path) -> dict[str, str]:
 if __name__ == "__main__":
     texts = written(Path())
     for document in map(Path, DOCUMENTS):
-        document.write_text(refreshed(document.read_text(), texts))
+        write_atomic(document, refreshed(document.read_text(), texts))
