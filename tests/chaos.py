@@ -107,7 +107,8 @@ def run_and_kill(checkout: Checkout, target: str | None, seconds: float) -> tupl
                         hit = True
                 assert time.monotonic() - start < LONGEST, f"dvc repro has not ended for {LONGEST} s"
         finally:
-            dvc.kill()
+            if dvc.poll() is None:
+                dvc.kill()
     said = log.read_text(errors="replace")
     stage = ["before the first", *re.findall(r"Running stage '([^']+)'", said)][-1] if hit else ""
     assert "Traceback" not in said, said
