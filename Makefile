@@ -20,14 +20,15 @@ plan: $(READY) ## what dvc repro would run now, why, and about how long it takes
 	@python -m phasegate.plan
 
 report: $(READY) ## figures and the page from the tables that are there, if anything about them has changed; no models needed
+	@python -m phasegate.report.current
 	@dvc repro --quiet prepare
 	@dvc repro --single-item report
 	@echo "the page: $(CURDIR)/reports/report.html"
 
-study: $(READY) ## the study on other data: make study DATA=fashion_mnist fills reports/fashion_mnist/
+study: $(READY) ## the study on other data: make study DATA=fashion_mnist fills reports/fashion_mnist/; SET: more of dvc exp run's options
 	@test -n "$(DATA)" || { echo "study: DATA is empty: name a data set, as in make study DATA=fashion_mnist"; exit 2; }
 	dvc exp remove --quiet $(DATA) 2>/dev/null || true
-	dvc exp run --temp --name $(DATA) --set-param data.name=$(DATA)
+	dvc exp run --temp --name $(DATA) --set-param data.name=$(DATA) $(SET)
 	rm -rf reports/$(DATA) && mkdir reports/$(DATA)
 	ref=$$(git for-each-ref --format='%(refname)' 'refs/exps/**/$(DATA)') && \
 	git archive $$ref:reports ':(exclude,glob)*/**' | tar -x -f - -C reports/$(DATA) && \

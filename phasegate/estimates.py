@@ -109,26 +109,29 @@ def committed(root: Path, params: Params) -> dict[str, Taken]:
     The parameters are those that made the tables, as the lock file beside them says. Nothing if there are no results
     for this data set.
     """
-    for tables, lock in ((root / REPORTS, root / "dvc.lock"), *_studies(root)):
-        then = _made_by(lock, params)
-        if then and then.data.name == params.data.name:
-            try:
+    for tables, lock in studies_below(root):
+        try:
+            then = made_by(lock, params)
+            if then.data.name == params.data.name:
                 return {label: Taken(seconds, then) for label, seconds in _told(tables, then).items()}
-            except (UserError, KeyError):
-                continue
+        except (UserError, KeyError):
+            continue
     return {}
 
 
-def _studies(root: Path) -> list[tuple[Path, Path]]:
-    return [(lock.parent, lock) for lock in sorted((root / REPORTS).glob("*/dvc.lock"))]
+def studies_below(root: Path) -> list[tuple[Path, Path]]:
+    """The folders of the project that hold a study's tables, each with its lock file; the workspace's own first."""
+    others = sorted((root / REPORTS).glob("*/dvc.lock"))
+    return [(root / REPORTS, root / "dvc.lock"), *((lock.parent, lock) for lock in others)]
 
 
-def _made_by(lock: Path, params: Params) -> Params | None:
-    """The parameters of the run that a lock file tells of; what it doesn't know is as in `params`."""
-    try:
-        return parse(Params, params.model_dump(mode="json") | locked(lock).get("report", {}))
-    except UserError:
-        return None
+def made_by(lock: Path, params: Params) -> Params:
+    """The parameters of the run that a lock file tells of; what it doesn't know is as in `params`.
+
+    Raises:
+        UserError: if the file is missing or damaged.
+    """
+    return parse(Params, params.model_dump(mode="json") | locked(lock).get("report", {}), str(lock))
 
 
 def locked(lock: Path) -> dict[str, dict[str, Any]]:

@@ -49,6 +49,7 @@ class Arm:
     entropy_weight: float = 0.0  # of the routing entropy in the loss
     tasks: Tasks | None = None
     plugins: tuple[Plugin, ...] = ()  # files of one's own that the treatment uses
+    heads: Path | None = None  # where the treatment finds the control head of seed s, as seed-s
 
 
 def continuations(
@@ -58,9 +59,8 @@ def continuations(
     arms: list[Arm],
     seeds: int,
     schedule: Schedule,
-    heads: Path | None = None,
 ) -> list[Trial]:
-    """The trials of all arms and seeds: seed s goes on from `baselines`/seed-s, and may read `heads`/seed-s."""
+    """The trials of all arms and seeds: seed s goes on from `baselines`/seed-s."""
     return [
         Trial(
             f"{arm.name}/seed-{seed}",
@@ -68,7 +68,7 @@ def continuations(
             {"prepared": prepared, "start": start, "phase": phase, "arm": arm, "seed": seed, "schedule": schedule},
             (
                 *begin_files(prepared, start),
-                *([heads / f"seed-{seed}" / HEAD] if heads else []),
+                *([arm.heads / f"seed-{seed}" / HEAD] if arm.heads else []),
                 *(plugin.path for plugin in arm.plugins),
             ),
             (meta_file(prepared),),

@@ -55,13 +55,15 @@ def said(plan: changes.Plan, estimates: Mapping[str, Estimate], workers: int) ->
 
 
 def _total(would: Iterable[str], estimates: Mapping[str, Estimate]) -> str:
-    """`about 23 min`, or `more than` so much where some stages are unknown."""
+    """`about 23 min`, or that the time is unknown where that of some stages is."""
     known = [seconds for name in would if (seconds := estimates[name].seconds) is not None]
     unknown = sum(estimates[name].seconds is None for name in would)
     if not known:
         return "an unknown time"
-    stages = f"{unknown} stage{'s' if unknown > 1 else ''}"
-    return f"about {_minutes(sum(known))}" + (f", and {stages} of unknown time" if unknown else "")
+    if unknown:
+        new = f"{unknown} stage{'s' if unknown > 1 else ''}"
+        return f"an unknown time: {new} never ran on this data set, the rest takes about {_minutes(sum(known))}"
+    return f"about {_minutes(sum(known))}"
 
 
 def _minutes(seconds: float | None) -> str:

@@ -2,8 +2,9 @@
 
 Scores are made from the signal split and judged on the gate split: by their rank correlation with the measured
 changes of the loss, and by regret, what it costs more than the best choice to let the signal choose the experts that
-go. The measurement itself is among the signals: no signal can be expected to do better than one measurement predicts
-another, made on other examples and batches.
+go. Half of the measurement itself is among the signals, judged by its other half, made on other examples and batches:
+where it does not foretell that, the measurement is mostly noise, and tells no signals apart. It is no bound: a perfect
+signal foretells either half better than they do each other.
 
 Shapes: E experts.
 """

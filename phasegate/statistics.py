@@ -95,7 +95,8 @@ def seeds_needed(mean: float, sd: float, margin: float, power: float = 0.8, conf
 
     def power_of(n: int) -> float:
         critical, shift = stats.t.ppf((1 + confidence) / 2, n - 1), effect * sqrt(n)
-        return float(stats.nct.sf(critical, n - 1, shift) + stats.nct.cdf(-critical, n - 1, shift))
+        lower = np.nan_to_num(stats.nct.cdf(-critical, n - 1, shift))  # scipy says NaN where it is next to nothing
+        return float(stats.nct.sf(critical, n - 1, shift) + lower)
 
     candidates = range(2, MOST_SEEDS + 1)  # power rises with the number of seeds
     index = bisect_left(candidates, power, key=power_of)

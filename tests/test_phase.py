@@ -14,6 +14,7 @@ from torch import Tensor
 from phasegate import hyperplanes
 from phasegate.checkpoint import RECORD, WEIGHTS, load
 from phasegate.control import Proposal, Situation
+from phasegate.counterfactual_head import HEAD
 from phasegate.ground_truth import MeasuringController
 from phasegate.halves import halves
 from phasegate.model import Model
@@ -116,6 +117,11 @@ def tables(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 def test_the_stages_run_the_declared_arms(trials: dict[str, Trial]) -> None:
     assert list(trials) == ARM_NAMES
+
+
+def test_only_arms_that_ask_a_control_head_are_trained_anew_with_it(trials: dict[str, Trial]) -> None:
+    ask = {name for name, trial in trials.items() if any(path.name == HEAD for path in trial.inputs)}
+    assert ask == {"p7b4/counterfactual_head", "p7b4/keep"}
 
 
 @pytest.mark.parametrize("arm", ARM_NAMES)

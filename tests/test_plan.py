@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ import yaml
 
 from phasegate import changes
 from phasegate.durations import RECORD, record, recorded
+from phasegate.errors import UserError
 from phasegate.estimates import COMMITTED, HERE, ROUGH, START, TRIAL_STAGES, UNKNOWN, Estimate, Estimator, locked
 from phasegate.params import Params, load_params
 from phasegate.plan import said
+from phasegate.report.current import refuse_others
 from phasegate.sections import parse
 from tests.small_study import ROOT, Checkout, merge
 
@@ -138,7 +141,10 @@ def test_the_plan_says_what_it_rests_on() -> None:
     estimates = {"q1": Estimate(600, HERE), "q2": Estimate(None, UNKNOWN), "report": Estimate(20, ROUGH)}
     lines = said(changes.Plan({"q1": "q1.seeds 3 → 4", "q2": "after q1"}, {"report": "x" * 99}), estimates, workers=1)
     text = "\n".join(lines)
-    assert lines[0] == "3 of 3 stages would run:" and "All of it: about 10 min, and 1 stage of unknown time." in lines
+    assert (
+        lines[0] == "3 of 3 stages would run:"
+        and "All of it: an unknown time: 1 stage never ran on this data set, the rest takes about 10 min." in lines
+    )
     assert "An estimate for 1 worker (" in text and "1: what their trials last took on this machine" in text
     assert max(map(len, lines)) < 100 and "kept" in lines[-1]
     assert said(changes.Plan({}, {}), estimates, 1) == [
@@ -152,3 +158,16 @@ def test_a_first_run_is_planned_from_nothing(tmp_path: Path) -> None:
     text = study.command("python", "-m", "phasegate.plan")
     assert text.startswith("29 of 29 stages would run:") and "for 3 workers" in text and "never ran" in text
     assert "14: unknown, since no run on this data set is known" in text
+
+
+def test_the_page_is_not_made_from_tables_of_other_parameters(tmp_path: Path) -> None:
+    params = tmp_path / "params.yaml"
+    text = (ROOT / "params.yaml").read_text()
+    params.write_text(text.replace("phase: p7b2", "phase: p7b1"))  # which is no matter of the page
+    refuse_others(ROOT / "dvc.lock", params)
+    for old, new in (("margin_pp: 1.0", "margin_pp: 8.0"), ("name: mnist1d", "name: fashion_mnist")):
+        assert text.count(old) == 1
+        params.write_text(text.replace(old, new))
+        said = re.escape(f"({'decisions' if 'margin' in old else 'data'}.{old.replace(': ', ' ')} → {new.split()[1]})")
+        with pytest.raises(UserError, match=said):
+            refuse_others(ROOT / "dvc.lock", params)

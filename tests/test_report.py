@@ -197,9 +197,11 @@ def test_numbers_read_well() -> None:
 def test_each_finding_agrees_with_its_row() -> None:
     rows = {row.phase: row for row in tables.headline_rows(decided())}
     assert re.match(r"NO-GO: noise_acting loses 4\.90 pp \[", tables.finding(rows["p7b1"], 1.0))
-    assert re.match(r"GO: split gains \+2\.10 pp \[", tables.finding(rows["p7b2"], 1.0))
+    assert re.match(r"GO: split stands at \+2\.10 pp \[.*\] against continue$", tables.finding(rows["p7b2"], 1.0))
+    near = rows["p7b2"]._replace(delta_pp=0.5, delta_lo=0.2, delta_hi=0.8)
+    assert tables.finding(near, 1.0) == "GO: split stays within 1 pp of continue, +0.50 pp [+0.20, +0.80]"
     assert tables.outcome(rows["p7b3"], decided(), 1.0).startswith("INCONCLUSIVE: task_gates may or may not")
-    assert tables.finding(rows["surgery"], 1.0) == "GO: split equals continue in every seed"
+    assert tables.finding(rows["surgery"], 1.0) == "GO: split changed nothing and equals continue in every seed"
 
 
 def test_the_summary_of_surgeries_leaves_out_seeds_that_the_control_failed() -> None:

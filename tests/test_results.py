@@ -92,6 +92,24 @@ def test_the_documents_show_the_committed_results() -> None:
     assert all(sum(f"<!-- {name} -->\n" in text for text in texts) >= 1 for name in blocks)
 
 
+def test_the_documents_go_by_what_made_the_tables_not_by_the_parameters_of_now(tmp_path: Path) -> None:
+    for path in (
+        *Path("reports").glob("**/*.[cj]s*"),
+        *Path("reports").glob("*/dvc.lock"),
+        Path("dvc.lock"),
+        Path("dvc.yaml"),
+    ):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / path, tmp_path / path)
+    changed = (ROOT / "params.yaml").read_text().replace("name: mnist1d", "name: fashion_mnist")
+    (tmp_path / "params.yaml").write_text(changed)
+    assert written(tmp_path)["results"] == written(ROOT)["results"]
+    for path in (tmp_path / "reports/fashion_mnist").iterdir():  # as after `dvc repro` with these parameters
+        shutil.copy(path, tmp_path / (path.name if path.name == "dvc.lock" else f"reports/{path.name}"))
+    (tmp_path / "reports/fashion_mnist/decisions.csv").unlink()
+    assert "| phase | arm | Fashion-MNIST |\n" in written(tmp_path)["results"]
+
+
 def test_the_recipes_show_the_output_that_dvc_metrics_diff_has_for_the_committed_results() -> None:
     lines = re.findall(
         r"^metrics\.json +(\w+) +(\S+) +(\S+) +\S+$", (ROOT / "docs/recipes.md").read_text(), re.MULTILINE

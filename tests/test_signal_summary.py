@@ -101,11 +101,13 @@ def test_what_a_signal_does_not_speak_of_is_blank_and_one_seed_shows_nothing() -
 
 def test_the_findings_name_who_beats_chance_what_it_costs_and_whether_acting_pays() -> None:
     prune, _, grow, cost, *arms = signal_tables.signal_findings(summary(), DECISIONS, SURGERIES, 0.95)
-    better, rest = prune.split("; not for ")
+    better, rest = prune.split("; not shown to be for ")
     assert "measured change 0.9" in better and "usage frequency 0." in better and "random labels" in rest
-    assert "no signal's rank correlation is better than chance" in grow and "zero hits" not in grow
+    assert "no signal's rank correlation is shown to be better than chance" in grow and "zero hits" not in grow
+    assert grow.endswith("so this tells no signals apart.") and "tells no signals apart" not in prune
     assert cost.index("measured change") < cost.index("usage frequency") < cost.index("random labels")
-    assert "chance costs 0.40" in cost and cost.count("(no better than chance)") == 2
+    assert "chance costs 0.40" in cost and cost.index("not shown to cost less") < cost.index("random labels")
+    assert cost.split("not shown to cost less than chance, ")[1].count("[") == 2
     said = dict(zip(DECISIONS["arm"][1:], arms, strict=True))
     assert "operated not once in 10 seeds and equals the fixed" in said["counterfactual_head"]
     assert said["counterfactual_head"].startswith("Self-modification on ground truth")

@@ -74,6 +74,12 @@ def test_the_seeds_needed_are_those_of_another_program() -> None:
     assert seeds_needed(mean=0.0, sd=1.0, margin=1.0) == 10  # G*Power, two-sided one-sample t-test, d = 1
 
 
+@pytest.mark.parametrize("effect", [6, 11])
+def test_two_seeds_are_too_few_where_scipy_knows_no_probability(effect: float) -> None:
+    pairs = np.random.default_rng(0).normal(effect - 1, 1, size=(4000, 2))
+    assert decided(pairs, 1.0) < 0.8 and seeds_needed(mean=effect - 1, sd=1.0, margin=1.0) == 3
+
+
 @pytest.mark.parametrize(
     ("mean", "sd", "margin"),
     [(0.25, 0.8, 1.0), (0.0, 1.0, 1.0), (-0.6, 1.3, 1.0), (-0.2, 0.9, 0.0), (-2.2, 1.1, 1.0), (-1.6, 1.9, 1.0)],

@@ -4,6 +4,7 @@ A block stands between two markers, `<!-- results -->` and `<!-- /results -->`, 
 """
 
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import pandas as pd
 import yaml
 
 from phasegate.decisions import CONTROL
+from phasegate.errors import UserError
+from phasegate.estimates import made_by, studies_below
 from phasegate.files import read_json, write_atomic
 from phasegate.params import load_params
 from phasegate.report.attribution_tables import attribution_findings
@@ -19,6 +22,7 @@ from phasegate.report.signal_tables import signal_findings
 from phasegate.report.surgery_tables import surgery_finding
 from phasegate.report.tables import (
     MINUS,
+    changed_nothing,
     data_label,
     escaped,
     failed_lines,
@@ -105,7 +109,9 @@ def _primary(decisions: pd.DataFrame) -> dict[tuple[str, str], str]:
             found[row.phase, row.arm] = f"{verdict(row)}: {interval(row.accuracy, row.accuracy_lo, row.accuracy_hi)} %"
         elif row.primary:
             difference = interval(row.delta_pp, row.delta_lo, row.delta_hi, signed=True)
-            found[row.phase, row.arm] = f"**{verdict(row)}**: {difference} pp"
+            found[row.phase, row.arm] = f"**{verdict(row)}**: {difference} pp" + (
+                ", it changed nothing" if changed_nothing(row) else ""
+            )
     return found
 
 
@@ -136,14 +142,12 @@ def refreshed(text: str, written: Mapping[str, str]) -> str:
 
 
 def written(root: Path) -> dict[str, str]:
-    """All blocks, from the committed results below `root` and its dvc.yaml."""
-    params = load_params(root / "params.yaml")
-    folders = [root / "reports", *sorted(path.parent for path in root.glob("reports/*/params.yaml"))]
-    names: list[str] = [params.data.name, *(load_params(folder / "params.yaml").data.name for folder in folders[1:])]
-    studies = {
-        name: {table: read_table(folder / f"{table}.csv") for table in TABLES}
-        for name, folder in zip(names, folders, strict=True)
-    }
+    """All blocks, from the committed results below `root`, the lock files of the runs that made them, and dvc.yaml."""
+    params, *others = [made_by(lock, load_params(root / "params.yaml")) for _, lock in studies_below(root)]
+    studies: dict[str, Study] = {}
+    for (folder, _), made in zip(studies_below(root), [params, *others], strict=True):
+        if made.data.name not in studies:  # the workspace's own counts, where a folder has the same data set
+            studies[made.data.name] = {table: read_table(folder / f"{table}.csv") for table in TABLES}
     hypotheses = {phase: claim.hypothesis for phase, claim in params.claims().items()}
     stages = yaml.safe_load((root / "dvc.yaml").read_text())["stages"]
     return {
@@ -154,6 +158,10 @@ def written(root: Path) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    texts = written(Path())
-    for document in map(Path, DOCUMENTS):
-        write_atomic(document, refreshed(document.read_text(), texts))
+    try:
+        texts = written(Path())
+        for document in map(Path, DOCUMENTS):
+            write_atomic(document, refreshed(document.read_text(), texts))
+    except UserError as error:
+        print(f"docs: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -56,9 +56,11 @@ def _told_apart(summary: pd.DataFrame, name: str, confidence: float) -> str:
     text = f"What {KINDS[name]}: "
     if better:
         text += f"rank correlation better than chance for {_listed(better, name)}"
-        text += f"; not for {_listed(rest, name)}" if rest else ""
+        text += f"; not shown to be for {_listed(rest, name)}" if rest else ""
     else:
-        text += f"no signal's rank correlation is better than chance: {_listed(rest, name)}"
+        text += f"no signal's rank correlation is shown to be better than chance: {_listed(rest, name)}"
+    if MEASURED in [row.signal for row in rest]:
+        text += "; measuring again is not shown to agree with what was measured, so this tells no signals apart"
     return f"{text}."
 
 
@@ -70,14 +72,13 @@ def regret_finding(summary: pd.DataFrame, confidence: float) -> str:
     )
     if not rows:
         return f"No signal could be asked to let {MOST_GONE} experts go."
-    costs = ", ".join(
-        f"{words(row.signal)} {_of(row, name, 3)}"
-        + ("" if beats_chance(row, name, confidence) else " (no better than chance)")
-        for row in rows
-    )
+    better = [row for row in rows if beats_chance(row, name, confidence)]
+    rest = [row for row in rows if row not in better]
+    parts = [_listed(better, name, 3)] if better else []
+    parts += [f"not shown to cost less than chance, {_listed(rest, name, 3)}"] if rest else []
     return (
-        f"Letting a signal choose the {MOST_GONE} experts that go costs, beyond the best choice, in nats: {costs}; "
-        f"chance costs {number(getattr(rows[0], f'chance_{MOST_GONE}'), 3)}."
+        f"Letting a signal choose the {MOST_GONE} experts that go costs, beyond the best choice, in nats: "
+        f"{'; '.join(parts)}; chance costs {number(getattr(rows[0], f'chance_{MOST_GONE}'), 3)}."
     )
 
 
@@ -138,8 +139,8 @@ def _ranked(summary: pd.DataFrame, name: str) -> list[Any]:
     return sorted(rows, key=lambda row: -getattr(row, name))
 
 
-def _listed(rows: list[Any], name: str) -> str:
-    return ", ".join(f"{words(row.signal)} {_of(row, name, 2)}" for row in rows)
+def _listed(rows: list[Any], name: str, digits: int = 2) -> str:
+    return ", ".join(f"{words(row.signal)} {_of(row, name, digits)}" for row in rows)
 
 
 def _of(row: Any, name: str, digits: int) -> str:

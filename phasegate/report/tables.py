@@ -104,17 +104,20 @@ def _compared(row: Any, margin_pp: float) -> str:
     if row.verdict == "NO-GO":
         loss = interval(-row.delta_pp, -row.delta_hi, -row.delta_lo, unit="pp")
         said = f"loses {loss} against {CONTROL}"
-    elif row.delta_lo == row.delta_hi == 0:
-        said = f"equals {CONTROL} in every seed{' that finished' if row.n_failed else ''}"
-    elif within and row.delta_lo > 0:
-        said = f"gains {signed} over {CONTROL}"
-    elif within:
+    elif changed_nothing(row):
+        said = f"changed nothing and equals {CONTROL} in every seed{' that finished' if row.n_failed else ''}"
+    elif within and row.delta_hi <= margin_pp:
         said = f"stays within {margin} of {CONTROL}, {signed}"
-    elif row.verdict == "INCONCLUSIVE":
+    elif row.verdict == "INCONCLUSIVE" and not within:
         said = f"may or may not stay within {margin} of {CONTROL}, {signed}"
     else:
         said = f"stands at {signed} against {CONTROL}"
     return f"{row.verdict}: {row.arm} {said}"
+
+
+def changed_nothing(row: Any) -> bool:
+    """Whether an arm came out as the control in every seed, as one does that never operates."""
+    return bool(row.verdict != "CONTROL" and row.delta_lo == row.delta_hi == 0)
 
 
 def outcome(row: Any, decisions: pd.DataFrame, margin_pp: float) -> str:
