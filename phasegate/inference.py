@@ -189,10 +189,10 @@ def _find(folder: Path) -> Path:
 
 
 def _device(name: torch.device | str) -> torch.device:
-    """The device, if it can be used."""
+    """The device, if it can be used: float64, in which inputs are standardised, included."""
     try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        return torch.empty(0, dtype=torch.float64, device=name).device
+    except (RuntimeError, AssertionError, TypeError) as error:
         raise UserError(f"device is {str(name)!r}, which can't be used here: {one_line(error)}") from None
 
 

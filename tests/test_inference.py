@@ -155,6 +155,20 @@ def test_damaged_checkpoints_and_missing_devices_are_refused_in_one_sentence(stu
         phasegate.load(tmp_path, None)
 
 
+def test_a_device_without_float64_is_refused_in_one_sentence(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def empty(*size: int, dtype: torch.dtype = torch.float32, device: str) -> Tensor:
+        """As torch does it for Apple's MPS."""
+        if dtype == torch.float64:
+            raise TypeError(
+                "Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64."
+            )
+        return torch.zeros(size, dtype=dtype)
+
+    monkeypatch.setattr(torch, "empty", empty)
+    with pytest.raises(UserError, match=r"^device is 'mps', which can't be used here: Cannot convert a MPS Tensor"):
+        phasegate.load(study / "models/p7b2/split/seed-0", device="mps")
+
+
 @pytest.mark.parametrize(
     ("x", "sentence"),
     [
