@@ -51,12 +51,15 @@ def split_validation(raw: Raw, validation: int, generator: np.random.Generator) 
     """Train, signal and gate, the latter two being stratified halves of validation.
 
     Unless the source brings its own, validation is a stratified draw of `validation` examples from train.
-    Raises UserError if that leaves a half empty or train without a class.
+    Raises UserError if that leaves a half with less than two examples or train without a class.
     """
     train, held_out = raw.train, raw.validation
     if held_out is None:
-        if not 2 <= validation < len(train):
-            raise UserError(f"validation is {validation}: it must be from 2 to {len(train) - 1}, a part of train")
+        if not 4 <= validation < len(train):  # a lone example has no standard error, and so teaches no control head
+            raise UserError(
+                f"validation is {validation}: it must be from 4 to {len(train) - 1}, a part of train with two examples "
+                "for each of its halves, signal and gate"
+            )
         chosen = stratified(train.y, validation, generator)
         train, held_out = _subset(raw.train, ~chosen), _subset(raw.train, chosen)
         if lost := sorted(set(np.unique(raw.train.y)) - set(np.unique(train.y))):
@@ -86,10 +89,10 @@ def merge_tasks(
         if tuple(given.get(name, labels)) != labels:
             raise UserError(f"task {name} differs from the data set's own labels of that name: leave it out")
         used = sorted(set(labels))
-        if len(labels) != classes or used != list(range(len(used))):
+        if len(labels) != classes or used != list(range(max(2, len(used)))):
             raise UserError(
                 f"task {name} maps {len(labels)} classes to the labels {used}:"
-                f" it must map each of the {classes} classes to one of 0..n-1, all of them used"
+                f" it must map each of the {classes} classes to one of 0..n-1, n being at least two, all of them used"
             )
     return tasks
 

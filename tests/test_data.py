@@ -43,7 +43,8 @@ def test_splits_lose_no_example_share_none_and_follow_the_seed() -> None:
     assert [len(split) for split in one] == [48, 6, 6]
     assert sorted(np.concatenate([split.x.ravel() for split in one])) == list(range(60))
     assert all((a.x == b.x).all() for a, b in zip(one, same, strict=True)) and (one[1].x != other[1].x).any()
-    for wrong in (1, 60, 59):
+    assert [len(split) for split in split_validation(Raw(own, own), 4, np.random.default_rng(0))] == [56, 2, 2]
+    for wrong in (1, 2, 3, 60, 59):
         with pytest.raises(UserError, match=f"validation is {wrong}: it must"):
             split_validation(Raw(own, own), wrong, np.random.default_rng(0))
 
@@ -98,7 +99,7 @@ def test_unusable_arrays_are_refused(tmp_path: Path, message: str, changed: dict
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("wrong", [[0, 1], [0, 2, 2], [1, 1, 2], [0, 0, 1, 1]])
+@pytest.mark.parametrize("wrong", [[0, 1], [0, 2, 2], [1, 1, 2], [0, 0, 1, 1], [0, 0, 0]])
 def test_task_maps_must_cover_every_class(wrong: list[int]) -> None:
     assert merge_tasks({"half": [0, 0, 1]}, {"own": [1, 0, 1]}, 3) == {"half": (0, 0, 1), "own": (1, 0, 1)}
     with pytest.raises(UserError, match=r"task half maps .* each of the 3 classes"):
