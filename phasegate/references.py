@@ -50,8 +50,9 @@ def _perceptron(inputs: int, hidden: tuple[int, ...]) -> list[nn.Module]:
 
 def _strided(input_shape: tuple[int, ...], channels: tuple[int, ...]) -> list[nn.Module]:
     conv, widths = convolution(input_shape), pairwise((input_shape[0], *channels))
+    first = min(5, 2 + min(input_shape[1:]))  # a padded axis of one or two is too short for the published five
     return [
         layer
         for depth, (fan_in, width) in enumerate(widths)
-        for layer in (conv(fan_in, width, 3 if depth else 5, stride=2, padding=1), nn.ReLU())
+        for layer in (conv(fan_in, width, 3 if depth else first, stride=2, padding=1), nn.ReLU())
     ]

@@ -16,10 +16,11 @@ KEYS = ("x_train", "y_train", "x_test", "y_test")
 
 
 def load_npz(path: Path) -> Raw:
-    """Load x_train, y_train, x_test and y_test; a (N, F) array of features becomes (N, 1, F).
+    """Load x_train, y_train, x_test and y_test; a (N, F) array of features becomes (N, F, 1).
 
-    x is an integer or float array (N, F), (N, C, L) or (N, C, H, W); channels-last is not guessed. y (N,) is
-    integer, with the labels 0..n-1, each of them in y_train. Raises UserError for anything else.
+    Features are channels of length one: each is standardised by itself, and none is shifted into another. x is an
+    integer or float array (N, F), (N, C, L) or (N, C, H, W); channels-last is not guessed. y (N,) is integer, with
+    the labels 0..n-1, each of them in y_train. Raises UserError for anything else.
     """
     arrays = _read(path)
     for key, array in arrays.items():
@@ -38,7 +39,7 @@ def load_npz(path: Path) -> Raw:
 
 
 def _split(x: Array, y: Array) -> Split:
-    return Split(x[:, None] if x.ndim == 2 else x, y.astype(np.int64))
+    return Split(x[:, :, None] if x.ndim == 2 else x, y.astype(np.int64))
 
 
 def _read(path: Path) -> dict[str, Array]:
