@@ -116,6 +116,14 @@ class Params(Section):
                 f"is at step {last}: with recovery_steps = {truth.recovery_steps} it must end by p7b.steps = "
                 f"{schedule.steps}"
             )
+        if last < schedule.last_decision:
+            right = "surveys must be at least 2"
+            if truth.surveys > 1:
+                right = f"it must be at least {-(-schedule.last_decision // (truth.surveys - 1))}"
+            raise ValueError(
+                f"p7b4.survey_every is {truth.survey_every}: the last of surveys = {truth.surveys} is at step {last}, "
+                f"before p7b's last decision at step {schedule.last_decision}, and heads know no later times: {right}"
+            )
 
     def architectures(self) -> dict[str, Architecture]:
         """The architectures of Q2, by the key they stand under: the base and every candidate."""

@@ -53,6 +53,11 @@ class Schedule(Section):
             )
         return self
 
+    @property
+    def last_decision(self) -> int:
+        """The last step at which controllers decide."""
+        return (self.steps - self.settle) // self.act_every * self.act_every
+
 
 class RandomLabels(Section):
     """Phase 7b.1."""

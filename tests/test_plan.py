@@ -107,7 +107,7 @@ def test_the_committed_study_tells_of_every_stage_that_trains() -> None:
     [
         ({}, 1, 1),
         ({"seeds": 20}, 1, 2),
-        ({"p7b": {"steps": 1200, "settle": 160}}, 1, 2),
+        ({"p7b": {"steps": 1200}, "p7b4": {"survey_every": 1040}}, 1, 2),
         ({"training": {"steps": 6000}}, 1, 1),
         ({}, 2, 1 / 2),
         ({}, 1000, 1 / 60),
