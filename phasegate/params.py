@@ -26,6 +26,8 @@ from phasegate.pretraining_params import Architecture, Baseline, Data, Reference
 from phasegate.sections import Name, Section, Seeds, load_yaml, override, parse, suggestion
 from phasegate.study import ARMS, OWN, PRIMARY, START, START_ARMS
 
+PARAMS = Path("params.yaml")
+
 
 class Params(Section):
     """All of params.yaml."""
@@ -143,12 +145,17 @@ class Params(Section):
         return self.references.get(name, self.references["default"])
 
 
-def load_params(path: Path = Path("params.yaml")) -> Params:
+def load_params(path: Path = PARAMS) -> Params:
     """Read and check the whole file.
 
     Raises:
-        UserError: if the file is missing, is not YAML, or holds something that is not allowed.
+        UserError: if the file is missing, is not YAML, or holds something that is not allowed; of any but the study's
+            own, it says which.
     """
     if not path.exists():
         raise UserError(f"{path} is missing: run from the folder that holds dvc.yaml")
-    return parse(Params, load_yaml(path))
+    values = load_yaml(path)
+    try:
+        return parse(Params, values)
+    except UserError as error:
+        raise error if path == PARAMS else UserError(f"{path}: {error}") from None

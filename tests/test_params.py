@@ -131,6 +131,18 @@ def test_a_file_that_holds_no_parameters_is_refused_in_one_sentence(
     assert [other.name for other in tmp_path.iterdir()] == ["params.yaml"]
 
 
+def test_a_file_other_than_the_studys_own_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "reports").mkdir()
+    for path, sentence in (
+        ("params.yaml", "seeds is missing"),
+        ("reports/params.yaml", "reports/params.yaml: seeds is"),
+    ):
+        Path(path).write_text("data: {}")
+        with pytest.raises(UserError, match=f"^{sentence}"):
+            load_params(Path(path))
+
+
 def test_a_model_that_can_not_fit_into_memory_is_refused_before_anything_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     values = yaml.safe_load(PATH.read_text())
     memory.refuse_too_large(parse(Params, values))
