@@ -16,6 +16,7 @@ from phasegate.errors import UserError
 from phasegate.plugins import Plugin
 from phasegate.probe import Probe
 from phasegate.signals import expert_signals
+from phasegate.study import SIGNALS
 
 
 class Scores(NamedTuple):
@@ -84,14 +85,8 @@ def gradmax(probe: Probe, draws: torch.Generator) -> Scores:
     return Scores(None, torch.stack(norms))
 
 
-PUBLISHED: dict[str, Signal] = {
-    signal.__name__: signal
-    for signal in (
-        *(random_labels, routing_entropy, usage_frequency, zero_hits),
-        *(gate_times_norm, weight_norm, taylor_saliency, gradmax),
-    )
-}
-"""The signals of the literature, by name; the first is the control."""
+PUBLISHED: dict[str, Signal] = {name: globals()[name] for name in SIGNALS}
+"""The signals of the literature, by name."""
 
 
 def own_signal(plugin: Plugin) -> Signal:

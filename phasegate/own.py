@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from phasegate.control import GROW, PRUNE, Controller, Proposal, Situation, surest
-from phasegate.errors import UserError
-from phasegate.importance import PUBLISHED, own_signal
+from phasegate.importance import own_signal
 from phasegate.params import Params
 from phasegate.phase import Arm
 from phasegate.plugins import Plugin
@@ -64,16 +63,8 @@ def arms(params: Params) -> list[Arm]:
 
 
 def signals(params: Params) -> tuple[Plugin, ...]:
-    """The signals that the arms use, each once.
-
-    Raises:
-        UserError: if one has the name of a published signal, whose scores stand in the same tables.
-    """
-    found = tuple(dict.fromkeys(arm.signal_plugin for arm in params.own.arms.values()))
-    for plugin in found:
-        if plugin.name in PUBLISHED:
-            raise UserError(f"{plugin.path} has the name of a published signal: give the file another")
-    return found
+    """The signals that the arms use, each once."""
+    return tuple(dict.fromkeys(arm.signal_plugin for arm in params.own.arms.values()))
 
 
 def standardised(scores: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from phasegate.sections import (
     Text,
     suggestion,
 )
-from phasegate.study import ARMS
+from phasegate.study import ARMS, MEASURED, PREDICTED, SIGNALS
 
 Grow = Literal["split", "clone", "reinit"]
 Prune = Literal["remove", "merge"]
@@ -168,6 +168,15 @@ class OwnArm(Section):
     prune_below: Number = -1.5
     grow: Name = "split"
     prune: Name = "remove"
+
+    @model_validator(mode="after")
+    def _check(self) -> "OwnArm":
+        if self.signal in (*SIGNALS, PREDICTED, MEASURED):
+            raise ValueError(
+                f"signal is {self.signal!r}, the name of a built-in signal, scored in the same tables: "
+                f"give the file {self.signal_plugin.path} another"
+            )
+        return self
 
     @property
     def signal_plugin(self) -> Plugin:

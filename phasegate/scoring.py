@@ -42,12 +42,12 @@ from phasegate.plugins import Plugin
 from phasegate.probe import Probe
 from phasegate.randomness import generator
 from phasegate.regret import Removals
+from phasegate.study import MEASURED, PREDICTED
 from phasegate.survey import SURVEY_COLUMNS
 from phasegate.table_files import read_table
 from phasegate.trials import Trial
 
 GONE = (1, 2, 4)  # experts that go, for the regret
-PREDICTED, MEASURED = "counterfactual_head", "measured_change"
 SCORES = "signals.csv"
 SCORE_COLUMNS = [
     *("signal", "seed", "spearman_prune", "spearman_recovered", "spearman_grow"),

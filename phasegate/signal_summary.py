@@ -11,7 +11,6 @@ import pandas as pd
 
 from phasegate.statistics import holm, margin_p_value, mean_interval, paired_difference
 
-CONTROL_SIGNAL = "random_labels"
 CORRELATIONS = ("spearman_prune", "spearman_recovered", "spearman_grow")
 GONE = (1, 2, 4)
 REGRETS = tuple(f"regret_{gone}" for gone in GONE)

@@ -1,4 +1,4 @@
-"""What the study consists of: its phases, and their arms by name."""
+"""What the study consists of: its phases, their arms and the signals that it scores, by name."""
 
 ARMS: dict[str, tuple[str, ...]] = {
     "p7b1": ("noise_acting", "noise", "noise_detached", "random_acting", "random_split", "random_clone"),
@@ -22,3 +22,10 @@ PRIMARY = "primary"
 """Stands for the arm that decides a phase."""
 EVALUATED_PHASES = ("references", "p7a", "continue", *ARMS, OWN)
 """Everything that leaves checkpoints to be evaluated."""
+SIGNALS = (
+    *("random_labels", "routing_entropy", "usage_frequency", "zero_hits"),
+    *("gate_times_norm", "weight_norm", "taylor_saliency", "gradmax"),
+)
+"""The signals of the literature, functions of `importance`; the first is the control."""
+PREDICTED, MEASURED = "counterfactual_head", "measured_change"
+"""What is scored beside them: the predictions of a control head, and the measurement itself."""

@@ -19,7 +19,8 @@ from phasegate.model import Model
 from phasegate.oracle import example_losses
 from phasegate.phase_params import GroundTruth, Schedule, UsageLabels
 from phasegate.probe import Probe
-from phasegate.scoring import MEASURED, PREDICTED, SCORE_COLUMNS, SCORES, rank_correlation, scorings
+from phasegate.scoring import SCORE_COLUMNS, SCORES, rank_correlation, scorings
+from phasegate.study import MEASURED, PREDICTED
 from phasegate.survey import surveys
 from phasegate.training import load_examples
 
