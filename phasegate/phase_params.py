@@ -23,6 +23,8 @@ from phasegate.study import ARMS, MEASURED, PREDICTED, SIGNALS
 
 Grow = Literal["split", "clone", "reinit"]
 Prune = Literal["remove", "merge"]
+SURGERIES: dict[str, tuple[str, ...]] = {"grow": get_args(Grow), "prune": get_args(Prune)}
+"""The built-in surgeries, by the parameter that may name one."""
 
 
 class Schedule(Section):
@@ -186,13 +188,13 @@ class OwnArm(Section):
     @property
     def grow_by(self) -> Grow | Plugin:
         """How an expert is added."""
-        grow: Grow | Plugin = _surgery(self.grow, Grow)
+        grow: Grow | Plugin = _surgery(self.grow, "grow")
         return grow
 
     @property
     def prune_by(self) -> Prune | Plugin:
         """How an expert is taken away."""
-        prune: Prune | Plugin = _surgery(self.prune, Prune)
+        prune: Prune | Plugin = _surgery(self.prune, "prune")
         return prune
 
     @property
@@ -216,6 +218,6 @@ class Headline(Section):
     arm: Text  # of the phase; "primary" for the one that decides it
 
 
-def _surgery(name: str, known: Any) -> Any:
-    """A kind of surgery by name: one of the known, or else a file."""
-    return name if name in get_args(known) else Plugin(name, "operate")
+def _surgery(name: str, key: str) -> Any:
+    """A kind of surgery by name: a built-in one, or else a file."""
+    return name if name in SURGERIES[key] else Plugin(name, "operate")

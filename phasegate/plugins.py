@@ -6,6 +6,7 @@ trial: whoever edits it trains anew what rests on it, and nothing else.
 
 import ast
 import importlib.util
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -30,16 +31,16 @@ class Plugin:
         """Where the file is."""
         return FOLDER / f"{self.name}.py"
 
-    def check(self, key: str) -> None:
-        """Look at the file without running it; `key` is the parameter that names it.
+    def check(self, key: str, built_in: Sequence[str] = ()) -> None:
+        """Look at the file without running it; `key` is the parameter that names it, or could name a `built_in`.
 
         Raises:
             UserError: if there is no such file, it is not Python, it does not define the function, or it imports
                 another file of the folder, whose content would be nobody's input.
         """
         if not self.path.is_file():
-            known = sorted(path.stem for path in FOLDER.glob("*.py"))
-            hint = suggestion(self.name, known, f"{FOLDER} has") if known else f"{FOLDER} has no files"
+            known = [*built_in, *sorted(path.stem for path in FOLDER.glob("*.py"))]
+            hint = suggestion(self.name, known) if known else f"{FOLDER} has no files"
             raise UserError(f"{key} is {self.name!r}, but there is no file {self.path}: {hint}")
         try:
             tree = ast.parse(self.path.read_bytes())

@@ -5,18 +5,15 @@ The schema only changes with the code, so a changed parameter reruns this stage 
 
 import json
 
+from phasegate.check import check
 from phasegate.files import write_atomic
-from phasegate.memory import refuse_too_large
 from phasegate.params import Params
 from phasegate.stage import SCHEMA, run
 
 
 def main(params: Params) -> None:
-    """`params` are checked by now, but for what the machine can hold."""
-    refuse_too_large(params)
-    for name, arm in params.own.arms.items():
-        for key, plugin in arm.plugins.items():
-            plugin.check(f"own.arms.{name}.{key}")
+    """`params` are checked by now, but for what lies outside of them."""
+    check(params)
     write_atomic(SCHEMA, schema())
 
 

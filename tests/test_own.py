@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from phasegate import checkpoint
+from phasegate.check import check
 from phasegate.control import Allowed, Situation
 from phasegate.errors import UserError
 from phasegate.own import SignalControl, arms, signals, standardised
@@ -71,6 +72,23 @@ def test_a_file_that_cannot_be_used_is_refused_before_anything_runs(
     with pytest.raises(UserError, match=sentence):
         Plugin("loud", "signal").check("own.arms.mine.signal")
     Plugin("louder", "signal").check("own.arms.mine.signal")
+
+
+@pytest.mark.parametrize(
+    ("arm", "sentence"),
+    [
+        ({"grow": "splitt"}, r"own.arms.mine.grow is 'splitt', but .* plugins/splitt.py: did you mean split\?"),
+        ({"prune": "marge"}, r"own.arms.mine.prune is 'marge', .*: did you mean merge\?"),
+        ({"grow": "loudr"}, r"own.arms.mine.grow is 'loudr', .*: did you mean loud\?"),
+        ({"prune": "split"}, r"own.arms.mine.prune is 'split', .*: it must be one of remove, merge, loud"),
+    ],
+)
+def test_a_misspelt_surgery_is_compared_with_the_built_in_ones_and_the_files(
+    write: Callable[[str, str], None], arm: dict[str, str], sentence: str
+) -> None:
+    write("loud", SCORES)
+    with pytest.raises(UserError, match=sentence):
+        check(with_arm(signal="loud", **arm))
 
 
 @pytest.mark.parametrize(

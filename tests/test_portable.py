@@ -3,11 +3,13 @@
 import os
 import pty
 import re
+import shutil
 import subprocess
 import sys
 import termios
 from pathlib import Path
 
+import pytest
 import yaml
 
 from tests.small_study import ROOT
@@ -15,6 +17,8 @@ from tests.small_study import ROOT
 TRACKED = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
 MAKEFILE = (ROOT / "Makefile").read_text()
 TARGETS = set(re.findall(r"^([a-z-]+):", MAKEFILE, re.MULTILINE))
+HOOKED = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+HOOKS = [hook for repo in HOOKED for hook in repo["hooks"]]
 LINUX_ONLY = re.compile(r"/proc/|/sys/|prctl|sched_getaffinity|PR_SET_PDEATHSIG|epoll|inotify|os\.fork\b")
 GUARDED = {
     "stages/report.py": "listed.read_text()) if listed.exists() else",
@@ -75,11 +79,41 @@ def test_the_workflow_runs_commands_that_exist_with_few_rights() -> None:
 
 
 def test_the_hooks_need_no_network_and_run_what_exists() -> None:
-    config = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())
-    hooks = [hook for repo in config["repos"] if repo["repo"] == "local" for hook in repo["hooks"]]
-    assert len(config["repos"]) == 1 and {hook["language"] for hook in hooks} <= {"system", "pygrep"}
-    made = [hook["entry"].split()[1] for hook in hooks if hook["entry"].startswith("make ")]
+    assert [repo["repo"] for repo in HOOKED] == ["local"]
+    assert {hook["language"] for hook in HOOKS} <= {"system", "pygrep"}
+    made = [hook["entry"].split()[1] for hook in HOOKS if hook["entry"].startswith("make ")]
     assert made == ["lint"] and set(made) <= TARGETS
+
+
+@pytest.mark.parametrize(
+    ("arm", "sentence"),
+    [
+        ({}, r"own\.arms\.mine\.signal is missing"),
+        ({"signal": "lowdest"}, r"own\.arms\.mine\.signal is 'lowdest', but .*: did you mean loudest\?"),
+        ({"signal": "loudest"}, ""),
+    ],
+)
+def test_the_hook_for_parameters_says_what_the_first_stage_would_and_waits_for_none(
+    tmp_path: Path, arm: dict[str, str], sentence: str
+) -> None:
+    [hook] = [hook for hook in HOOKS if hook["id"] == "parameters"]
+    watched = ["params.yaml", "plugins/loudest.py", "phasegate/phase_params.py"]
+    assert all(re.search(hook["files"], name) for name in watched)
+    shutil.copytree(ROOT / "plugins", tmp_path / "plugins")
+    values = yaml.safe_load((ROOT / "params.yaml").read_text())
+    values["own"]["arms"] = {"mine": arm}
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(values))
+    done = subprocess.run(
+        hook["entry"].split(),
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == (2 if sentence else 0) and done.stdout == ""
+    assert re.fullmatch(f"check: {sentence}\n" if sentence else "", done.stderr)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["params.yaml", "plugins"]
 
 
 BAR = "from phasegate.trials import _watch; list(_watch(iter(range(3)), 3, 'label'))"
