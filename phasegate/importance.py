@@ -85,7 +85,16 @@ def gradmax(probe: Probe, draws: torch.Generator) -> Scores:
     return Scores(None, torch.stack(norms))
 
 
-PUBLISHED: dict[str, Signal] = {name: globals()[name] for name in SIGNALS}
+PUBLISHED: dict[str, Signal] = dict(
+    zip(
+        SIGNALS,
+        (
+            *(random_labels, routing_entropy, usage_frequency, zero_hits),
+            *(gate_times_norm, weight_norm, taylor_saliency, gradmax),
+        ),
+        strict=True,
+    )
+)
 """The signals of the literature, by name."""
 
 

@@ -7,10 +7,9 @@ import pandas as pd
 from phasegate.decisions import CONTROL
 from phasegate.report.tables import failed, interval, number, of_arm, rows_of
 from phasegate.signal_summary import CORRELATIONS, GONE, beats_chance
-from phasegate.study import START
+from phasegate.study import MEASURED, START
 
 PHASE = "p7b4"
-MEASURED = "measured_change"
 KINDS = dict(
     zip(
         CORRELATIONS,
