@@ -42,4 +42,7 @@ def mend(folder: Path) -> list[Path]:
 if __name__ == "__main__":
     with suppress(LockError):  # `dvc repro` will say who is at work
         for path in mend(Path()):
-            print(f"{path} was half-written, by a DVC that was killed: put aside", file=sys.stderr)
+            print(
+                f"{path} is damaged, as if DVC was killed while it wrote it: it is put aside in .dvc/tmp",
+                file=sys.stderr,
+            )

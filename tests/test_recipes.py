@@ -114,11 +114,11 @@ def test_what_a_killed_dvc_has_left_half_written_is_put_aside_and_costs_no_train
     for half in (b"", whole[: whole.rindex(b"path: ") + 3]):
         lock.write_bytes(half)
         assert "dvc.lock" in study.command("dvc", "repro", ok=False)
-        assert study.command("python", "-m", "phasegate.mend").startswith("dvc.lock was half-written")
+        assert study.command("python", "-m", "phasegate.mend").startswith("dvc.lock is damaged")
         assert not lock.exists() and (aside / "dvc.lock.damaged").read_bytes() == half
     (aside / "rwlock").write_text('{"read": {')
     assert "rwlock" in study.command("dvc", "repro", ok=False)
-    assert study.command("python", "-m", "phasegate.mend").startswith(".dvc/tmp/rwlock was half-written")
+    assert study.command("python", "-m", "phasegate.mend").startswith(".dvc/tmp/rwlock is damaged")
     assert study.repro() == {"signals", "repeat_surgery", "decide", "report", "headline"}  # tables that git keeps
     assert lock.read_bytes() == whole and chaos.results(study.folder) == chaos.results(small_study)
     lock.write_bytes(b"")
