@@ -3,9 +3,7 @@
 As a program it waits for no stage that is at work, so that one may commit meanwhile.
 """
 
-import sys
-
-from phasegate.errors import UserError
+from phasegate.errors import told_by
 from phasegate.memory import refuse_too_large
 from phasegate.params import Params, load_params
 from phasegate.phase_params import SURGERIES
@@ -20,8 +18,5 @@ def check(params: Params) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with told_by("check"):
         check(load_params())
-    except UserError as error:
-        print(f"check: {error}", file=sys.stderr)
-        sys.exit(2)

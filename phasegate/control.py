@@ -7,6 +7,7 @@ it passes masks of the experts that may grow and that may be pruned.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
@@ -217,8 +218,19 @@ class PlannedController(Controller):
         self._done = state["done"]
 
 
+class Control(Protocol):
+    """How an arm is controlled, as plain values."""
+
+    def build(self, width: int, seed: int, device: torch.device) -> Controller:
+        """The controller of one layer, for tokens of this width, in the trial of a seed."""
+
+    def files(self, seed: int) -> tuple[Path, ...]:
+        """What it reads in the trial of a seed."""
+        return ()
+
+
 @dataclass(frozen=True)
-class LabelControl:
+class LabelControl(Control):
     """Labels decide."""
 
     labels: RandomLabels | EntropyLabels | UsageLabels
@@ -229,7 +241,7 @@ class LabelControl:
 
 
 @dataclass(frozen=True)
-class HeadControl:
+class HeadControl(Control):
     """A head learns labels and decides; see `HeadController` for `acts` and `detach`."""
 
     labels: RandomLabels | EntropyLabels
@@ -244,7 +256,7 @@ class HeadControl:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Control):
     """So many operations, written beforehand: what surgery does can be measured apart from what calls for it."""
 
     grow: int
@@ -254,13 +266,6 @@ class Plan:
     def build(self, width: int, seed: int, device: torch.device) -> Controller:
         """The controller of one layer."""
         return PlannedController(self)
-
-
-class Control(Protocol):
-    """How an arm is controlled, as plain values."""
-
-    def build(self, width: int, seed: int, device: torch.device) -> Controller:
-        """The controller of one layer, for tokens of this width, in the trial of a seed."""
 
 
 def labeller(labels: RandomLabels | EntropyLabels | UsageLabels) -> Labeller:

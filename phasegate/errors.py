@@ -1,8 +1,22 @@
 """Errors for people."""
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class UserError(ValueError):
     """A file or a value that can't be used: one sentence with its name, its value and what would be right."""
+
+
+@contextmanager
+def told_by(program: str) -> Iterator[None]:
+    """Errors meant for people end a program with one sentence and exit code 2; bugs keep their traceback."""
+    try:
+        yield
+    except UserError as error:
+        print(f"{program}: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 class Diverged(FloatingPointError):

@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from phasegate.control import Controller, Proposal, Situation
+from phasegate.control import Control, Controller, Proposal, Situation
 from phasegate.counterfactual import Estimate, estimate
-from phasegate.counterfactual_head import GROW, RECOVERED, CounterfactualHead, load_head
+from phasegate.counterfactual_head import GROW, HEAD, RECOVERED, CounterfactualHead, load_head
 
 
 class PredictingController(Controller):
@@ -79,7 +79,7 @@ class MeasuringController(Controller):
 
 
 @dataclass(frozen=True)
-class PredictedControl:
+class PredictedControl(Control):
     """The head of a trial's seed, trained on the surveys of all other seeds, decides."""
 
     heads: Path  # holds seed-0, seed-1, ...
@@ -90,9 +90,13 @@ class PredictedControl:
         """The controller of one layer."""
         return PredictingController(load_head(self.heads / f"seed-{seed}").to(device), self.price, self.acts)
 
+    def files(self, seed: int) -> tuple[Path, ...]:
+        """The head of the seed."""
+        return (self.heads / f"seed-{seed}" / HEAD,)
+
 
 @dataclass(frozen=True)
-class MeasuredControl:
+class MeasuredControl(Control):
     """Measurements decide."""
 
     price: float

@@ -8,11 +8,12 @@ Shapes: E experts.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from phasegate.control import GROW, PRUNE, Controller, Proposal, Situation, surest
+from phasegate.control import GROW, PRUNE, Control, Controller, Proposal, Situation, surest
 from phasegate.importance import own_signal
 from phasegate.params import Params
 from phasegate.phase import Arm
@@ -38,7 +39,7 @@ class SignalController(Controller):
 
 
 @dataclass(frozen=True)
-class SignalControl:
+class SignalControl(Control):
     """A signal of one's own decides; the thresholds are in standard deviations over the experts."""
 
     signal: Plugin
@@ -49,6 +50,10 @@ class SignalControl:
         """The controller of one layer."""
         return SignalController(self)
 
+    def files(self, seed: int) -> tuple[Path, ...]:
+        """The signal's."""
+        return (self.signal.path,)
+
 
 def arms(params: Params) -> list[Arm]:
     """The arms that the parameters describe, the first of which decides the phase."""
@@ -56,7 +61,6 @@ def arms(params: Params) -> list[Arm]:
         Arm(
             name,
             Treatment(SignalControl(arm.signal_plugin, arm.grow_above, arm.prune_below), arm.grow_by, arm.prune_by),
-            plugins=tuple(arm.plugins.values()),
         )
         for name, arm in params.own.arms.items()
     ]

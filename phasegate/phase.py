@@ -14,7 +14,6 @@ from torch import Tensor
 
 from phasegate import checkpoint, execution
 from phasegate.checkpoint import RECORD, WEIGHTS, Checkpoint, Record
-from phasegate.counterfactual_head import HEAD
 from phasegate.data import fit_file, meta_file
 from phasegate.hyperplanes import sibling_balance
 from phasegate.lineage import LOADS, Loads
@@ -23,7 +22,6 @@ from phasegate.model import Model
 from phasegate.moe import routing_entropy
 from phasegate.multitask import add_tasks, further_losses
 from phasegate.phase_params import Schedule
-from phasegate.plugins import Plugin
 from phasegate.randomness import derived_seed
 from phasegate.snapshots import Snapshots, Stateful
 from phasegate.surgeon import Surgeon, Treatment
@@ -48,8 +46,6 @@ class Arm:
     treatment: Treatment | None = None
     entropy_weight: float = 0.0  # of the routing entropy in the loss
     tasks: Tasks | None = None
-    plugins: tuple[Plugin, ...] = ()  # files of one's own that the treatment uses
-    heads: Path | None = None  # where the treatment finds the control head of seed s, as seed-s
 
 
 def continuations(
@@ -66,11 +62,7 @@ def continuations(
             f"{arm.name}/seed-{seed}",
             run_arm,
             {"prepared": prepared, "start": start, "phase": phase, "arm": arm, "seed": seed, "schedule": schedule},
-            (
-                *begin_files(prepared, start),
-                *([arm.heads / f"seed-{seed}" / HEAD] if arm.heads else []),
-                *(plugin.path for plugin in arm.plugins),
-            ),
+            (*begin_files(prepared, start), *(arm.treatment.files(seed) if arm.treatment else ())),
             (meta_file(prepared),),
         )
         for arm in arms

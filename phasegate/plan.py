@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from phasegate import changes
-from phasegate.errors import UserError
+from phasegate.errors import UserError, told_by
 from phasegate.estimates import COMMITTED, HERE, ROUGH, UNKNOWN, Estimate, Estimator, locked
 from phasegate.params import load_params
 from phasegate.sections import load_yaml
@@ -111,9 +111,7 @@ def _answer(asked: "subprocess.Popen[str]") -> dict[str, Any]:
 
 if __name__ == "__main__":
     try:
-        main()
-    except UserError as error:
-        print(f"plan: {error}", file=sys.stderr)
-        sys.exit(2)
+        with told_by("plan"):
+            main()
     except KeyboardInterrupt:
         sys.exit(130)

@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,6 +35,11 @@ class Treatment:
     control: Control
     grow: Grow | Plugin = "split"
     prune: Prune | Plugin = "remove"
+
+    def files(self, seed: int) -> tuple[Path, ...]:
+        """What it reads in the trial of a seed: what its control does, and files of one's own."""
+        own = (way.path for way in (self.grow, self.prune) if isinstance(way, Plugin))
+        return (*self.control.files(seed), *own)
 
 
 class Surgeon:

@@ -14,10 +14,10 @@ def main(params: Params) -> None:
     truth = params.p7b4
     measuring = MeasuredControl(truth.price, truth.candidates, truth.recovery_steps, truth.repeats)
     arms = [
-        Arm("counterfactual_head", Treatment(PredictedControl(HEADS, truth.price)), heads=HEADS),
+        Arm("counterfactual_head", Treatment(PredictedControl(HEADS, truth.price))),
         Arm("oracle", Treatment(measuring)),
         Arm("frequency", Treatment(LabelControl(truth.usage))),
-        Arm("keep", Treatment(PredictedControl(HEADS, truth.price, acts=False)), heads=HEADS),
+        Arm("keep", Treatment(PredictedControl(HEADS, truth.price, acts=False))),
     ]
     trials = continuations(PREPARED, BASELINES, "p7b4", arms, params.seeds, params.p7b)
     run_trials(trials, MODELS / "p7b4", "p7b4")

@@ -17,6 +17,8 @@ REPLACED = ("candidates", "arms", "mnist1d")
 FOLDERS = ("phasegate", "stages", "plugins")
 FILES = (".dvc/config", ".dvc/.gitignore", ".dvcignore", ".gitignore", "dvc.yaml", "params.yaml", "data/raw/.gitkeep")
 ROOT = Path(__file__).parent.parent
+PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+"""Where programs of this environment are found, whether or not it is activated."""
 
 
 def imported(path: Path) -> set[Path]:
@@ -56,7 +58,7 @@ class Checkout:
     def __init__(self, folder: Path, of: Path | None = None, **settings: str) -> None:
         self.folder = folder
         self.environment = os.environ | {
-            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+            "PATH": PATH,
             "GIT_CONFIG_GLOBAL": os.devnull,  # whoever runs the tests may sign commits
             "SHELL": "/bin/sh",  # with which dvc starts stages; dash stays between the two, unless told otherwise
             "PHASEGATE_WORKERS": "1",

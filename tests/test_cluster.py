@@ -119,7 +119,7 @@ def test_every_kind_of_trial_finds_all_that_it_reads(
     run_trials(surveys(PREPARED, starts, seeds, schedule, truth), surveyed, "survey")
     run_trials(heads(surveyed, seeds), learnt, "heads")
     run_trials(scorings(PREPARED, starts, surveyed, learnt, seeds, schedule), models / "signals", "signals")
-    arm = Arm("head", Treatment(PredictedControl(learnt, truth.price)), heads=learnt)
+    arm = Arm("head", Treatment(PredictedControl(learnt, truth.price)))
     run_trials(continuations(PREPARED, starts, "p7b4", [arm], seeds, schedule), models / "p7b4", "p7b4")
     assert len(list(models.glob("p7b4/head/*/weights.safetensors"))) == seeds
 

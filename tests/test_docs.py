@@ -14,6 +14,7 @@ import yaml
 from dvc.cli import parse_args
 from dvc.utils.hydra import apply_overrides
 
+from phasegate.check import check
 from phasegate.data import load_meta
 from phasegate.own import arms
 from phasegate.params import Params, load_params
@@ -108,12 +109,14 @@ def test_the_examples_of_own_signals_and_surgeries_run_as_written(
         own = written["own"] | yaml.safe_load(block)["own"]
         for plugin in own["arms"].values():
             plugin |= {"grow_above": 0.5, "prune_below": -0.5}  # the tiny model has five experts
-        [arm] = arms(Params.model_validate(written | {"own": own}))
-        for plugin in arm.plugins:
-            plugin.check("own.arms")
-        folder = tmp_path / f"arm-{len(arm.plugins)}"
+        params = Params.model_validate(written | {"own": own})
+        check(params)
+        [arm] = arms(params)
+        assert arm.treatment is not None
+        files = arm.treatment.files(seed=0)
+        folder = tmp_path / f"arm-{len(files)}"
         run_arm(folder, prepared=prepared, start=baselines / "seed-0", phase="own", arm=arm, seed=0, schedule=schedule)
-        grown = "small_clone" if len(arm.plugins) == 2 else "split"
+        grown = "small_clone" if len(files) == 2 else "split"
         assert {grown, "remove"} >= set(read_table(folder / "surgeries.csv")["operation"]) != set()
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.small_study import ROOT
+from tests.small_study import PATH, ROOT
 
 TRACKED = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
 MAKEFILE = (ROOT / "Makefile").read_text()
@@ -106,7 +106,7 @@ def test_the_hook_for_parameters_says_what_the_first_stage_would_and_waits_for_n
     done = subprocess.run(
         hook["entry"].split(),
         cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+        env=os.environ | {"PYTHONPATH": str(ROOT), "PATH": PATH},
         capture_output=True,
         text=True,
         check=False,

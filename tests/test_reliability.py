@@ -21,7 +21,7 @@ from phasegate.failure import FAILURE, Failure, read_failure
 from phasegate.snapshots import SNAPSHOT
 from phasegate.trials import SECONDS, UNFINISHED, Trial, run_trials
 from tests import chaos
-from tests.small_study import ROOT, Checkout
+from tests.small_study import PATH, ROOT, Checkout
 
 WEIGHTS = "weights"
 SLOW_REFERENCES = {
@@ -299,8 +299,12 @@ def test_nobody_outlives_a_killed_run(tmp_path: Path, parent: str) -> None:
         shutil.copytree(ROOT / "stages", tmp_path / "stages")
         (tmp_path / "stages/check.py").write_text(STAGE)
         code = f"import subprocess; subprocess.run({command!r}, shell=True)"
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "PHASEGATE_WORKERS": "2", "DVC_STAGE": "check"}
-        environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+        environment = os.environ | {
+            "PYTHONPATH": str(ROOT),
+            "PHASEGATE_WORKERS": "2",
+            "DVC_STAGE": "check",
+            "PATH": PATH,
+        }
         victim = psutil.Popen([sys.executable, "-c", code], cwd=tmp_path, env=environment)
         wait_for(lambda: (tmp_path / "slow").exists())
         family = victim.children(recursive=True)

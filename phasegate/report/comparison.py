@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from phasegate.errors import UserError
+from phasegate.errors import UserError, told_by
 from phasegate.report.tables import escaped, markdown_rows, number, phase_label, rows_of, verdict
 from phasegate.table_files import read_table
 
@@ -94,8 +94,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with told_by("comparison"):
         main()
-    except UserError as error:
-        print(f"comparison: {error}", file=sys.stderr)
-        sys.exit(2)

@@ -3,11 +3,10 @@
 python -m phasegate.report.current
 """
 
-import sys
 from pathlib import Path
 
 from phasegate.changes import differences
-from phasegate.errors import UserError
+from phasegate.errors import UserError, told_by
 from phasegate.estimates import made_by
 from phasegate.params import load_params
 
@@ -22,8 +21,5 @@ def refuse_others(lock: Path, params: Path) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with told_by("report"):
         refuse_others(Path("dvc.lock"), Path("params.yaml"))
-    except UserError as error:
-        print(f"report: {error}", file=sys.stderr)
-        sys.exit(2)

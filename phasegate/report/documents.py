@@ -4,7 +4,6 @@ A block stands between two markers, `<!-- results -->` and `<!-- /results -->`, 
 """
 
 import re
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import pandas as pd
 import yaml
 
 from phasegate.decisions import CONTROL
-from phasegate.errors import UserError
+from phasegate.errors import told_by
 from phasegate.estimates import made_by, studies_below
 from phasegate.files import read_json, write_atomic
 from phasegate.params import load_params
@@ -143,9 +142,10 @@ def refreshed(text: str, written: Mapping[str, str]) -> str:
 
 def written(root: Path) -> dict[str, str]:
     """All blocks, from the committed results below `root`, the lock files of the runs that made them, and dvc.yaml."""
-    params, *others = [made_by(lock, load_params(root / "params.yaml")) for _, lock in studies_below(root)]
-    studies: dict[str, Study] = {}
-    for (folder, _), made in zip(studies_below(root), [params, *others], strict=True):
+    now = load_params(root / "params.yaml")
+    runs = [(folder, made_by(lock, now)) for folder, lock in studies_below(root)]
+    params, studies = runs[0][1], dict[str, Study]()
+    for folder, made in runs:
         if made.data.name not in studies:  # the workspace's own counts, where a folder has the same data set
             studies[made.data.name] = {table: read_table(folder / f"{table}.csv") for table in TABLES}
     hypotheses = {phase: claim.hypothesis for phase, claim in params.claims().items()}
@@ -158,10 +158,7 @@ def written(root: Path) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    try:
+    with told_by("docs"):
         texts = written(Path())
         for document in map(Path, DOCUMENTS):
             write_atomic(document, refreshed(document.read_text(), texts))
-    except UserError as error:
-        print(f"docs: {error}", file=sys.stderr)
-        sys.exit(2)

@@ -49,9 +49,7 @@ def correlation_finding(summary: pd.DataFrame, confidence: float) -> str:
 
 def _told_apart(summary: pd.DataFrame, name: str, confidence: float) -> str:
     """One kind of operation: the signals that beat chance, best first, and those that don't."""
-    rows = _ranked(summary, name)
-    better = [row for row in rows if beats_chance(row, name, confidence)]
-    rest = [row for row in rows if row not in better]
+    better, rest = _parted(_ranked(summary, name), name, confidence)
     text = f"What {KINDS[name]}: "
     if better:
         text += f"rank correlation better than chance for {_listed(better, name)}"
@@ -71,8 +69,7 @@ def regret_finding(summary: pd.DataFrame, confidence: float) -> str:
     )
     if not rows:
         return f"No signal could be asked to let {MOST_GONE} experts go."
-    better = [row for row in rows if beats_chance(row, name, confidence)]
-    rest = [row for row in rows if row not in better]
+    better, rest = _parted(rows, name, confidence)
     parts = [_listed(better, name, 3)] if better else []
     parts += [f"not shown to cost less than chance, {_listed(rest, name, 3)}"] if rest else []
     return (
@@ -136,6 +133,12 @@ def _ranked(summary: pd.DataFrame, name: str) -> list[Any]:
     """Rows that say something of the kind, best correlation first."""
     rows = [row for row in rows_of(summary) if not pd.isna(getattr(row, name))]
     return sorted(rows, key=lambda row: -getattr(row, name))
+
+
+def _parted(rows: list[Any], name: str, confidence: float) -> tuple[list[Any], list[Any]]:
+    """The rows that are better than chance, and those not shown to be, each in their order."""
+    better = [row for row in rows if beats_chance(row, name, confidence)]
+    return better, [row for row in rows if row not in better]
 
 
 def _listed(rows: list[Any], name: str, digits: int = 2) -> str:
