@@ -66,6 +66,12 @@ def leave(code: int) -> NoReturn:
     os._exit(code)
 
 
+def work_for(parent: int) -> None:
+    """Begin as a worker of `parent`: deaf to Ctrl-C, which that one hears, and gone as soon as that one is."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    end_with(parent)
+
+
 def end_with(parent: int) -> None:
     """End this process as soon as `parent`, which started it, is gone, be it by SIGKILL."""
 

@@ -143,7 +143,7 @@ def _results(trials: list[Trial], kept: dict[str, Path], label: str) -> Iterator
             n_jobs=execution.workers(),
             return_as="generator_unordered",
             backend="loky",
-            initializer=processes.end_with,  # before a worker imports torch, which takes seconds
+            initializer=processes.work_for,  # before a worker imports torch, which takes seconds
             initargs=(os.getpid(),),
         )
         results: Iterator[Result] = parallel(

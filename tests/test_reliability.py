@@ -257,6 +257,10 @@ def test_a_stopped_stage_ends_within_three_seconds_children_included_and_says_ho
     stage = start(tmp_path)
     family = stage.children(recursive=True)
     assert len(family) >= 2
+    for worker in chaos.workers(stage):
+        worker.send_signal(signal.SIGINT)  # which only the stage hears
+    time.sleep(0.5)
+    assert stage.poll() is None and all(map(alive, family))
     os.killpg(stage.pid, number) if number == signal.SIGINT else stage.send_signal(number)  # Ctrl-C is for all
     seconds = wait_for(lambda: stage.poll() is not None and not any(map(alive, family)))
     assert stage.returncode == 130 and seconds < 3
