@@ -13,14 +13,14 @@ help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-14s%s\n", $$1, $$2 }' Makefile
 
 repro: $(READY) ## the whole study: dvc repro
-	@python -m phasegate.mend
+	@python -m phasegate.tools.repair
 	dvc repro
 
-plan: $(READY) ## what dvc repro would run now, why, and about how long it takes; runs nothing
-	@python -m phasegate.plan
+plan: $(READY) ## what dvc repro would run now, and why; runs nothing
+	@python -m phasegate.tools.plan
 
-report: $(READY) ## figures and the page from the tables that are there, if anything about them has changed; no models needed
-	@python -m phasegate.report.current
+report: $(READY) ## figures and the page from the tables that are there; no models needed
+	@python -m phasegate.tools.plan --refuse-stale
 	@dvc repro --quiet prepare
 	@dvc repro --single-item report
 	@echo "the page: $(CURDIR)/reports/report.html"
@@ -31,21 +31,21 @@ study: $(READY) ## the study on other data: make study DATA=fashion_mnist fills 
 	dvc exp run --temp --name $(DATA) --set-param data.name=$(DATA) $(SET)
 	rm -rf reports/$(DATA) && mkdir reports/$(DATA)
 	ref=$$(git for-each-ref --format='%(refname)' 'refs/exps/**/$(DATA)') && \
-	git archive $$ref:reports ':(exclude,glob)*/**' | tar -x -f - -C reports/$(DATA) && \
+	git archive $$ref:reports tables figures decisions.md report.html headline_curve.csv | tar -x -f - -C reports/$(DATA) && \
 	git archive $$ref metrics.json params.yaml dvc.lock | tar -x -f - -C reports/$(DATA)
 
 phases: $(READY) ## every phase as a DVC experiment; other arms: make phases ARMS="p7b2/clone p7b1/noise"
-	@python -m phasegate.experiments $(ARMS)
+	@python -m phasegate.tools.experiments $(ARMS)
 
 bench: $(READY) ## how fast it is, in ratios, to reports/bench.json; STUDY=1: the whole study too; peers: pip install -e '.[bench]'
 	@python -m bench $(if $(STUDY),study)
 
 docs: $(READY) ## the blocks of results in README.md and docs/, from the committed tables
-	python -m phasegate.report.documents
+	python -m phasegate.tools.documents
 
 BASE ?= origin/main
-verdicts: $(READY) ## the verdicts here beside those of BASE (origin/main), as Markdown
-	@python -m phasegate.report.comparison $(BASE)
+verdicts: ## what changed in the verdicts since BASE (origin/main), as Markdown
+	@echo '```diff'; git --no-pager diff $(BASE) -- reports/decisions.md reports/*/decisions.md; echo '```'
 
 test: lint ## all checks: format, lint, types, tests
 	pytest
@@ -57,9 +57,10 @@ test-cluster: $(READY) ## trials on a Ray cluster that loses a machine (installs
 test-chaos: $(READY) ## kill the small study 25 times, a worker, a stage and dvc in turn: it must end with the same bits
 	pytest --numprocesses=0 -m chaos
 
-lint: $(READY) ## format, lint and types
+lint: $(READY) ## format, lint, imports and types
 	ruff format --check .
 	ruff check .
+	@imports=$$(lint-imports --no-cache --no-logo) || { echo "$$imports"; exit 1; }
 	mypy $(if $(NO_COLOR),--no-color-output)
 
 lock: ## write requirements.lock anew from pyproject.toml
@@ -69,7 +70,7 @@ lock: ## write requirements.lock anew from pyproject.toml
 	rm -rf .lock-venv
 
 clean: ## remove the environment, kept trials and caches (data, models and reports stay)
-	rm -rf $(VENV) .phasegate live .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .phasegate .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The environment is emptied before it is made again, and a link would be followed: that of another checkout would go.

@@ -1,1 +1,1 @@
-"""How fast it is, in ratios that a noisy machine can't distort: everything compared runs in turn, in one process."""
+"""Measure speed in ratios that a noisy machine cannot distort: all that is compared runs in turn, in one process."""

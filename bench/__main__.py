@@ -10,14 +10,14 @@ import torch
 
 from bench import layer, step, study, workers
 from bench.timing import Entry
-from phasegate.files import write_atomic
-from phasegate.stage import REPORTS
+from phasegate.base.files import write_atomic
+from phasegate.base.paths import REPORTS
 
 ROUNDS = 15
 
 
 def main() -> None:
-    """Write down every entry as it comes."""
+    """Measure all entries, print them, and write them to reports/bench.json."""
     rows = []
     for line in entries(whole_study="study" in sys.argv[1:]):
         threads = f"{line.threads} thread{'s' * (line.threads > 1)}"
@@ -28,7 +28,7 @@ def main() -> None:
 
 
 def entries(whole_study: bool) -> Iterator[Entry]:
-    """Layer and step with one thread, then with two; what goes beyond one process; the study."""
+    """Measure the layer and a step with one thread and with two, then trials in two workers and the study."""
     for threads in (1, 2):
         torch.set_num_threads(threads)
         yield from layer.entries(threads, ROUNDS)

@@ -1,4 +1,4 @@
-"""The MoE layer, forward and backward: against a dense network of the same active FLOPs, and other libraries' layers.
+"""Measure the MoE layer, forward and backward, against a dense network of the same active FLOPs and other libraries.
 
 Shapes: N tokens, D model width, H expert width, E experts, K chosen.
 """
@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from bench import peers
 from bench.timing import Case, Entry, entry, medians
-from phasegate.expert_manager import ExpertManager
-from phasegate.moe import MoE
+from phasegate.model.moe import MoE
+from phasegate.surgery.operations import ExpertManager
 
 
 class Size(NamedTuple):
-    """The size of a layer and of its input."""
+    """Hold the size of a layer and of its input."""
 
     tokens: int
     width: int
@@ -38,7 +38,7 @@ MANY = (12, 48, 192)  # experts
 
 
 def dense(size: Size) -> nn.Module:
-    """Two layers that cost a token what its K experts do: nothing that routes can be faster."""
+    """Return two layers that cost a token as much as K experts: no layer that routes can be faster."""
     hidden = size.top_k * size.hidden
     return nn.Sequential(
         nn.Linear(size.width, hidden, bias=False), nn.ReLU(), nn.Linear(hidden, size.width, bias=False)
@@ -46,7 +46,7 @@ def dense(size: Size) -> nn.Module:
 
 
 class Ours(nn.Module):
-    """Our layer for tokens (N, D), `split` of its experts halved."""
+    """Run our layer on tokens (N, D), with `split` of its experts halved."""
 
     def __init__(self, size: Size, split: int = 0) -> None:
         super().__init__()
@@ -58,12 +58,11 @@ class Ours(nn.Module):
             manager.split(expert, torch.randn(size.width), 0.0)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, D) -> (N, D)."""
         return self.moe(x[None])[0][0]  # type: ignore[no-any-return]
 
 
 def forward_backward(layer: nn.Module, size: Size) -> Case:
-    """One pass over random tokens, and its gradient with respect to them and to the weights."""
+    """Return a case: one pass over random tokens, and its gradient with respect to tokens and weights."""
     x = torch.randn(size.tokens, size.width, requires_grad=True)
     slope, learnt = torch.randn(size.tokens, size.width), [x, *layer.parameters()]
 
@@ -76,7 +75,7 @@ def forward_backward(layer: nn.Module, size: Size) -> Case:
 
 
 def entries(threads: int, rounds: int) -> Iterator[Entry]:
-    """The layer at all sizes, with siblings, and with many experts."""
+    """Measure the layer at all sizes, with split experts, and with many experts."""
     torch.manual_seed(0)
     for size in SIZES:
         layers = {"ours": Ours(size), "limit": dense(size), **peers.layers(size)}
@@ -90,5 +89,5 @@ def entries(threads: int, rounds: int) -> Iterator[Entry]:
 
 
 def run(layers: Mapping[str, nn.Module], size: Size, rounds: int) -> dict[str, float]:
-    """Median milliseconds of forward and backward of each layer, in turn."""
+    """Return the median milliseconds of forward and backward of each layer."""
     return medians({name: forward_backward(layer, size) for name, layer in layers.items()}, rounds)

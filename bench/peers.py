@@ -1,7 +1,7 @@
-"""The MoE layers of other libraries, as far as they are installed: `pip install -e '.[bench]'`.
+"""Build the MoE layers of other libraries that are installed: `pip install -e '.[bench]'`.
 
-A gated expert (SwiGLU) has three matrices where ours has two, so its hidden width is two thirds of ours: what a token
-costs is the same.
+A gated expert (SwiGLU) has three matrices and ours has two, so its hidden width is two thirds of ours: a token costs
+the same.
 """
 
 from importlib.util import find_spec
@@ -14,21 +14,20 @@ if TYPE_CHECKING:
 
 
 class First(nn.Module):
-    """A layer for (1, N, D) that returns its output alone or first, as one for tokens (N, D)."""
+    """Run a layer for (1, N, D), which returns its output alone or first, on tokens (N, D)."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
         self.layer = layer
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, D) -> (N, D)."""
         result = self.layer(x[None])
         output: Tensor = result if isinstance(result, Tensor) else result[0]
         return output[0]
 
 
 def layers(size: "Size") -> dict[str, nn.Module]:
-    """Every peer's layer of a size, by name."""
+    """Return every peer's layer of a size, by name."""
     found: dict[str, nn.Module] = {}
     if find_spec("transformers"):
         found |= {f"transformers Mixtral, {kind}": First(_mixtral(size, kind)) for kind in ("eager", "grouped_mm")}
@@ -72,5 +71,5 @@ def _mixture_of_experts(size: "Size") -> nn.Module:
 
 
 def _gated(size: "Size") -> int:
-    """The hidden width of a gated expert of the same cost, as a multiple of four."""
+    """Return the hidden width of a gated expert of the same cost, as a multiple of four."""
     return round(size.hidden * 2 / 3 / 4) * 4

@@ -1,4 +1,4 @@
-"""A step of 7a training, against the same step of a dense network with the same active FLOPs."""
+"""Measure a step of 7a training, against the same step of a dense network with the same active FLOPs."""
 
 from collections.abc import Iterator
 
@@ -6,17 +6,19 @@ import torch
 from torch import Tensor, nn
 
 from bench.timing import Case, Entry, entry, medians
-from phasegate.model import Model, ModelSpec, Output, mlp_stem
+from phasegate.model.classifier import Model, ModelSpec, Network, Output, mlp_stem
 from phasegate.params import load_params
-from phasegate.pretraining_params import Architecture
-from phasegate.training import Batches, Examples, fit, make_optimizer, plain_objective
+from phasegate.params.pretraining import Architecture
+from phasegate.training.batches import Batches, Examples
+from phasegate.training.loop import fit, make_optimizer
+from phasegate.training.losses import plain_objective
 
 INPUT, CLASSES = (1, 40), 10
 STEPS = 20  # of training at a time
 
 
-class Dense(nn.Module):
-    """The classifier with its experts replaced by one dense block that costs an example as much."""
+class Dense(Network):
+    """Classify as our model does, with one dense block in place of its experts that costs an example as much."""
 
     def __init__(self, architecture: Architecture) -> None:
         super().__init__()
@@ -28,14 +30,13 @@ class Dense(nn.Module):
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, CLASSES)
 
     def forward(self, x: Tensor, n_tasks: int = 1) -> Output:
-        """Logits of examples x (B, 1, L)."""
         h = self.stem(x).squeeze(-1)
         features = self.norm(h + self.block(h))
         return Output((self.head(features),), features[None], ())
 
 
 def entries(threads: int, rounds: int) -> Iterator[Entry]:
-    """The default number of experts per token, and four."""
+    """Measure a step with the default number of experts per token, and with four."""
     params = load_params()
     for top_k in (params.model.top_k, 4):
         cases = {"ours": training_case(top_k), "limit": training_case(top_k, dense=True)}
@@ -44,7 +45,7 @@ def entries(threads: int, rounds: int) -> Iterator[Entry]:
 
 
 def training_case(top_k: int, dense: bool = False) -> Case:
-    """Some steps of training the default architecture, with K experts per token, on random examples."""
+    """Return a case: some steps of training the default architecture, with K experts per token, on random examples."""
     params, draws = load_params(), torch.Generator().manual_seed(0)
     architecture = params.model.model_copy(update={"top_k": top_k})
     model = Dense(architecture) if dense else Model(ModelSpec(architecture, INPUT, (CLASSES,)))

@@ -1,6 +1,6 @@
-"""The study: `dvc repro` with nothing to do, and, if asked for, all of it, whose limit is training alone.
+"""Measure `dvc repro` with nothing to do, and the whole study.
 
-The first is compared with a pipeline of as many trivial stages, which is what DVC itself takes.
+The limit of the first is a pipeline of as many trivial stages; the limit of the second is training alone.
 """
 
 import json
@@ -16,14 +16,15 @@ from tempfile import TemporaryDirectory
 import yaml
 
 from bench.timing import Entry, entry, medians
-from phasegate import execution
-from phasegate.trials import SECONDS, STORE
+from phasegate.base import settings
+from phasegate.records.trial_folder import SECONDS
+from phasegate.trials.store import STORE
 
 ROOT = Path(__file__).parent.parent
 
 
 def no_op(rounds: int) -> Iterator[Entry]:
-    """`dvc repro` here, if there is nothing to do, against trivial stages in a repository of their own."""
+    """Measure `dvc repro` here, if there is nothing to do, against trivial stages in another repository."""
     stages = yaml.safe_load((ROOT / "dvc.lock").read_text())["stages"]
     if json.loads(_run(ROOT, "dvc", "status", "--json")):
         print("no-op dvc repro: left out, since there is something to do here", file=sys.stderr)
@@ -39,15 +40,15 @@ def no_op(rounds: int) -> Iterator[Entry]:
 
 
 def whole() -> Iterator[Entry]:
-    """All of it in a fresh clone; the limit is the seconds of its trials, shared evenly by the workers."""
+    """Measure the whole study in a fresh clone; the limit is the seconds of its trials, divided by the workers."""
     with TemporaryDirectory() as folder:
         _run(ROOT, "git", "clone", "--quiet", str(ROOT), folder)
         begun = time.perf_counter()
         subprocess.run(["dvc", "repro", "--force"], cwd=folder, check=True, stdout=subprocess.DEVNULL)
         taken = time.perf_counter() - begun
         trained = sum(float(path.read_text()) for path in (Path(folder) / STORE).glob(f"*/{SECONDS}"))
-    times = {"ours": 1e3 * taken, "limit": 1e3 * trained / execution.workers()}
-    yield entry(f"dvc repro, all of it, {execution.workers()} workers", 1, times)
+    times = {"ours": 1e3 * taken, "limit": 1e3 * trained / settings.workers()}
+    yield entry(f"dvc repro, all of it, {settings.workers()} workers", 1, times)
 
 
 def _stage(number: int) -> tuple[str, dict[str, object]]:

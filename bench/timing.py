@@ -1,4 +1,4 @@
-"""Medians of cases that take turns, so that whatever disturbs the machine disturbs them all alike."""
+"""Take medians of cases that run in turn, so that a disturbance of the machine disturbs all of them."""
 
 import statistics
 import time
@@ -10,7 +10,7 @@ Case = Callable[[], object]
 
 @dataclass(frozen=True)
 class Entry:
-    """One line of the table; the limit is what nothing of the kind can beat, a peer another library's code."""
+    """Hold one line of the table: ours, the limit that nothing can beat, and the best of other libraries."""
 
     case: str
     threads: int
@@ -23,7 +23,7 @@ class Entry:
 
 
 def medians(cases: Mapping[str, Case], rounds: int, warm_up: int = 3) -> dict[str, float]:
-    """Median milliseconds of every case over so many rounds, in each of which every case runs once."""
+    """Return the median milliseconds of every case; in each round, every case runs once."""
     taken: dict[str, list[float]] = {name: [] for name in cases}
     for turn in range(warm_up + rounds):
         for name, case in cases.items():
@@ -35,7 +35,7 @@ def medians(cases: Mapping[str, Case], rounds: int, warm_up: int = 3) -> dict[st
 
 
 def entry(case: str, threads: int, times: Mapping[str, float]) -> Entry:
-    """The line of a case from the times of `ours`, `limit` if there is one, and any peers."""
+    """Return the line of a case from the times of `ours`, `limit` if there is one, and any peers."""
     ours, limit = times["ours"], times.get("limit")
     peers = {name: taken for name, taken in times.items() if name not in ("ours", "limit")}
     best = min(peers, key=lambda name: peers[name], default=None)

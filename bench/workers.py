@@ -1,4 +1,4 @@
-"""Trials per minute with two workers, against twice what one worker does."""
+"""Measure trials per minute with two workers, against twice the trials of one worker."""
 
 import os
 import shutil
@@ -10,16 +10,17 @@ from unittest.mock import patch
 
 from bench.step import STEPS, training_case
 from bench.timing import Entry, entry, medians
-from phasegate import trials
-from phasegate.trials import Trial, run_trials
+from phasegate.trials import store
+from phasegate.trials.run import run_trials
+from phasegate.trials.trial import Trial
 
 TRIALS = 8
 ROUNDS = 10  # of so many steps in each trial
 
 
 def entries(rounds: int) -> Iterator[Entry]:
-    """One entry; workers are started anew each time, as they are for each stage."""
-    with TemporaryDirectory() as folder, patch.object(trials, "STORE", Path(folder) / "store"):
+    """Measure one entry; workers are started anew each time, as for each stage."""
+    with TemporaryDirectory() as folder, patch.object(store, "STORE", Path(folder) / "store"):
         cases = {name: partial(_run, Path(folder), n) for name, n in (("ours", 2), ("limit", 1))}
         times = medians(cases, rounds, warm_up=1)
     each = {"ours": times["ours"] / TRIALS, "limit": times["limit"] / TRIALS / 2}
@@ -27,11 +28,11 @@ def entries(rounds: int) -> Iterator[Entry]:
 
 
 def _run(folder: Path, workers: int) -> None:
-    """The trials, none of which is kept from the time before."""
-    some = [Trial(f"{workers}/{number}", _train, {"number": number}) for number in range(TRIALS)]
+    """Run the trials; none is kept from the time before."""
+    trials = [Trial("bench", str(workers), number, _train, {"number": number}) for number in range(TRIALS)]
     with patch.dict(os.environ, {"PHASEGATE_WORKERS": str(workers), "PHASEGATE_PROGRESS": "0"}):
-        shutil.rmtree(trials.STORE, ignore_errors=True)
-        run_trials(some, folder / "output", "bench")
+        shutil.rmtree(store.STORE, ignore_errors=True)
+        run_trials(trials, folder / "bench")
 
 
 def _train(folder: Path, *, number: int) -> None:

@@ -1,19 +1,18 @@
-"""phasegate: phase experiments on a mixture-of-experts classifier.
+"""Run phase experiments on a mixture-of-experts classifier.
 
-`phasegate.load` gives a trained model, for use outside the pipeline: see `phasegate.inference`, docs/models.md.
+`phasegate.load` loads a trained model outside the pipeline: see `phasegate.inference` and docs/models.md.
 """
 
 import importlib
-import os
+from typing import TYPE_CHECKING
 
-PARENT = os.getppid()  # who started this process; read before anything slow is imported, for it may be killed meanwhile
+if TYPE_CHECKING:
+    from phasegate.inference import Classifier as Classifier
+    from phasegate.inference import load as load
 
 
 def __getattr__(name: str) -> object:
-    """What `phasegate.inference` offers, imported when asked for: stages import this package, many without torch.
-
-    Type checkers read `__init__.pyi` instead.
-    """
+    """Import what `phasegate.inference` offers only when it is asked for: many stages do without torch."""
     if name in ("Classifier", "load"):
         return getattr(importlib.import_module("phasegate.inference"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

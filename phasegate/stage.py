@@ -1,4 +1,4 @@
-"""How every stage begins and ends: parameters in, one clear sentence out if something is wrong."""
+"""Begin and end every stage: checked parameters in, one clear sentence out if something is wrong."""
 
 import os
 import signal
@@ -6,36 +6,27 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from phasegate import processes
-from phasegate.errors import UserError
+from phasegate.base import processes
+from phasegate.base.errors import UserError
 from phasegate.params import Params, load_params
-
-SCHEMA = Path("data/params.schema.json")
-PREPARED = Path("data/prepared")
-EVALUATED = Path("data/evaluated")
-MODELS = Path("models")
-BASELINES = MODELS / "p7a/baseline"
-SURVEYS = MODELS / "survey"
-HEADS = MODELS / "heads"
-REPORTS = Path("reports")
 
 
 def run(main: Callable[[Params], None]) -> None:
     """Run a stage on the checked parameters; errors meant for people end it with exit code 2, bugs with a traceback."""
-    processes.when_stopped(signal.default_int_handler)  # which ends what is half done, and then `run`
+    processes.on_stop(signal.default_int_handler)  # which ends what is half done, and then `run`
     os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")  # loky's, of a run that was stopped
     try:
         params = load_params()
         with processes.alone():
             main(params)
     except UserError as error:
-        sys.exit(_say(str(error), 2))
+        sys.exit(_say(str(error)))
     except OSError as error:  # a full disk, a file that vanished, no permission
-        sys.exit(_say(f"{error.filename or 'a file'}: {error.strerror or error}", 2))
+        sys.exit(_say(f"{error.filename or 'a file'}: {error.strerror or error}"))
     except KeyboardInterrupt:
         processes.say_stopped()
 
 
-def _say(sentence: str, code: int) -> int:
+def _say(sentence: str) -> int:
     print(f"{Path(sys.argv[0]).stem}: {sentence}", file=sys.stderr)
-    return code
+    return 2

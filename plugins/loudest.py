@@ -1,12 +1,11 @@
-"""An example of a signal of one's own: how much of the layer's output an expert makes up."""
+"""An example of a signal of your own: how much of the layer's output an expert contributes."""
 
 import torch
 
-from phasegate.importance import Scores
-from phasegate.probe import Probe
+from phasegate.plugin import Probe, Scores
 
 
 def signal(probe: Probe, draws: torch.Generator) -> Scores:
-    """The summed norms of what each expert adds to its tokens, gates included, (E,)."""
+    """Return the summed norms of what each expert adds to its tokens, gates included, (E,)."""
     loudness = probe.per_expert(probe.contributions.norm(dim=-1))
     return Scores(prune=loudness, grow=loudness)

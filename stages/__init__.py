@@ -1,11 +1,11 @@
-"""The scripts that dvc.yaml runs, as in `python -m stages.pretrain`; `phasegate.stage.run` begins and ends each."""
+"""Hold the scripts that dvc.yaml runs, as in `python -m stages.p7a`."""
 
 import os
 import sys
 
-from phasegate import PARENT, processes
+from phasegate.base import processes
 
-if sys.argv[0] == "-m":  # a script of this folder is about to import what it needs, which takes seconds
-    processes.when_stopped(processes.say_stopped)
+if sys.argv[0] == "-m":  # a script of this folder will be imported, and torch, which takes seconds
+    processes.on_stop(processes.say_stopped)
     if "DVC_STAGE" in os.environ:
-        processes.end_with(PARENT)
+        processes.end_with(os.getppid())  # the `dvc` that started it

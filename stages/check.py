@@ -1,24 +1,25 @@
 """Check params.yaml before anything runs, and write its schema.
 
-The schema only changes with the code, so a changed parameter reruns this stage and then just what uses it.
+The schema changes with the code alone, so a changed parameter reruns this stage and the stages that use it.
 """
 
 import json
 
-from phasegate.check import check
-from phasegate.files import write_atomic
+from phasegate.base.files import write_atomic
+from phasegate.base.paths import SCHEMA
 from phasegate.params import Params
-from phasegate.stage import SCHEMA, run
+from phasegate.params.check import check
+from phasegate.stage import run
 
 
 def main(params: Params) -> None:
-    """`params` are checked by now, but for what lies outside of them."""
+    """Check what the parameters need from outside: memory, and files in `plugins/`."""
     check(params)
     write_atomic(SCHEMA, schema())
 
 
 def schema() -> str:
-    """The parameters' JSON schema, which editors can check params.yaml by."""
+    """Return the JSON schema of the parameters, by which editors can check params.yaml."""
     return json.dumps(Params.model_json_schema(), indent=2) + "\n"
 
 

@@ -2,72 +2,66 @@
 
 import pandas as pd
 
-from phasegate.attribution import attribution
-from phasegate.data import load_meta
-from phasegate.decisions import decide, leaderboard, relabel_control
-from phasegate.errors import UserError
-from phasegate.files import write_atomic
+from phasegate.base.errors import UserError
+from phasegate.base.files import write_atomic
+from phasegate.base.paths import EVALUATED, MODELS, PREPARED, REPORTS, TABLES
 from phasegate.params import Params
-from phasegate.report.tables import decisions_markdown
-from phasegate.sections import load_yaml
-from phasegate.signal_summary import signal_summary
-from phasegate.stage import EVALUATED, MODELS, PREPARED, REPORTS, run
-from phasegate.study import EVALUATED_PHASES
-from phasegate.surgery_summary import surgery_summary
-from phasegate.table_files import read_table
+from phasegate.params.fields import load_yaml
+from phasegate.params.names import EVALUATED as FOLDERS
+from phasegate.records.prepared import load_meta
+from phasegate.records.tables import read_table, write_table
+from phasegate.stage import run
+from phasegate.verdicts.attribution import attribution
+from phasegate.verdicts.decisions import decide
+from phasegate.verdicts.leaderboard import leaderboard, reference_rows
+from phasegate.verdicts.signal_summary import signal_summary
+from phasegate.verdicts.surgery_summary import surgery_summary
+from phasegate.verdicts.wording import decisions_markdown
+
+COLLECTED = ("trials", "failures", "tasks", "routing", "loads", "curves", "surgeries", "split_halves")
 
 
 def main(params: Params) -> None:
-    """Write the tables of `reports/`."""
-    claims = params.decisions
-    names = ("trials", "classes", "tasks", "routing", "loads", "curves", "surgeries", "halves", "failures")
-    tables = {name: collect(name) for name in names}
-    primary = {phase: claim.primary for phase, claim in params.claims().items()}
-    failures = relabel_control(tables["failures"])
-    decisions = decide(tables["trials"], claims.margin_pp, claims.confidence, primary, failures)
-    hypotheses = {phase: claim.hypothesis for phase, claim in params.claims().items()}
+    """Write `reports/tables/` and `reports/decisions.md`."""
+    margin_pp, confidence = params.decisions.margin_pp, params.decisions.confidence
+    claims = params.claims()
+    tables = {name: collect(name) for name in COLLECTED}
+    tables |= {name: read_table(MODELS / f"{name}.csv") for name in ("signals", "in_a_row")}
+    trials, failures = tables["trials"], tables["failures"]
+    primary = {phase: claim.primary for phase, claim in claims.items()}
+    decisions = decide(trials, failures, margin_pp, confidence, primary)
+    published = {name: model.published for name, model in params.references_of(load_meta(PREPARED).name).items()}
+    references = reference_rows(read_table(MODELS / "references.csv"), trials, published, confidence)
+    tables |= {
+        "decisions": decisions,
+        "attribution": attribution(trials, failures, confidence),
+        "surgery_summary": surgery_summary(
+            tables["surgeries"], tables["split_halves"], tables["curves"], decisions, confidence
+        ),
+        "signal_summary": signal_summary(tables["signals"], confidence),
+        "leaderboard_q1": leaderboard(*search("q1"), confidence, references),
+        "leaderboard_q2": leaderboard(*search("q2"), confidence),
+    }
     for name, table in tables.items():
-        write(name, relabel_control(table))
-    summary = surgery_summary(tables["surgeries"], tables["halves"], tables["curves"], decisions, claims.confidence)
-    write("decisions", decisions)
-    write("attribution", attribution(tables["trials"], claims.confidence, failures))
-    write("surgery_summary", summary)
-    write("signal_summary", signal_summary(read_table(REPORTS / "signals.csv"), claims.confidence))
-    write_atomic(REPORTS / "decisions.json", decisions.to_json(orient="records", indent=2) + "\n")
-    markdown = decisions_markdown(decisions, failures, hypotheses, claims.margin_pp, claims.confidence)
+        write_table(TABLES / f"{name}.csv", table)
+    hypotheses = {phase: claim.hypothesis for phase, claim in claims.items()}
+    markdown = decisions_markdown(decisions, failures, hypotheses, margin_pp, confidence)
     write_atomic(REPORTS / "decisions.md", markdown)
-    references = params.references_of(load_meta(PREPARED).name)
-    published = {name: model.published for name, model in references.items() if model.published is not None}
-    write(
-        "leaderboard_q1",
-        leaderboard(results("q1"), chosen("q1"), claims.confidence, results("references"), tables["trials"], published),
-    )
-    write("leaderboard_q2", leaderboard(results("q2"), chosen("q2"), claims.confidence))
 
 
 def collect(name: str) -> pd.DataFrame:
-    """One table of all phases. Routing and loads are kept for one seed, the first that has any: for looking at."""
-    parts = [read_table(EVALUATED / phase / f"{name}.csv") for phase in EVALUATED_PHASES]
+    """Return one table of all phases; routing and loads, which are for looking at, only of the first seed."""
+    parts = [read_table(EVALUATED / phase / f"{name}.csv") for phase in FOLDERS]
     table = pd.concat([part for part in parts if len(part)] or parts[:1], ignore_index=True)
     return table[table["seed"] == table["seed"].min()] if name in ("routing", "loads") else table
 
 
-def results(search: str) -> pd.DataFrame:
-    """A search's trials."""
-    return read_table(MODELS / f"{search}.csv")
-
-
-def chosen(search: str) -> str:
-    """The candidate that a search chose."""
-    content = load_yaml(path := MODELS / f"{search}.yaml")
+def search(name: str) -> tuple[pd.DataFrame, str]:
+    """Return the trials of a search and the candidate that it chose."""
+    content = load_yaml(path := MODELS / f"{name}.yaml")
     if not isinstance(content, dict) or "candidate" not in content:
         raise UserError(f"{path} names no candidate: `dvc repro` makes it again")
-    return str(content["candidate"])
-
-
-def write(name: str, table: pd.DataFrame) -> None:
-    """A table of `reports/`, to ten significant digits."""
-    write_atomic(REPORTS / f"{name}.csv", table.to_csv(index=False, float_format="%.10g"))
+    return read_table(MODELS / f"{name}.csv"), str(content["candidate"])
 
 
 if __name__ == "__main__":

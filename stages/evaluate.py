@@ -2,18 +2,22 @@
 
 import argparse
 
-from phasegate.evaluation import evaluate_phase
+from phasegate.base.paths import EVALUATED, MODELS, PREPARED
+from phasegate.evaluation.evaluate import evaluate_phase
 from phasegate.params import Params
-from phasegate.stage import EVALUATED, MODELS, PREPARED, run
-from phasegate.study import EVALUATED_PHASES, OWN
+from phasegate.params.names import EVALUATED as FOLDERS
+from phasegate.params.names import PLUGINS
+from phasegate.stage import run
 
 
 def main(params: Params) -> None:
     """Write the tables and predictions of the phase named on the command line."""
     parser = argparse.ArgumentParser(description="Evaluate one phase on the test split.")
-    parser.add_argument("phase", choices=EVALUATED_PHASES)
+    parser.add_argument("phase", choices=FOLDERS)
     phase = parser.parse_args().phase
-    evaluate_phase(MODELS / phase, PREPARED, EVALUATED / phase, may_be_empty=phase == OWN and not params.own.arms)
+    evaluate_phase(
+        MODELS / phase, PREPARED, EVALUATED / phase, may_be_empty=phase == PLUGINS and not params.plugins.arms
+    )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""Data: fetch or generate, verify, split, standardise."""
+"""Prepare the data: fetch or generate, verify, split, standardise."""
 
 from pathlib import Path
 
+from phasegate.base.paths import PREPARED
 from phasegate.params import Params
-from phasegate.prepare import prepare
-from phasegate.stage import PREPARED, run
+from phasegate.sources.prepare import prepare
+from phasegate.stage import run
 
 
 def main(params: Params) -> None:

@@ -1,4 +1,4 @@
-"""Draw the figures and write the page, from the tables of `reports/` alone."""
+"""Draw the figures and write the page, from the tables of `reports/tables/` alone."""
 
 import json
 import os
@@ -7,64 +7,44 @@ import re
 from importlib.metadata import version
 from pathlib import Path
 
-from phasegate.data import load_meta
-from phasegate.files import write_atomic
-from phasegate.params import Params
-from phasegate.report import attribution_plots, drawing, html, lineage_plots, plots, signal_plots, surgery_plots
-from phasegate.stage import PREPARED, REPORTS, run
-from phasegate.table_files import read_table
+import pandas as pd
 
-TABLES = (
-    *("decisions", "attribution", "curves", "loads", "routing", "surgeries", "surgery_summary", "signal_summary"),
-    *("halves", "preservation", "tasks", "failures", "leaderboard_q1", "leaderboard_q2"),
-)
+from phasegate.base.files import write_atomic
+from phasegate.base.paths import FIGURES, PREPARED, REPORTS, TABLES
+from phasegate.params import Params
+from phasegate.records.prepared import load_meta
+from phasegate.records.tables import read_table
+from phasegate.report import drawing, figures, page
+from phasegate.stage import run
+
 LIBRARIES = ("torch", "numpy", "scipy", "pandas", "dvc")
+
+
+class Tables(dict[str, pd.DataFrame]):
+    """The tables of `reports/tables/` by name, each read when it is first asked for."""
+
+    def __missing__(self, name: str) -> pd.DataFrame:
+        self[name] = read_table(TABLES / f"{name}.csv")
+        return self[name]
 
 
 def main(params: Params) -> None:
     """Write every figure as SVG and PNG, and `reports/report.html`."""
-    claims = params.decisions
-    table = {name: read_table(REPORTS / f"{name}.csv") for name in TABLES}
-    decisions, surgeries, summary = table["decisions"], table["surgeries"], table["surgery_summary"]
-    figures = {
-        "differences": plots.differences(decisions, claims.margin_pp),
-        "learning_curves": plots.learning_curves(
-            table["curves"], decisions, claims.margin_pp, claims.confidence, surgeries
-        ),
-        "attribution": attribution_plots.attribution(table["attribution"], claims.confidence),
-        "lineage": lineage_plots.lineage(table["loads"], surgeries, decisions),
-        "entropy": lineage_plots.entropy(table["curves"], decisions, claims.confidence),
-        "expert_routing": plots.expert_routing(table["routing"], decisions),
-        "surgery": surgery_plots.surgery(summary, surgeries, claims.margin_pp),
-        "halves": surgery_plots.halves(table["preservation"], table["halves"], summary, params.p7b.steps),
-        "signals": signal_plots.signals(table["signal_summary"], claims.confidence),
-        "regret": signal_plots.regret(table["signal_summary"], claims.confidence),
-        "leaderboard_q1": plots.leaderboard(table["leaderboard_q1"], "Q1"),
-        "leaderboard_q2": plots.leaderboard(table["leaderboard_q2"], "Q2"),
-    }
-    for name, figure in figures.items():
-        drawing.save(figure, REPORTS / name)
-    page = html.render(
-        table,
-        {name: (REPORTS / f"{name}.svg").read_text() for name in figures},
-        html.Claims(
-            {phase: claim.hypothesis for phase, claim in params.claims().items()}, claims.margin_pp, claims.confidence
-        ),
-        data=load_meta(PREPARED).name,
-        provenance=provenance(params),
-    )
-    write_atomic(REPORTS / "report.html", page)
+    tables = Tables()
+    for name in figures.FIGURES:
+        drawing.save(figures.draw(name, tables, params), FIGURES / name)
+    drawn = {name: (FIGURES / f"{name}.svg").read_text() for name in figures.FIGURES}
+    text = page.render(tables, drawn, params, load_meta(PREPARED).name, provenance(params))
+    write_atomic(REPORTS / "report.html", text)
 
 
 def provenance(params: Params) -> dict[str, object]:
-    """What the results came from: data hashes, parameters, versions, and the machine."""
+    """Return what the results came from: data hashes, parameters, versions, and the machine."""
     meta = load_meta(PREPARED)
-    hashes = {name: array.sha256 for name, array in meta.arrays.items()}
-    versions = {"python": platform.python_version()} | {name: version(name) for name in LIBRARIES}
     return {
         "command": "dvc repro",
-        "data": {"name": meta.name, "sha256": hashes},
-        "versions": versions,
+        "data": {"name": meta.name, "sha256": {name: array.sha256 for name, array in meta.arrays.items()}},
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in LIBRARIES},
         "machine": {
             "system": platform.platform(terse=True),
             "processor": processor(),
@@ -76,7 +56,7 @@ def provenance(params: Params) -> dict[str, object]:
 
 
 def processor() -> str:
-    """What this machine's processor is called."""
+    """Return the name of this machine's processor."""
     listed = Path("/proc/cpuinfo")  # Linux
     names = re.findall(r"model name\s*: (.+)", listed.read_text()) if listed.exists() else []
     return names[0] if names else platform.processor() or platform.machine()

@@ -11,7 +11,6 @@ import argparse
 import math
 import random
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -42,13 +41,10 @@ def results(folder: Path) -> dict[str, str]:
 class Done:
     """What was done."""
 
-    kills: Counter[str] = field(default_factory=Counter)
-    """How often each of `TARGETS` was killed."""
-    places: Counter[str] = field(default_factory=Counter)
-    """How often in each stage, or before the first of a run."""
+    kills: Counter[str] = field(default_factory=Counter)  # of each of `TARGETS`
+    places: Counter[str] = field(default_factory=Counter)  # in each stage, or before the first of a run
     runs: int = 0
-    studies: int = 0
-    """How many studies ended."""
+    studies: int = 0  # that ended
 
     def __str__(self) -> str:
         kills = ", ".join(f"{target} {self.kills[target]}" for target in TARGETS)
@@ -56,13 +52,8 @@ class Done:
 
 
 def chaos(checkout: Checkout, expected: dict[str, str], kills: int, seed: int) -> Done:
-    """Kill studies in `checkout`, which begins with none, until so many kills are done.
-
-    Raises:
-        AssertionError: if a study ends with other bits, or does not end.
-    """
-    draws = random.Random(seed)
-    done = Done()
+    """Kill studies in `checkout`, which begins with none, until so many kills are done; each must end as `expected`."""
+    draws, done = random.Random(seed), Done()
     while (count := done.kills.total()) < kills or not done.studies:
         target = TARGETS[count % len(TARGETS)] if count < kills else None
         done.runs += 1
@@ -75,33 +66,28 @@ def chaos(checkout: Checkout, expected: dict[str, str], kills: int, seed: int) -
             differ = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
             assert not differ, f"after {done}: {len(differ)} files differ, as {differ[:5]}"
             done.studies += 1
-            forget(checkout.folder)
-        here = sys.stderr.isatty()
-        print(f"\r{done}" if here else done, end="" if here else "\n", file=sys.stderr, flush=True)
+            checkout.command("git", "clean", "-fdxq")  # no results, no kept trials, no cache
+        print(done, file=sys.stderr, flush=True)
     return done
 
 
 def run_and_kill(checkout: Checkout, target: str | None, seconds: float) -> tuple[bool, str]:
-    """What `make repro` runs; a worker, a stage or dvc itself is killed after so many seconds.
+    """Run what `make repro` runs, and kill a worker, a stage or dvc itself after so many seconds.
 
-    Returns:
-        Whether it ended, and the last stage that it had begun when it was hit; empty if it was not.
+    Returns whether it ended, and the last stage that it had begun when it was hit; empty if it was not.
     """
-    mended = checkout.command("python", "-m", "phasegate.mend")
-    if mended:
-        print(f"\n{mended}", end="", file=sys.stderr)
+    if repaired := checkout.command("python", "-m", "phasegate.tools.repair"):
+        print(repaired, end="", file=sys.stderr)
     log = checkout.folder.parent / "log"
     with log.open("wb") as file:
         environment = checkout.environment | {"PYTHONUNBUFFERED": "1"}  # a killed dvc has said where it was
-        dvc = psutil.Popen(
-            ["dvc", "repro"], cwd=checkout.folder, env=environment, stdout=file, stderr=subprocess.STDOUT
-        )
+        words = {"cwd": checkout.folder, "env": environment, "stdout": file, "stderr": subprocess.STDOUT}
+        dvc = psutil.Popen(["dvc", "repro"], **words)
         start, hit = time.monotonic(), False
         try:
             while dvc.poll() is None:
                 time.sleep(0.01)
-                victim = find(dvc, target) if target and not hit and time.monotonic() - start > seconds else None
-                if victim:
+                if target and not hit and time.monotonic() - start > seconds and (victim := find(dvc, target)):
                     with suppress(psutil.NoSuchProcess):  # it ended just now
                         victim.send_signal(signal.SIGKILL)
                         hit = True
@@ -133,14 +119,6 @@ def workers(stage: psutil.Process) -> list[psutil.Process]:
     return [process for process in stage.children() if "popen_loky" in " ".join(process.cmdline())]
 
 
-def forget(folder: Path) -> None:
-    """Back to the beginning: no results, no kept trials, no cache."""
-    for name in ("models", "reports", ".phasegate", ".dvc/cache", "data/prepared", "data/evaluated"):
-        shutil.rmtree(folder / name, ignore_errors=True)
-    for name in ("dvc.lock", "metrics.json", "data/params.schema.json"):
-        (folder / name).unlink(missing_ok=True)
-
-
 def main() -> None:
     """Run an undisturbed study, then the chaos, and print what was done."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
@@ -153,10 +131,10 @@ def main() -> None:
         checkout.repro()
         expected = results(checkout.folder)
         print(f"undisturbed: {time.monotonic() - start:.0f} s, {len(expected)} files", flush=True)
-        forget(checkout.folder)
+        checkout.command("git", "clean", "-fdxq")
         start = time.monotonic()
         done = chaos(checkout, expected, arguments.kills, arguments.seed)
-        print(f"\n{done}: all studies ended with the same bits, in {time.monotonic() - start:.0f} s")
+        print(f"{done}: all studies ended with the same bits, in {time.monotonic() - start:.0f} s")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What tests share: one thread, and a tiny study that trains in a second."""
+"""Share between tests: one thread, and a tiny study that trains in a second."""
 
 import os
 import subprocess
@@ -6,33 +6,32 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from filelock import FileLock
 from hypothesis import settings
 
-from phasegate.counterfactual_head import SURVEY, learn
-from phasegate.data import Split, save
-from phasegate.model import ModelSpec
-from phasegate.phase_params import GroundTruth, Schedule, UsageLabels
-from phasegate.pretraining import pretrain
-from phasegate.pretraining_params import Architecture, Training
-from phasegate.survey import survey
-from phasegate.training import Examples, load_examples
-from phasegate.trials import SECONDS
+from phasegate.model.classifier import ModelSpec
+from phasegate.params.phases import GroundTruth, Schedule, UsageLabels
+from phasegate.params.pretraining import Architecture, Training
+from phasegate.pretraining.pretrain import pretrain
+from phasegate.records.trial_folder import SECONDS
+from phasegate.signals.predictor import SURVEY, learn
+from phasegate.signals.survey import survey
+from phasegate.training.batches import Examples, load_examples
+from tests.models import ARCHITECTURE
 from tests.small_study import Checkout
+from tests.tiny_data import TRAINING, write_tiny_data
 
 torch.set_num_threads(1)
 settings.register_profile("phasegate", deadline=None)  # a test may wait for a busy core
 settings.load_profile("phasegate")
 
-
-FIRST = ("test_pipeline.py", "test_cifar.py", "test_recipes.py")
+FIRST = ["test_pipeline.py", "test_cifar.py", "test_recipes.py"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The slowest files first, so that no process is left alone with them; the first makes what the third copies."""
+    """Run the slowest files first; the first file makes the study that the third copies."""
     items.sort(key=lambda item: FIRST.index(item.path.name) if item.path.name in FIRST else len(FIRST))
 
 
@@ -55,17 +54,12 @@ def checkout(small_study: Path, tmp_path_factory: pytest.TempPathFactory) -> Che
 
 @pytest.fixture(scope="session")
 def architecture() -> Architecture:
-    return Architecture(
-        stem="mlp", width=16, blocks=2, n_routed=5, n_shared=0, top_k=2, expert_width=8,
-        dropout=0.1, balance_loss=0.01, balance_bias=0.001, z_loss=0.001,
-    )  # fmt: skip
+    return ARCHITECTURE
 
 
 @pytest.fixture(scope="session")
 def training() -> Training:
-    return Training(
-        steps=60, batch=32, lr=0.01, warmup=5, weight_decay=0.01, label_smoothing=0.0, noise=0.1, shift=1
-    )  # fmt: skip
+    return TRAINING
 
 
 @pytest.fixture(scope="session")
@@ -91,18 +85,7 @@ def spec(architecture: Architecture) -> ModelSpec:
 
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A prepared data set: 4 noisy classes, with two label maps."""
-    rng, folder = np.random.default_rng(0), tmp_path_factory.mktemp("prepared")
-    centres = rng.normal(size=(4, 1, 8))
-
-    def split(examples: int) -> Split:
-        y = np.arange(examples) % 4
-        return Split(centres[y] + rng.normal(0, 0.8, (examples, 1, 8)), y)
-
-    splits = {"train": split(320), "signal": split(300), "gate": split(200), "test": split(100)}
-    tasks = {"half": (0, 0, 1, 1), "parity": (0, 1, 0, 1)}
-    save(folder, splits, name="tiny", class_names=("a", "b", "c", "d"), tasks=tasks, mean=(0.0,), std=(1.0,))
-    return folder
+    return write_tiny_data(tmp_path_factory.mktemp("prepared"))
 
 
 @pytest.fixture(scope="session")
@@ -113,19 +96,19 @@ def gate(prepared: Path) -> Examples:
 @pytest.fixture(scope="session")
 def baselines(prepared: Path, spec: ModelSpec, training: Training, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a 7a checkpoint, `seed-0`, with its optimizer."""
-    folder = tmp_path_factory.mktemp("baseline")
-    arguments = {"prepared": prepared, "phase": "p7a", "arm": "baseline", "seed": 0}
-    (folder / "seed-0").mkdir()
-    pretrain(folder / "seed-0", **arguments, spec=spec, training=training, keep_optimizer=True)  # type: ignore[arg-type]
-    (folder / "seed-0" / SECONDS).write_text("1.5\n")
-    return folder
+    folder = tmp_path_factory.mktemp("baseline") / "seed-0"
+    folder.mkdir()
+    pretrain(folder, prepared=prepared, phase="p7a", arm="baseline", seed=0, spec=spec, training=training,
+             keep_optimizer=True)  # fmt: skip
+    (folder / SECONDS).write_text("1.5\n")
+    return folder.parent
 
 
 @pytest.fixture(scope="session")
 def surveys(
     prepared: Path, baselines: Path, schedule: Schedule, truth: GroundTruth, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """The folder of surveys of two seeds; both go on from the one baseline that there is."""
+    """The folder of surveys of two seeds; both start from the one baseline that there is."""
     folder = tmp_path_factory.mktemp("surveys")
     for seed in (0, 1):
         (folder / f"seed-{seed}").mkdir()

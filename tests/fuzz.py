@@ -1,11 +1,11 @@
-"""Damaged inputs by the thousand: each is read, or refused in one sentence.
+"""Read damaged inputs by the thousand: each must be read, or refused in one sentence.
 
     python -m tests.fuzz --params 2000 --checkpoints 1000 --data 500 --seed 0
 
 Case number n of a kind is a function of the kind and n alone: `python -m tests.fuzz --data 1 --seed 123` is the 124th.
-A case fails if it ends in any exception but a UserError of one printable line, in a warning, in a changed input,
-after more than 20 s, with more than 1 GiB of memory beyond what it began with, or if damage that can't be harmless
-is accepted. Cases run in a child, so that one which kills it, too, is only a failure.
+A case fails if it ends in any exception but a UserError of one printable line, in a warning or in a changed input, if
+it takes more than 20 s or 1 GiB of memory, or if it accepts damage that cannot be harmless. Cases run in a child
+process, so that a case which kills the process is only a failure.
 """
 
 import argparse
@@ -20,16 +20,15 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 
-from phasegate.errors import UserError
-from phasegate.files import sha256
+from phasegate.base.errors import UserError
+from phasegate.base.files import sha256
 
 KINDS = ("params", "checkpoints", "data")  # each has a module fuzz_… with functions `originals` and `case`
 LONGEST = 20  # seconds
@@ -37,20 +36,19 @@ LARGEST = 1 << 30  # bytes
 LONGEST_SENTENCE = 2_000  # characters
 
 
-@dataclass(frozen=True)
-class Case:
-    """Calls that read damaged files, one after the other; `harmful` if none of them may accept what it reads."""
+class Case(NamedTuple):
+    """Hold calls that read damaged files; `harmful` if none of them may accept what it reads."""
 
     calls: tuple[Callable[[], object], ...]
     harmful: bool = False
 
 
 class TooLong(BaseException):
-    """A case that takes longer than `LONGEST`."""
+    """Report a case that takes longer than `LONGEST`."""
 
 
-def failures(kind: str, numbers: range, progress: Callable[[int], None] = lambda done: None) -> Iterator[str]:
-    """Run cases of a kind in child processes; yields what is wrong with each that fails."""
+def failures(kind: str, numbers: range) -> Iterator[str]:
+    """Run cases of a kind in child processes, and yield what is wrong with each that fails."""
     waiting = list(numbers)
     while waiting:
         number = None
@@ -65,7 +63,6 @@ def failures(kind: str, numbers: range, progress: Callable[[int], None] = lambda
             while waiting:
                 number = waiting.pop(0)
                 wrong = ours.recv() if ours.poll(3 * LONGEST) else "hangs beyond the reach of an alarm"
-                progress(numbers.stop - numbers.start - len(waiting))
                 if wrong:
                     yield f"{kind} {number}: {wrong}"
                 if wrong and wrong.startswith("hangs"):
@@ -82,7 +79,7 @@ def failures(kind: str, numbers: range, progress: Callable[[int], None] = lambda
 
 
 def _child(kind: str, numbers: list[int], folder: Path, pipe: Connection) -> None:
-    """Run these cases in an empty folder, and send for each what is wrong, or nothing."""
+    """Run these cases in an empty folder, and send what is wrong with each, or None."""
     signal.signal(signal.SIGALRM, _too_long)
     originals, scratch = folder / "originals", folder / "scratch"
     originals.mkdir()
@@ -97,7 +94,7 @@ def _child(kind: str, numbers: list[int], folder: Path, pipe: Connection) -> Non
 
 
 def _verdict(case: Case, folder: Path) -> str | None:
-    """What is wrong with a case, if anything."""
+    """Return what is wrong with a case, if anything."""
     before = _content(folder)
     wrong = next((found for call in case.calls if (found := _attempt(call, case.harmful))), None)
     return wrong or (None if _content(folder) == before else "changed its input")
@@ -124,7 +121,7 @@ def _attempt(call: Callable[[], object], harmful: bool) -> str | None:
 
 
 def _wrong_sentence(error: UserError) -> str | None:
-    """What is wrong with the sentence, or with how it came about."""
+    """Return what is wrong with the sentence, or with its cause."""
     sentence, cause = str(error), error.__cause__ or error.__context__
     while cause is not None:
         if isinstance(cause, MemoryError):
@@ -138,7 +135,7 @@ def _wrong_sentence(error: UserError) -> str | None:
 
 
 def _where(error: BaseException) -> str:
-    """The innermost line of the library that an exception passed."""
+    """Return the innermost line of the library that an exception passed."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "/phasegate/" in frame.filename]
     return f" at {Path(frames[-1].filename).name}:{frames[-1].lineno} in {frames[-1].name}" if frames else ""
 
@@ -148,7 +145,7 @@ def _too_long(*_: object) -> None:
 
 
 def _content(folder: Path) -> dict[str, Any]:
-    """What lies in a folder: hashes of files, and of large ones the size."""
+    """Return the content of a folder: hashes of files, or the sizes of large ones."""
     found: dict[str, Any] = {}
     for path in folder.rglob("*"):
         status = path.lstat()
@@ -158,25 +155,20 @@ def _content(folder: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Run as many cases of each kind as is asked for, and end with 1 if one fails."""
+    """Run the cases that the command line asks for, and end with 1 if one fails."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     for kind in KINDS:
         parser.add_argument(f"--{kind}", type=int, default=0, metavar="CASES")
     parser.add_argument("--seed", type=int, default=0, help="the number of the first case of each kind")
-    arguments, failed, clear = parser.parse_args(), 0, "\r" if sys.stderr.isatty() else ""
+    arguments, failed = parser.parse_args(), 0
     for kind in KINDS:
-        count, start, here = getattr(arguments, kind), time.monotonic(), 0
-
-        def progress(done: int, kind: str = kind, count: int = count) -> None:
-            if sys.stderr.isatty():
-                print(f"\r{kind}: {done:,} of {count:,}", end="", file=sys.stderr, flush=True)
-
-        for wrong in failures(kind, range(arguments.seed, arguments.seed + count), progress):
-            print(f"{clear}{wrong}", flush=True)
-            here += 1
+        count, start, before = getattr(arguments, kind), time.monotonic(), failed
+        for wrong in failures(kind, range(arguments.seed, arguments.seed + count)):
+            print(wrong, flush=True)
+            failed += 1
         if count:
-            print(f"{clear}{kind}: {count:,} cases, {here:,} failed, in {time.monotonic() - start:.0f} s", flush=True)
-        failed += here
+            seconds = time.monotonic() - start
+            print(f"{kind}: {count:,} cases, {failed - before:,} failed, in {seconds:.0f} s", flush=True)
     sys.exit(failed > 0)
 
 

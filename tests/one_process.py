@@ -3,13 +3,12 @@
 import importlib
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 
 from phasegate.params import Params
-from phasegate.training import load_examples
+from phasegate.training.batches import load_examples
 from tests.small_study import ROOT
 
 
@@ -18,9 +17,8 @@ def run_all(params: Params, folder: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.chdir(folder)
     monkeypatch.setenv("PHASEGATE_WORKERS", "1")
     monkeypatch.setenv("PHASEGATE_PROGRESS", "0")
-    stages: dict[str, dict[str, Any]] = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
     load_examples.cache_clear()
-    for stage in stages.values():
+    for stage in yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"].values():
         [values] = stage.get("matrix", {"": [""]}).values()
         for value in values:
             module, *arguments = stage["cmd"].removeprefix("exec python -m ").split()

@@ -1,6 +1,5 @@
-"""The study in small: a checkout of its own to run it in, what it leaves, and what a file imports."""
+"""The study in small: a checkout to run it in, and what it leaves."""
 
-import ast
 import hashlib
 import os
 import re
@@ -13,6 +12,9 @@ from typing import Any
 import pandas as pd
 import yaml
 
+from phasegate.records.trial_folder import SECONDS
+from phasegate.training.resume import SNAPSHOT
+
 REPLACED = ("candidates", "arms", "mnist1d")
 FOLDERS = ("phasegate", "stages", "plugins")
 FILES = (".dvc/config", ".dvc/.gitignore", ".dvcignore", ".gitignore", "dvc.yaml", "params.yaml", "data/raw/.gitkeep")
@@ -21,39 +23,8 @@ PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 """Where programs of this environment are found, whether or not it is activated."""
 
 
-def imported(path: Path) -> set[Path]:
-    """The modules of the library that a file imports, packages on the way and its own included."""
-    names = {path.parent.name}
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-    files = set()
-    for name in names:
-        parts = name.split(".")
-        for length in range(1, len(parts) + 1) if parts[0] in ("phasegate", "stages") else ():
-            module = ROOT.joinpath(*parts[:length])
-            files |= {f for f in (module.with_suffix(".py"), module / "__init__.py") if f.exists()}
-    return files
-
-
-def closure(path: Path) -> set[str]:
-    """A file and everything that it imports, transitively."""
-    found: set[Path] = set()
-    waiting = {path}
-    while waiting:
-        found |= waiting
-        waiting = {module for file in waiting for module in imported(file)} - found
-    return {str(file.relative_to(ROOT)) for file in found}
-
-
 class Checkout:
-    """A temporary copy of the project under the small profile, with settings for the environment.
-
-    Args:
-        of: another such folder, to copy with all that has been done in it.
-    """
+    """A temporary copy of the project under the small profile, or of such a copy with all that was done in it."""
 
     def __init__(self, folder: Path, of: Path | None = None, **settings: str) -> None:
         self.folder = folder
@@ -94,11 +65,11 @@ class Checkout:
         return set(re.findall(r"Running stage '([^']+)'", self.command("dvc", "repro")))
 
     def table(self, name: str) -> pd.DataFrame:
-        return pd.read_csv(self.folder / f"reports/{name}.csv")
+        return pd.read_csv(self.folder / f"reports/tables/{name}.csv")
 
 
 def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """`base` with `changes` merged in; candidates, arms of one's own and a data set's references are replaced."""
+    """`base` with `changes` merged in; candidates, arms and a data set's references are replaced."""
     merged = dict(base)
     for key, value in changes.items():
         deeper = isinstance(value, dict) and isinstance(base.get(key), dict) and key not in REPLACED
@@ -107,11 +78,11 @@ def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def content(folder: Path) -> dict[str, str]:
-    """The files below a folder by name: tables without what they say of time, all else as it is."""
+    """The files below a folder by name, snapshots apart: tables without their columns of seconds, all else by hash."""
     found = {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "seconds.txt"):
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in (SECONDS, SNAPSHOT)):
         if path.suffix == ".csv":
-            table = pd.read_csv(path)
+            table = pd.read_csv(path, dtype=str, keep_default_na=False)
             text = table.loc[:, ~table.columns.str.contains("seconds")].to_csv(index=False)
         else:
             text = hashlib.sha256(path.read_bytes()).hexdigest()

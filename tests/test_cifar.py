@@ -1,19 +1,19 @@
-"""CIFAR's archives, in their exact binary form, go through the whole pipeline, every stage in this process."""
+"""CIFAR's archives, in their exact binary form, go through every stage of the pipeline."""
 
 import json
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import yaml
 
-from phasegate.data import load_meta
 from phasegate.params import Params
+from phasegate.records.prepared import load_meta
 from phasegate.sources.cifar import CIFAR10, CIFAR100, CifarFormat
-from phasegate.study import ARMS
-from tests.cifar_archives import write_archive
 from tests.one_process import run_all
 from tests.small_study import ROOT, merge
+from tests.test_sources import cifar_archive
 
 TRAINED = {"steps": 20, "batch": 64, "lr": 0.01, "weight_decay": 0.0}
 BRIEF = {  # the small profile, and a little less
@@ -24,6 +24,26 @@ BRIEF = {  # the small profile, and a little less
     "q1": {"seeds": 1, "candidates": {}},
     "q2": {"seeds": 1, "candidates": {}},
 }
+NOISE = 40  # standard deviation of an example's patches about those of its class, which has 74
+
+
+def write_archive(path: Path, form: CifarFormat) -> None:
+    """Write a .tar.gz with the files that the form lists, each of the published size, of images that can be learned.
+
+    An image (3, 32, 32) is made of 4 x 4 even patches, which have their class's colours and noise.
+    """
+    generator = np.random.default_rng(0)
+    kinds = list(form.names.values())
+    coarse = generator.permutation(kinds[-1]) % kinds[0]  # of every fine label; not stored by a form of one kind
+    centres = generator.uniform(0, 255, (kinds[-1], 3, 4, 4))
+    files = {file: "".join(f"label {n}\n" for n in range(labels)).encode() for file, labels in form.names.items()}
+    for file, records in {**form.train, **form.test}.items():
+        fine = generator.permutation(records) % kinds[-1]
+        patches = centres[fine] + generator.normal(0, NOISE, (records, 3, 4, 4))
+        pixels = patches.clip(0, 255).astype(np.uint8).repeat(8, axis=2).repeat(8, axis=3)
+        stored = np.stack([coarse[fine], fine][-len(kinds) :], axis=1).astype(np.uint8)
+        files[file] = np.hstack([stored, pixels.reshape(records, -1)]).tobytes()
+    cifar_archive(path, files, form.folder)
 
 
 @pytest.mark.parametrize(
@@ -32,32 +52,23 @@ BRIEF = {  # the small profile, and a little less
 def test_an_archive_goes_through_every_stage(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, form: CifarFormat, task: str, labels: int
 ) -> None:
-    archive = write_archive(tmp_path / "cifar.tar.gz", form)
-    run_all(parameters(name, archive), tmp_path, monkeypatch)
+    write_archive(tmp_path / "cifar.tar.gz", form)
+    values, small = (yaml.safe_load((ROOT / path).read_text()) for path in ("params.yaml", "tests/small.yaml"))
+    data = {"data": {"name": name, "path": str(tmp_path / "cifar.tar.gz")}, "plugins": {"arms": {}}}
+    params = Params.model_validate(merge(merge(merge(values, small), BRIEF), data))
+    run_all(params, tmp_path, monkeypatch)
 
     meta = load_meta(tmp_path / "data/prepared")
     assert meta.splits == {"train": 49_000, "signal": 500, "gate": 500, "test": 10_000}
     assert meta.input_shape == (3, 32, 32) and meta.classes == form.names[[*form.names][-1]]
     assert list(meta.tasks) == [task] and len(set(meta.tasks[task])) == labels
 
-    decisions = pd.read_csv(tmp_path / "reports/decisions.csv")
+    decisions = pd.read_csv(tmp_path / "reports/tables/decisions.csv")
     found = set(zip(decisions["phase"], decisions["arm"], strict=True))
-    assert found == {("p7a", "baseline"), ("p7a", "continue")} | {(p, arm) for p in ARMS for arm in ARMS[p]}
+    assert found == {(phase, arm) for phase, arms in params.arms().items() for arm in arms}
     assert (decisions["accuracy"] > 1.5 * 100 / meta.classes).all()  # it learned, in forty steps
-    tasks = pd.read_csv(tmp_path / "reports/tasks.csv")
+    tasks = pd.read_csv(tmp_path / "reports/tables/tasks.csv")
     assert set(tasks["task"]) == {task} and set(tasks["arm"]) == {"task_gates", "heads"}
     assert tasks["accuracy"].between(100 / labels, 100).all()
     assert json.loads((tmp_path / "metrics.json").read_text())["phase"] == "p7b2"
     assert "CIFAR-10" in (tmp_path / "reports/report.html").read_text()
-
-
-@pytest.mark.parametrize("form", [CIFAR10, CIFAR100], ids=["cifar10", "cifar100"])
-def test_the_published_sizes_are_asked_for(form: CifarFormat) -> None:
-    sizes = {"cifar-10-batches-bin": 6 * 30_730_000, "cifar-100-binary": 153_700_000 + 30_740_000}
-    assert sum(form.sizes.values()) == sizes[form.folder]
-
-
-def parameters(name: str, archive: Path) -> Params:
-    values, small = (yaml.safe_load((ROOT / path).read_text()) for path in ("params.yaml", "tests/small.yaml"))
-    data = {"data": {"name": name, "path": str(archive)}, "own": {"arms": {}}}
-    return Params.model_validate(merge(merge(merge(values, small), BRIEF), data))

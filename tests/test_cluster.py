@@ -11,19 +11,21 @@ from typing import Any
 
 import pytest
 
-from phasegate import trials
-from phasegate.counterfactual_head import heads
-from phasegate.errors import UserError
-from phasegate.ground_truth import PredictedControl
-from phasegate.model import ModelSpec
-from phasegate.phase import Arm, continuations
-from phasegate.phase_params import GroundTruth, Schedule
-from phasegate.pretraining import pretraining
-from phasegate.pretraining_params import Training
-from phasegate.scoring import scorings
-from phasegate.surgeon import Treatment
-from phasegate.survey import surveys
-from phasegate.trials import SECONDS, Trial, run_trials
+from phasegate.base.errors import UserError
+from phasegate.model.classifier import ModelSpec
+from phasegate.params.phases import GroundTruth, Schedule
+from phasegate.params.pretraining import Training
+from phasegate.pretraining.pretrain import pretraining
+from phasegate.signals.ground_truth import PredictedPolicy
+from phasegate.signals.predictor import heads
+from phasegate.signals.signal_scores import scorings
+from phasegate.signals.survey import surveys
+from phasegate.surgery.continuation import Arm, continuations
+from phasegate.surgery.surgeon import Treatment
+from phasegate.trials import store
+from phasegate.trials.run import run_trials
+from phasegate.trials.trial import Trial
+from tests.small_study import content
 
 ray = pytest.importorskip("ray")
 pytestmark = [pytest.mark.cluster, pytest.mark.filterwarnings("ignore")]  # Ray's own warnings
@@ -69,12 +71,6 @@ def checkout(tmp_path: Path, prepared: Path, monkeypatch: pytest.MonkeyPatch) ->
     return tmp_path
 
 
-def files(folder: Path) -> dict[str, bytes]:
-    """All that trials wrote, but for how long they took."""
-    found = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    return {name: content for name, content in found.items() if not name.endswith(SECONDS)}
-
-
 def runs(checkout: Path) -> list[list[str]]:
     """Trial and node of every run, so far."""
     log = checkout / STARTED
@@ -98,16 +94,16 @@ def test_a_cluster_that_loses_a_node_gives_the_bits_of_one_machine(
 
     killer = threading.Thread(target=kill)
     killer.start()
-    run_trials(wanted, Path("models/ray"), "test")
+    run_trials(wanted, Path("models/ray"))
     killer.join(timeout=10)
     names = [name for name, _ in runs(checkout)]
     assert len(killed) == 1 and names.count(killed[0]) == 2  # lost in the middle, and run again
     assert len(names) == SEEDS + 1
 
     monkeypatch.setenv("PHASEGATE_BACKEND", "loky")
-    monkeypatch.setattr(trials, "STORE", Path("other/store"))
-    run_trials(plain, Path("models/loky"), "test")
-    assert len(files(Path("models/ray"))) > SEEDS and files(Path("models/ray")) == files(Path("models/loky"))
+    monkeypatch.setattr(store, "STORE", Path("other/store"))
+    run_trials(plain, Path("models/loky"))
+    assert len(content(Path("models/ray"))) > SEEDS and content(Path("models/ray")) == content(Path("models/loky"))
 
 
 def test_every_kind_of_trial_finds_all_that_it_reads(
@@ -115,36 +111,37 @@ def test_every_kind_of_trial_finds_all_that_it_reads(
 ) -> None:
     models, seeds = Path("models"), 2
     starts, surveyed, learnt = models / "baseline", models / "survey", models / "heads"
-    run_trials([pretraining(PREPARED, "p7a", "baseline", s, spec, training, True) for s in range(seeds)], models, "p7a")
-    run_trials(surveys(PREPARED, starts, seeds, schedule, truth), surveyed, "survey")
-    run_trials(heads(surveyed, seeds), learnt, "heads")
-    run_trials(scorings(PREPARED, starts, surveyed, learnt, seeds, schedule), models / "signals", "signals")
-    arm = Arm("head", Treatment(PredictedControl(learnt, truth.price)))
-    run_trials(continuations(PREPARED, starts, "p7b4", [arm], seeds, schedule), models / "p7b4", "p7b4")
+    run_trials([pretraining(PREPARED, "p7a", "baseline", s, spec, training, True) for s in range(seeds)], models)
+    run_trials(surveys(PREPARED, starts, seeds, schedule, truth), surveyed)
+    run_trials(heads(surveyed, seeds), learnt)
+    run_trials(scorings(PREPARED, starts, surveyed, learnt, seeds, schedule), models / "signals")
+    arms = {"head": Arm(Treatment(PredictedPolicy(learnt, truth.price)))}
+    run_trials(continuations(PREPARED, starts, "p7b4", arms, seeds, schedule), models / "p7b4")
     assert len(list(models.glob("p7b4/head/*/weights.safetensors"))) == seeds
 
 
 def test_what_goes_wrong_on_a_cluster_is_said_in_a_sentence(
     cluster: Any, checkout: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(UserError, match=r"^lr is -1$"):
-        run_trials([Trial("arm/seed-0", fail, {"sentence": "lr is -1"})], Path("models"), "test")
+    def refused(sentence: str) -> None:
+        with pytest.raises(UserError, match=sentence):
+            run_trials([Trial("p", "arm", 0, fail, {"sentence": "lr is -1"})], Path("models"))
+
+    refused(r"^lr is -1$")
     monkeypatch.setenv("PHASEGATE_DEVICE", "cuda")
-    with pytest.raises(UserError, match=r"^PHASEGATE_DEVICE is cuda, but the Ray cluster has no GPU: use auto or cpu$"):
-        run_trials([Trial("arm/seed-0", fail, {"sentence": "lr is -1"})], Path("models"), "test")
+    refused(r"^PHASEGATE_DEVICE is cuda, but the Ray cluster has no GPU: use auto or cpu$")
     ray.shutdown()
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
-    with pytest.raises(UserError, match=r"^no Ray cluster answers at RAY_ADDRESS=127\.0\.0\.1:1$"):
-        run_trials([Trial("arm/seed-0", fail, {"sentence": "lr is -1"})], Path("models"), "test")
+    refused(r"^no Ray cluster answers at RAY_ADDRESS=127\.0\.0\.1:1$")
 
 
-def test_a_cluster_that_does_not_let_us_in_is_told_from_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cluster_that_refuses_us_is_told_from_none(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(**_: Any) -> None:
         raise ConnectionError("authentication token is missing")
 
-    from phasegate import cluster
+    from phasegate.trials.cluster import connect
 
     monkeypatch.setattr(ray, "init", refuse)
     monkeypatch.setenv("RAY_ADDRESS", "auto")
     with pytest.raises(UserError, match="RAY_ADDRESS=auto can't be joined: if it asks for a token, set RAY_AUTH_MODE"):
-        cluster.connect()
+        connect()

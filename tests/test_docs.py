@@ -2,37 +2,48 @@
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 from dvc.cli import parse_args
 from dvc.utils.hydra import apply_overrides
 
-from phasegate.check import check
-from phasegate.data import load_meta
-from phasegate.own import arms
 from phasegate.params import Params, load_params
-from phasegate.phase import run_arm
-from phasegate.phase_params import Schedule
-from phasegate.table_files import read_table
+from phasegate.params.check import check
+from phasegate.params.phases import Schedule
+from phasegate.records.prepared import load_meta
+from phasegate.records.tables import read_table
+from phasegate.signals.plugin_arms import plugin_arms
+from phasegate.surgery.continuation import run_arm
+from phasegate.tools.documents import flowchart
 from stages import prepare
-from tests.documents import PAGES, blocks, commands
 from tests.small_study import ROOT
 
+MAKEFILE = (ROOT / "Makefile").read_text()
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 PROGRAMS = {"make", "dvc", "git", "python", "pip", "source", "export", "ray"}
 
 
-COMMANDS = {" ".join(words): (page.name, words) for page in PAGES for words in commands(page)}
+def blocks(page: Path, language: str) -> list[str]:
+    return [text for found, text in FENCE.findall(page.read_text()) if found == language]
 
 
-def ids(value: Any) -> str:
-    return value if isinstance(value, str) else ""
+def commands(page: Path) -> list[list[str]]:
+    """The words of every command of a page, what sets variables before it left out."""
+    lines = [line for block in blocks(page, "sh") for line in block.replace("\\\n", " ").splitlines()]
+    lines += [line[2:] for block in blocks(page, "console") for line in block.splitlines() if line.startswith("$ ")]
+    found = [shlex.split(line, comments=True) for line in lines]
+    return [words[sum("=" in word for word in words[:1]) :] for words in found if words]
+
+
+COMMANDS = {" ".join(words): words for page in PAGES for words in commands(page)}
 
 
 def sections(page: Path) -> list[str]:
@@ -47,18 +58,16 @@ def test_every_link_and_figure_leads_somewhere(page: Path) -> None:
     for link, section in links:
         target = page.parent / link if link else page
         assert target.exists() and (not section or section in sections(target)), (link, section)
-    named = re.findall(r"`((?:phasegate|stages|tests|docs|plugins|reports)/[\w/.]+\.\w+)`", page.read_text())
+    named = re.findall(r"`((?:phasegate|stages|tests|bench|docs|plugins|reports)/[\w/.]+\.\w+)`", page.read_text())
     assert [path for path in named if not (ROOT / path).exists() and "plugins/" not in path] == []
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_is_one_that_there_is(command: str) -> None:
-    _, words = COMMANDS[command]
-    match words:
+    match COMMANDS[command]:
         case ["make", *targets]:
             targets = [word for word in targets if "=" not in word]
-            makefile = (ROOT / "Makefile").read_text()
-            assert targets and all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in targets)
+            assert targets and all(re.search(rf"^{target}:", MAKEFILE, re.MULTILINE) for target in targets)
         case ["dvc", *rest]:
             parsed = parse_args(rest)
             for changes in product(*map(sweep, getattr(parsed, "set_param", None) or [])):
@@ -72,30 +81,26 @@ def test_every_command_is_one_that_there_is(command: str) -> None:
 def sweep(change: str) -> list[str]:
     """`a=1,2` as `a=1` and `a=2`, as DVC takes it."""
     key, sign, values = change.partition("=")
-    if not sign:
-        return [change]
-    return [f"{key}={value}" for value in (values.split(",") if "{" not in values else [values])]
+    return [f"{key}={value}" for value in values.split(",")] if sign and "{" not in values else [change]
 
 
 def changed(changes: Sequence[str]) -> Params:
-    """The parameters with changes as on DVC's command line; arms of one's own are those of docs/extending.md."""
+    """The parameters with changes as on DVC's command line, and with the plugin arm of docs/extending.md."""
     values = load_params(ROOT / "params.yaml").model_dump()
-    values["own"]["arms"] = {"busiest": {"signal": "busiest", "grow_above": 1.5}}
+    values["plugins"]["arms"] = {"busiest": {"signal": "busiest", "grow_above": 1.5}}
     for change in changes:
-        adds, removes = change.startswith("+"), change.startswith("~")
         key, _, value = change.lstrip("+~").partition("=")
         place, (*path, leaf) = values, key.split(".")
         for part in path:
-            place = place.setdefault(part, {}) if adds else place[part]
-        assert adds or leaf in place
-        if removes:
+            place = place.setdefault(part, {}) if change[0] == "+" else place[part]
+        assert change[0] == "+" or leaf in place
+        place[leaf] = yaml.safe_load(value)
+        if change[0] == "~":
             del place[leaf]
-        else:
-            place[leaf] = yaml.safe_load(value)
     return Params.model_validate(values)
 
 
-def test_the_examples_of_own_signals_and_surgeries_run_as_written(
+def test_the_examples_of_signals_and_surgeries_run_as_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prepared: Path, baselines: Path, schedule: Schedule
 ) -> None:
     page = ROOT / "docs/extending.md"
@@ -106,23 +111,21 @@ def test_the_examples_of_own_signals_and_surgeries_run_as_written(
         (tmp_path / name).write_text(text)
     written = load_params(ROOT / "params.yaml").model_dump()
     for block in blocks(page, "yaml"):
-        own = written["own"] | yaml.safe_load(block)["own"]
-        for plugin in own["arms"].values():
+        plugins = written["plugins"] | yaml.safe_load(block)["plugins"]
+        for plugin in plugins["arms"].values():
             plugin |= {"grow_above": 0.5, "prune_below": -0.5}  # the tiny model has five experts
-        params = Params.model_validate(written | {"own": own})
+        params = Params.model_validate(written | {"plugins": plugins})
         check(params)
-        [arm] = arms(params)
+        [(name, arm)] = plugin_arms(params).items()
         assert arm.treatment is not None
         files = arm.treatment.files(seed=0)
-        folder = tmp_path / f"arm-{len(files)}"
-        run_arm(folder, prepared=prepared, start=baselines / "seed-0", phase="own", arm=arm, seed=0, schedule=schedule)
+        folder, start = tmp_path / f"arm-{len(files)}", baselines / "seed-0"
+        run_arm(folder, prepared=prepared, start=start, phase="plugins", name=name, arm=arm, seed=0, schedule=schedule)
         grown = "small_clone" if len(files) == 2 else "split"
         assert {grown, "remove"} >= set(read_table(folder / "surgeries.csv")["operation"]) != set()
 
 
-def test_the_example_of_ones_own_data_is_prepared_as_the_page_says(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_example_of_your_own_data_is_prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = ROOT / "docs/data.md"
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data/raw").mkdir(parents=True)
@@ -137,22 +140,22 @@ def test_the_example_of_ones_own_data_is_prepared_as_the_page_says(
     assert meta.input_shape == (20, 1) and meta.tasks == {"first": (1, 0, 0)}
 
 
-def test_the_picture_of_the_pipeline_says_what_dvc_dag_says() -> None:
-    def reached(edges: set[tuple[str, str]]) -> set[tuple[str, str]]:
-        more = {(a, d) for a, b in edges for c, d in edges if b == c} - edges
-        return reached(edges | more) if more else edges
+def test_the_readme_names_the_margin_and_the_confidence_of_the_parameters() -> None:
+    decisions, words = load_params(ROOT / "params.yaml").decisions, (ROOT / "README.md").read_text().split()
+    assert f"above −{decisions.margin_pp:g} pp" in " ".join(words)
+    assert f"with {100 * decisions.confidence:g} % intervals" in " ".join(words)
 
-    drawn = set(re.findall(r"(\w+) --> (\w+)", (ROOT / "README.md").read_text()))
-    said = subprocess.run(["dvc", "dag", "--mermaid"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    names = {node: name.split("@")[0] for node, name in re.findall(r'(\w+)\["([^"]+)"\]', said)}
-    assert reached(drawn) == reached({(names[a], names[b]) for a, b in re.findall(r"(\w+)-->(\w+)", said)})
+
+def test_the_picture_of_the_pipeline_leaves_out_what_a_longer_way_says() -> None:
+    nodes = {"node1": "data", "node2": "train", "node3": "evaluate@train", "node4": "evaluate@data", "node5": "decide"}
+    arrows = ["node1-->node2", "node1-->node3", "node1-->node4", "node2-->node3", "node3-->node5", "node4-->node5"]
+    lines = ["flowchart TD", *(f'\t{node}["{name}"]' for node, name in nodes.items()), *(f"\t{a}" for a in arrows)]
+    shown = ["flowchart LR", "    data --> train", "    evaluate --> decide", "    train --> evaluate"]
+    assert flowchart("\n".join(lines)).splitlines() == shown
 
 
 def test_make_help_lists_every_target() -> None:
-    makefile = (ROOT / "Makefile").read_text()
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
-    output = subprocess.run(
-        ["make", "--silent", "help"], cwd=ROOT, capture_output=True, text=True, check=True, env=environment
-    ).stdout
-    [phony] = re.findall(r"^\.PHONY: (.*)", makefile, re.MULTILINE)
+    output = subprocess.check_output(["make", "--silent", "help"], cwd=ROOT, text=True, env=environment)
+    [phony] = re.findall(r"^\.PHONY: (.*)", MAKEFILE, re.MULTILINE)
     assert [line.split()[0] for line in output.splitlines()] == phony.split()

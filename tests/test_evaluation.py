@@ -9,37 +9,31 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
-from phasegate.checkpoint import load
-from phasegate.control import Plan
-from phasegate.errors import UserError
-from phasegate.evaluation import (
-    KEY,
-    TABLES,
-    calibration_error,
-    class_usage,
-    evaluate,
-    evaluate_phase,
-    further_tasks,
-    mutual_information,
-)
-from phasegate.expert_manager import ExpertManager
-from phasegate.failure import FAILURE_COLUMNS, LAST_GOOD, Failure, write_failure
-from phasegate.halves import HALVES_COLUMNS
-from phasegate.logs import SURGERY_COLUMNS
-from phasegate.model import Cost, Model, ModelSpec, cost
-from phasegate.multitask import add_tasks
-from phasegate.phase import Arm, continuations
-from phasegate.phase_params import Schedule
-from phasegate.pretraining_params import Architecture
-from phasegate.references import Reference, ReferenceSpec
-from phasegate.sections import override
-from phasegate.surgeon import Treatment
-from phasegate.training import Examples, correct, predict
-from phasegate.trials import SECONDS
+from phasegate.base.errors import UserError
+from phasegate.evaluation import evaluate as evaluation
+from phasegate.evaluation.evaluate import KEY, TABLES, calibration_error, evaluate_phase, mutual_information
+from phasegate.evaluation.split_halves import HALVES_COLUMNS
+from phasegate.model.classifier import Model, ModelSpec, cost
+from phasegate.model.references import Reference, ReferenceSpec
+from phasegate.params.fields import override
+from phasegate.params.phases import Schedule
+from phasegate.records.trial_folder import FAILURE_COLUMNS, LAST_GOOD, SECONDS, SURGERY_COLUMNS, Failure, write_failure
+from phasegate.surgery import continuation, controllers, surgeon
+from phasegate.surgery.operations import ExpertManager
+from phasegate.surgery.tasks import add_tasks
+from phasegate.training.batches import Examples
+from phasegate.training.checkpoint import load
+from phasegate.training.predictions import correct, predict
+from tests.models import ARCHITECTURE
+
+COLUMNS = {name: [*KEY, *names] for name, names in TABLES.items()}
+
+
+def columns(folder: Path) -> dict[str, list[str]]:
+    """The columns of the tables of an evaluated phase."""
+    return {name: pd.read_csv(folder / f"{name}.csv").columns.tolist() for name in TABLES}
 
 
 def test_calibration_error_is_the_weighted_gap_between_confidence_and_accuracy() -> None:
@@ -47,100 +41,84 @@ def test_calibration_error_is_the_weighted_gap_between_confidence_and_accuracy()
     right = np.array([True, True, True, False, False, False])
     by_hand = 100 * (4 / 6 * abs(0.75 - 0.9) + 2 / 6 * 0.55)
     assert calibration_error(confidence, right, bins=10) == pytest.approx(by_hand)
-    assert calibration_error(np.ones(5), np.ones(5, bool)) == 0
-    assert calibration_error(np.ones(5), np.zeros(5, bool)) == 100
+    assert [calibration_error(np.ones(5), np.full(5, right)) for right in (True, False)] == [0, 100]
     assert calibration_error(np.full(4, 0.75), np.array([True, True, True, False])) == pytest.approx(0)
 
 
 def test_mutual_information_of_tables_made_by_hand() -> None:
     assert mutual_information(np.diag([5, 5, 5])) == pytest.approx(math.log(3))
     assert mutual_information(np.outer([1, 2, 3], [4, 5])) == pytest.approx(0, abs=1e-12)
-    assert mutual_information(np.array([[2, 0], [1, 1], [0, 0]])) == pytest.approx(
-        0.5 * math.log(4 / 3) + 0.25 * math.log(2 / 3) + 0.25 * math.log(2)
-    )
-
-
-@given(st.lists(st.lists(st.integers(0, 9), min_size=3, max_size=3), min_size=2, max_size=5).filter(np.any))
-def test_mutual_information_is_symmetric_and_bounded_by_both_entropies(rows: list[list[int]]) -> None:
-    table = np.array(rows)
-    found = mutual_information(table)
-    assert found == pytest.approx(mutual_information(table.T), abs=1e-12)
-    assert -1e-12 <= found <= math.log(min(table.shape)) + 1e-12
+    by_hand = 0.5 * math.log(4 / 3) + 0.25 * math.log(2 / 3) + 0.25 * math.log(2)
+    table = np.array([[2, 0], [1, 1], [0, 0]])
+    assert [mutual_information(table), mutual_information(table.T)] == pytest.approx([by_hand] * 2)
 
 
 @pytest.mark.parametrize(("stem", "shape"), [("mlp", (1, 8)), ("conv", (2, 12))])
-def test_the_usage_of_experts_by_classes_sums_to_every_tokens_k_experts(
-    architecture: Architecture, stem: str, shape: tuple[int, ...]
-) -> None:
+def test_the_usage_of_experts_by_classes_sums_to_every_tokens_k_experts(stem: str, shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)
-    model = Model(ModelSpec(override(architecture, {"stem": stem}, ""), shape, (4,)))
+    model = Model(ModelSpec(override(ARCHITECTURE, {"stem": stem}, ""), shape, (4,)))
     ExpertManager(model.layers[0]).split(2, torch.randn(16), 0.0)
     ExpertManager(model.layers[1]).remove(0)
     y = torch.tensor([0, 0, 0, 1, 1, 3])
     outputs = predict(model, torch.randn(6, *shape))
-    usage = class_usage(model, outputs, y)
-    tokens = 1 if stem == "mlp" else 3
+    table, tokens = evaluation.routing_table(model, outputs, y), 1 if stem == "mlp" else 3
+    assert table.columns.tolist() == TABLES["routing"]
     for block, ids in enumerate([{0, 1, 2, 3, 4, 5}, {1, 2, 3, 4}]):
-        assert {expert for b, expert in usage if b == block} == ids
-        total = sum(counts for (b, _), counts in usage.items() if b == block)
-        assert np.array_equal(total, np.array([3, 2, 0, 1]) * tokens * 2)
+        rows = table[table["block"] == block]
+        assert set(rows["expert"]) == ids and rows["class"].tolist() == [0, 1, 2, 3] * len(ids)
+        assert rows.groupby("class")["tokens"].sum().tolist() == [count * tokens * 2 for count in (3, 2, 0, 1)]
     experts = outputs[0].routings[0].experts[0].view(6, -1)
-    assert usage[0, 5][0] == int((experts[:3] == 5).sum())
+    of_five = table[(table["block"] == 0) & (table["expert"] == 5) & (table["class"] == 0)]
+    assert of_five["tokens"].tolist() == [int((experts[:3] == 5).sum())]
 
 
-def test_cost_is_what_one_counts_by_hand(architecture: Architecture) -> None:
-    changes = {"width": 6, "blocks": 1, "n_routed": 5, "top_k": 2, "expert_width": 3, "n_shared": 1}
-    model = Model(ModelSpec(override(architecture, changes, ""), (1, 8), (4,)))
+def test_cost_is_what_one_counts_by_hand_and_of_the_reference_models_as_published() -> None:
+    changes = {"width": 6, "blocks": 1, "expert_width": 3, "n_shared": 1}
+    model = Model(ModelSpec(override(ARCHITECTURE, changes, ""), (1, 8), (4,)))
     stem, norms, router, expert, head = 8 * 6 + 6, 2 * 2 * 6, 5 * 6, 2 * 6 * 3, 6 * 4 + 4
     total, active = stem + norms + router + 6 * expert + head, stem + norms + router + 3 * expert + head
     flops = 2 * (8 * 6 + 5 * 6 + 3 * expert + 6 * 4)
-    assert cost(model, (1, 8)) == Cost(total, active, flops)
+    assert tuple(cost(model).model_dump().values()) == (total, active, flops)
     ExpertManager(model.layers[0]).split(0, torch.randn(6), 0.0)  # its hyperplane is all that it costs
-    assert cost(model, (1, 8)) == Cost(total + expert + 7, active + 7, flops + 2 * 6)
+    assert tuple(cost(model).model_dump().values()) == (total + expert + 7, active + 7, flops + 2 * 6)
     optimizer = torch.optim.AdamW(model.parameters())
     add_tasks(model, optimizer, [2, 3], own_gates=True)  # what other tasks need is not active in the first
     grown = total + expert + 7 + 2 * router + 7 * 2 + 7 * 3
-    assert cost(model, (1, 8)) == Cost(grown, active + 7, flops + 2 * 6)
-
-
-def test_the_published_sizes_of_the_reference_models() -> None:
+    assert tuple(cost(model).model_dump().values()) == (grown, active + 7, flops + 2 * 6)
     for hidden, channels, size in (((100, 100), None, 15_210), (None, (25, 25, 25), 5_210)):
-        assert cost(Reference(ReferenceSpec((1, 40), 10, hidden, channels)), (1, 40)).params_total == size
+        assert cost(Reference(ReferenceSpec((1, 40), 10, hidden, channels))).params_total == size
 
 
 def test_a_trials_row_is_consistent_with_its_predictions(baselines: Path, gate: Examples) -> None:
     trial = load(baselines / "seed-0", gate)
-    found = evaluate(trial, gate, {}, pd.DataFrame(columns=SURGERY_COLUMNS))
+    found = evaluation.evaluate(trial, gate, {}, pd.DataFrame(columns=SURGERY_COLUMNS))
     assert found.trial["accuracy"] == pytest.approx(100 * correct(trial.model, gate) / 200)
     assert found.trial["accuracy"] == pytest.approx(100 * (found.predictions == gate.y.numpy()).mean())
-    assert found.classes["accuracy"].mean() == pytest.approx(found.trial["accuracy"])  # classes are even
     logits = predict(trial.model, gate.x)[0].logits[0]
     confidence, predicted = (value.numpy() for value in logits.double().softmax(-1).max(-1))
     assert found.trial["calibration_error"] == calibration_error(confidence, predicted == gate.y.numpy())
     assert found.trial["nll"] == pytest.approx(torch.nn.functional.cross_entropy(logits, gate.y).item(), rel=1e-5)
-    assert found.routing["tokens"].sum() == 200 * 2 * 2
+    assert found.tables["routing"]["tokens"].sum() == 200 * 2 * 2
     assert (found.trial["n_routed_start"], found.trial["n_routed_end"]) == (10, 10)
     assert 0 < found.trial["routing_entropy"] < 1 and found.trial["mutual_information"] > 0
-    assert found.halves.empty and found.halves.columns.tolist() == ["phase", "arm", "seed", *HALVES_COLUMNS]
+    halves = found.tables["split_halves"]
+    assert halves.empty and halves.columns.tolist() == HALVES_COLUMNS
 
 
 def test_further_heads_are_judged_beside_what_the_first_tells_of_their_task(baselines: Path, gate: Examples) -> None:
     trial = load(baselines / "seed-0", gate)
     assert isinstance(trial.model, Model)
-    everything_is_one = [0] * trial.model.spec.heads[0]
-    tasks = {"one": everything_is_one, "same": list(range(trial.model.spec.heads[0]))}
-    assert further_tasks(trial.model, gate, gate.y.numpy(), tasks).empty
-    add_tasks(trial.model, torch.optim.AdamW(trial.model.parameters()), [1, len(everything_is_one)], own_gates=True)
+    tasks = {"one": [0] * 4, "same": list(range(4))}
+    assert evaluation.further_tasks(trial.model, gate, gate.y.numpy(), tasks).empty
+    add_tasks(trial.model, torch.optim.AdamW(trial.model.parameters()), [1, 4], own_gates=True)
     trial.model.heads[2].load_state_dict(trial.model.heads[0].state_dict())  # then it answers as the first
     predicted = torch.cat([o.logits[0] for o in predict(trial.model, gate.x)]).argmax(-1).numpy()
-    table = further_tasks(trial.model, gate, predicted, tasks)
+    table = evaluation.further_tasks(trial.model, gate, predicted, tasks)
     right = 100 * correct(trial.model, gate) / len(gate)
     assert table.to_numpy().tolist() == [["one", 100, 100], ["same", pytest.approx(right), pytest.approx(right)]]
 
 
-def test_a_phase_is_evaluated_on_test_alone_and_an_empty_one_is_refused(
-    baselines: Path, prepared: Path, tmp_path: Path
-) -> None:
+def test_a_phase_is_evaluated_on_test_and_an_empty_one_refused(baselines: Path, prepared: Path, tmp_path: Path) -> None:
     (tmp_path / "p7a").mkdir()
     (tmp_path / "p7a/baseline").symlink_to(baselines, target_is_directory=True)
     evaluate_phase(tmp_path / "p7a", prepared, tmp_path / "out")
@@ -148,28 +126,20 @@ def test_a_phase_is_evaluated_on_test_alone_and_an_empty_one_is_refused(
     assert trials[["phase", "arm", "seed", "train_seconds"]].values.tolist() == [["p7a", "baseline", 0, 1.5]]
     assert routing["tokens"].sum() == 100 * 2 * 2
     assert len(pd.read_csv(tmp_path / "out/curves.csv")) == 21
-    halves = pd.read_csv(tmp_path / "out/halves.csv")
-    assert halves.empty and halves.columns.tolist() == ["phase", "arm", "seed", *HALVES_COLUMNS]
-    assert columns(tmp_path / "out") == {name: [*KEY, *names] for name, names in TABLES.items()}
+    assert pd.read_csv(tmp_path / "out/split_halves.csv").empty
+    assert columns(tmp_path / "out") == COLUMNS
     assert (tmp_path / "out/failures.csv").read_text() == ",".join(FAILURE_COLUMNS) + "\n"
     with pytest.raises(UserError, match="holds no checkpoints"):
         evaluate_phase(tmp_path / "none", prepared, tmp_path / "out")
 
 
-def columns(folder: Path) -> dict[str, list[str]]:
-    """Those of the tables of an evaluated phase."""
-    return {name: pd.read_csv(folder / f"{name}.csv").columns.tolist() for name in TABLES}
-
-
-def test_a_failed_trial_is_listed_and_its_last_good_checkpoint_is_not_taken_for_it(
-    baselines: Path, prepared: Path, tmp_path: Path
-) -> None:
+def test_a_failed_trial_is_listed_and_not_evaluated(baselines: Path, prepared: Path, tmp_path: Path) -> None:
     failed = Failure("p7a", "baseline", 1, 17, "the loss is nan")
     arm = tmp_path / "p7a/baseline"
     write_failure(arm / "seed-1", failed)
     shutil.copytree(baselines / "seed-0", arm / "seed-1" / LAST_GOOD)
     evaluate_phase(tmp_path / "p7a", prepared, tmp_path / "all failed")
-    assert columns(tmp_path / "all failed") == {name: [*KEY, *names] for name, names in TABLES.items()}
+    assert columns(tmp_path / "all failed") == COLUMNS
     assert all(pd.read_csv(tmp_path / f"all failed/{name}.csv").empty for name in TABLES)
     assert load_file(tmp_path / "all failed/predictions.safetensors") == {}
     (arm / "seed-0").symlink_to(baselines / "seed-0", target_is_directory=True)
@@ -180,22 +150,18 @@ def test_a_failed_trial_is_listed_and_its_last_good_checkpoint_is_not_taken_for_
         assert pd.read_csv(tmp_path / name / "failures.csv").to_dict("records") == [asdict(failed)]
 
 
-def test_the_halves_of_a_phases_splits_arrive_in_its_folder(
-    baselines: Path, prepared: Path, schedule: Schedule, tmp_path: Path
-) -> None:
+def test_halves_of_splits_arrive(baselines: Path, prepared: Path, schedule: Schedule, tmp_path: Path) -> None:
     short = override(schedule, {"steps": 12, "settle": 4}, "")
-    arms = [Arm("none"), Arm("split", Treatment(Plan(2))), Arm("reinit", Treatment(Plan(1), grow="reinit"))]
-    for trial in continuations(prepared, baselines, "surgery", arms, 1, short):
+    arm, treatment, plan = continuation.Arm, surgeon.Treatment, controllers.PlannedPolicy
+    arms = {"none": arm(), "split": arm(treatment(plan(2))), "reinit": arm(treatment(plan(1), grow="reinit"))}
+    for trial in continuation.continuations(prepared, baselines, "surgery", arms, 1, short):
         (folder := tmp_path / "models" / trial.name).mkdir(parents=True)
         trial.run(folder, **trial.arguments)
         (folder / SECONDS).write_text("1.5\n")
     evaluate_phase(tmp_path / "models", prepared, tmp_path / "out")
-    halves, log = (pd.read_csv(tmp_path / f"out/{name}.csv") for name in ("halves", "surgeries"))
-    assert halves.columns.tolist() == ["phase", "arm", "seed", *HALVES_COLUMNS]
-    splits = log[log["arm"] == "split"]
-    assert len(splits) == 4 and halves[["block", "expert", "parent", "step"]].to_numpy().tolist() == (
-        splits[["block", "expert", "parent", "step"]].to_numpy().tolist()
-    )
+    halves, log = (pd.read_csv(tmp_path / f"out/{name}.csv") for name in ("split_halves", "surgeries"))
+    splits, names = log[log["arm"] == "split"], ["block", "expert", "parent", "step"]
+    assert len(splits) == 4 and halves[names].to_numpy().tolist() == splits[names].to_numpy().tolist()
     assert (halves["phase"] == "surgery").all() and (halves["arm"] == "split").all() and (halves["seed"] == 0).all()
     assert halves["smaller_share"].between(0.1, 0.5).all()  # on the test split
     assert halves["weight_distance"].between(1e-4, 1).all() and (halves["swap_loss"] != 0).all()

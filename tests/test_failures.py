@@ -1,4 +1,4 @@
-"""A study in which trials failed has verdicts, tables and a page all the same, and each of them says so."""
+"""A study in which trials failed still has verdicts, tables and a page, and each of them says so."""
 
 import json
 import re
@@ -10,34 +10,37 @@ import pandas as pd
 import pytest
 import yaml
 
-from phasegate import search
-from phasegate.decisions import CONTROL, relabel_control
-from phasegate.errors import UserError
-from phasegate.experiments import came_to
-from phasegate.failure import FAILURE, FAILURE_COLUMNS, Failure, finished, read_failure, write_failure
-from phasegate.model import ModelSpec
-from phasegate.params import load_params
-from phasegate.pretraining_params import Training
-from phasegate.report import drawing, lineage_plots, plots, surgery_plots, tables
-from phasegate.report.documents import TABLES, blocks
-from phasegate.scoring import SCORES
-from phasegate.search import COLUMNS, run_search
-from phasegate.study import ARMS, EVALUATED_PHASES, START
-from phasegate.surgery_summary import surgery_summary
-from phasegate.trials import Trial
-from stages import decide, headline, repeat_surgery, report, score_signals
-from tests.test_report import BORN, HALVES, LOADS, PRESERVATION, SURGERIES, board, curves, decided
+from phasegate.base.errors import UserError
+from phasegate.base.paths import EVALUATED, MODELS, PREPARED, REPORTS, TABLES
+from phasegate.model.classifier import ModelSpec
+from phasegate.params import names
+from phasegate.params.pretraining import Training
+from phasegate.pretraining import search
+from phasegate.records.tables import read_table, write_table
+from phasegate.records.trial_folder import FAILURE, FAILURE_COLUMNS, Failure, finished, read_failure, write_failure
+from phasegate.report.figures import draw
+from phasegate.signals.signal_scores import SCORES
+from phasegate.tools.documents import NEEDED, blocks
+from phasegate.tools.experiments import summary
+from phasegate.trials.trial import Trial
+from phasegate.verdicts import wording
+from stages import decide, headline, in_a_row, report, signals
+from tests.small_study import ROOT
+from tests.test_decisions import searched
+from tests.test_report import PARAMS, decided
 
-ROOT = Path(__file__).parent.parent
-PER_TRIAL = ("trials", "classes", "tasks", "routing", "loads", "curves", "surgeries", "halves")
 NAN = "the loss is nan"
 ENDED = f"its start models/p7a/baseline/seed-0 failed: {NAN}"
 
 
 def failures() -> pd.DataFrame:
-    """The first seed of 7a, and with it that of all that follows; a trial of 7b.2; and all of an arm of 7b.1."""
-    later = [(CONTROL, CONTROL), *((phase, arm) for phase, arms in ARMS.items() for arm in arms)]
-    rows = [(START, "baseline", 0, 900, NAN), *((*key, 0, 0, ENDED) for key in later), ("p7b2", "split", 3, 17, NAN)]
+    """The first seed of 7a and of all that starts from it, a trial of 7b.2, and an arm of 7b.1."""
+    later = [(phase, arm) for phase, arms in PARAMS.arms().items() for arm in arms if arm != "baseline"]
+    rows = [
+        (names.START, "baseline", 0, 900, NAN),
+        *((*key, 0, 0, ENDED) for key in later),
+        ("p7b2", "split", 3, 17, NAN),
+    ]
     rows += [("p7b1", "noise_acting", seed, 40 + seed, NAN) for seed in range(1, 10)]
     return pd.DataFrame(rows, columns=FAILURE_COLUMNS)
 
@@ -46,138 +49,99 @@ def failures() -> pd.DataFrame:
 def study(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The committed study as it would be if these trials had failed, decided and reported."""
     folder, failed = tmp_path_factory.mktemp("study"), failures()
-    lost = set(zip(failed["phase"], failed["arm"], failed["seed"], strict=True))
-    for name in PER_TRIAL:
-        table = pd.read_csv(ROOT / f"reports/{name}.csv")
+    lost = pd.MultiIndex.from_frame(failed[["phase", "arm", "seed"]])
+    for name in decide.COLLECTED:
+        table = failed if name == "failures" else pd.read_csv(ROOT / TABLES / f"{name}.csv")
         if name in ("routing", "loads"):
-            table["seed"] = 1  # what is kept of a study is its first seed: take it for that of another
-        table.loc[table["arm"] == CONTROL, "phase"] = CONTROL
-        keys = zip(table["phase"], table["arm"], table["seed"], strict=True)
-        table = table[[key not in lost for key in keys]]
-        for phase in EVALUATED_PHASES:
-            write(table[table["phase"] == phase], folder / f"data/evaluated/{phase}/{name}.csv")
-    for phase in EVALUATED_PHASES:
-        write(failed[failed["phase"] == phase], folder / f"data/evaluated/{phase}/failures.csv")
-    for name in ("signals", "preservation"):
-        write(pd.read_csv(ROOT / f"reports/{name}.csv").query("seed > 0"), folder / f"reports/{name}.csv")
-    tried = pd.DataFrame({"candidate": name, "seed": seed} for name in ("base", "fast") for seed in range(2))
-    tried = tried.assign(accuracy=80.0, params_total=9, params_active=3, flops_per_example=5, train_seconds=1.0)
-    tried = tried.assign(settings="base", failure=None)
-    tried.loc[3, ["accuracy", "failure"]] = None, "q1, fast, seed 1, step 5: the loss is nan"
+            table["seed"] = 1  # a study keeps the first seed: take it for the second
+        if name != "failures":
+            table = table[~pd.MultiIndex.from_frame(table[["phase", "arm", "seed"]]).isin(lost)]
+        folders = table["phase"].mask(table["arm"] == names.CONTROL, "control")
+        for phase in names.EVALUATED:
+            write_table(folder / EVALUATED / phase / f"{name}.csv", table[folders == phase])
+    for name in ("signals", "in_a_row"):
+        write_table(folder / MODELS / f"{name}.csv", pd.read_csv(ROOT / TABLES / f"{name}.csv").query("seed > 0"))
+    tried = searched({"base": 80, "fast": 80}, "fast, seed 1")
     for name in ("q1", "q2", "references"):
-        write(tried, folder / f"models/{name}.csv")
-        (folder / f"models/{name}.yaml").write_text(yaml.safe_dump({"candidate": "base"}))
-    shutil.copytree(prepared, folder / "data/prepared")
+        write_table(folder / MODELS / f"{name}.csv", tried)
+        (folder / MODELS / f"{name}.yaml").write_text(yaml.safe_dump({"candidate": "base"}))
+    shutil.copytree(prepared, folder / PREPARED)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        params = load_params(ROOT / "params.yaml")
         for stage in (decide, report, headline):
-            stage.main(params.model_copy(update={"headline": params.headline.model_copy(update={"phase": "p7b1"})}))
+            stage.main(PARAMS.model_copy(update={"headline": PARAMS.headline.model_copy(update={"phase": "p7b1"})}))
     return folder
 
 
-def write(table: pd.DataFrame, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    table.to_csv(path, index=False)
-
-
 def test_every_verdict_row_states_its_failures(study: Path) -> None:
-    rows = pd.read_csv(study / "reports/decisions.csv").set_index(["phase", "arm"])
-    assert rows.loc[("p7b2", "split"), "n_failed"] == 1 and rows.loc[("p7b2", "split"), "verdict"] != "GO"
-    assert rows.loc[("p7b1", "noise_acting"), "n_failed"] == 9
-    others = rows.drop([("p7b2", "split"), ("p7b1", "noise_acting"), (START, "baseline"), (START, CONTROL)])
-    assert (others["n_failed"] == 0).all() and (others["n_seeds"] == 9).all()
-    verdict = str(rows.loc[("p7b2", "split"), "verdict"])
-    cells = {
-        **{"baseline": "BASELINE, 1 of 10 trials failed", "continue": "CONTROL, 1 of 10 trials failed"},
-        **{r"noise\_acting": "NO-GO, all 9 trials failed", "split": f"{verdict}, 1 of 9 trials failed"},
-    }
-    tables = {name: pd.read_csv(study / f"reports/{name}.csv") for name in TABLES}
-    hypotheses = dict.fromkeys(tables["decisions"]["phase"], "It costs no more than the margin.")
-    shown = blocks({"mnist1d": tables, "fashion_mnist": tables}, hypotheses, 1.0, 0.95)["results"]
+    tables = {name: pd.read_csv(study / TABLES / f"{name}.csv") for name in NEEDED}
+    rows = tables["decisions"].set_index(["phase", "arm"])
+    failed = {("p7a", "baseline"): 1, ("p7a", "continue"): 1, ("p7b2", "split"): 1, ("p7b1", "noise_acting"): 9}
+    assert rows["n_failed"].to_dict() == dict.fromkeys(rows.index, 0) | failed
+    assert (rows.drop(list(failed))["n_seeds"] == 9).all() and rows["verdict"]["p7b2", "split"] != "GO"
+    cells = {"baseline": "BASELINE, 1 of 10 trials failed", "continue": "CONTROL, 1 of 10 trials failed"}
+    split = f"{rows['verdict']['p7b2', 'split']}, 1 of 9 trials failed"
+    cells |= {r"noise\_acting": "NO-GO, all 9 trials failed", "split": split}
+    shown = blocks({"mnist1d": tables, "fashion_mnist": tables}, PARAMS)["results"]
     assert all(f"\n\nFailed trials on {data}:\n\n- 7a" in shown for data in ("MNIST-1D", "Fashion-MNIST"))
-    for text in ((study / "reports/decisions.md").read_text(), shown):
+    for text in (markdown := (study / REPORTS / "decisions.md").read_text(), shown):
         for arm, cell in cells.items():
             assert re.search(rf"\| \**{re.escape(arm)}\** \| \**{re.escape(cell)}", text), arm
         assert "- 7b.2 split, seed 3, step 17: the loss is nan" in text
         assert "- 7b.3 task\\_gates, heads, single, seed 0, step 0: its start models/p7a" in text
-    assert "NO-GO: noise_acting, all 9 trials failed.**" in (study / "reports/decisions.md").read_text()
+    assert "NO-GO: noise_acting, all 9 trials failed.**" in markdown
 
 
-def test_the_page_lists_the_failed_trials_and_has_no_blank_taken_for_a_number(study: Path) -> None:
-    page = (study / "reports/report.html").read_text()
+def test_the_page_lists_failed_trials_and_takes_no_blank_for_a_number(study: Path) -> None:
+    page = (study / REPORTS / "report.html").read_text()
     assert all(recorded in page for recorded in ("versions.torch", "machine.processor", "machine.threads_per_trial"))
     assert '<span class="verdict no-go">NO-GO, all 9 trials failed</span>' in page
-    listed = re.findall("<li>(.*)</li>", page[page.index("<h3>Failed trials") : page.index("<h2>Beside")])
+    listed = re.findall("<li>(.*)</li>", page[page.index("<h3>Failed trials") : page.index("<h2>What broke it")])
     assert len(listed) == 7 + 1 + 9 and listed[0] == "7a baseline, seed 0, step 900: the loss is nan"
-    words = re.sub(r"<svg.*?</svg>|<style.*?</style>", "", page, flags=re.DOTALL).replace("loss is nan", "")
+    words = re.sub(r"<svg.*?</svg>|<style.*?</style>", "", page, flags=re.DOTALL)
+    words = words.replace("loss is nan", "").replace("star (*)", "")
     assert not re.search(r"\bnan\b|\[, \]|\(\W*\)", words)
-    assert "7b.1 noise_acting: no seed finished, so there is nothing to share out" in words
+    assert "7b.1 noise_acting: no seed finished, so no effect can be attributed" in words
     assert "<td>1, 1 failed</td>" in words  # in the searches
 
 
 def test_the_failures_are_a_table_and_the_headline_counts_them(study: Path) -> None:
-    table = pd.read_csv(study / "reports/failures.csv")
+    table = pd.read_csv(study / TABLES / "failures.csv")
     assert table.columns.tolist() == FAILURE_COLUMNS and len(table) == len(failures())
-    assert set(table["phase"]) == {START, *ARMS}  # the control under the name that it has in reports
     metrics = json.loads((study / "metrics.json").read_text())
     assert (metrics["verdict"], metrics["n_failed"], metrics["n_seeds"]) == ("NO-GO", 9, 0)
-    assert came_to(metrics) == "noise_acting, NO-GO, no trial finished"
-    for name in ("routing", "loads"):
-        assert set(pd.read_csv(study / f"reports/{name}.csv")["seed"]) == {1}
+    assert summary(metrics) == "noise_acting, NO-GO, no trial finished"
+    seeds = {seed for name in ("routing", "loads") for seed in pd.read_csv(study / TABLES / f"{name}.csv")["seed"]}
+    assert seeds == {1}
 
 
-def test_a_finding_says_what_failed_and_why_an_interval_within_the_margin_is_no_go_ahead() -> None:
-    rows = {row.phase: row for row in tables.headline_rows(decided())}
+def test_figures_say_what_failed(study: Path) -> None:
+    tables = {path.stem: read_table(path) for path in (study / TABLES).iterdir()}
+    assert draw("entropy", tables, PARAMS).axes[0].get_title(loc="left") == "7b.1 noise_acting: all 9 trials failed"
+    notes = [text.get_text() for text in draw("differences", tables, PARAMS).axes[0].texts]
+    assert len([note for note in notes if note == "NO-GO  all 9 trials failed"]) == 1
+    shown = [label.get_text() for label in draw("leaderboard_q1", tables, PARAMS).axes[0].get_yticklabels()]
+    assert shown == ["base", "fast (1 of 2 trials failed)"]
+    nobody = draw("lineage", tables | {"loads": tables["loads"].assign(arm="other")}, PARAMS).get_suptitle()
+    assert nobody.replace("\n", " ").endswith("no primary arm finished it")
+
+
+def test_a_finding_says_what_failed_and_failures_alike_share_a_line() -> None:
+    rows = {row.phase: row for row in wording.headline_rows(decided())}
     inconclusive = rows["p7b2"]._replace(verdict="INCONCLUSIVE", n_seeds=2, n_failed=1)
-    assert re.match(
-        r"INCONCLUSIVE: split stands at \+2.* against continue, but 1 of 3 trials failed$",
-        tables.finding(inconclusive, 1.0),
-    )
-    assert tables.outcome(inconclusive, decided(), 1.0).endswith("but 1 of 3 trials failed (2 seeds).")
-    no_go = tables.finding(rows["p7b1"]._replace(n_seeds=2, n_failed=1), 1.0)
+    text = wording.finding(inconclusive, 1.0)  # an interval within the margin is no GO
+    assert re.match(r"INCONCLUSIVE: split stands at \+2.* against continue, but 1 of 3 trials failed$", text)
+    assert wording.outcome(inconclusive, decided(), 1.0).endswith("but 1 of 3 trials failed (2 seeds).")
+    no_go = wording.finding(rows["p7b1"]._replace(n_seeds=2, n_failed=1), 1.0)
     assert no_go.startswith("NO-GO: noise_acting loses 4.90 pp") and no_go.endswith(", and 1 of 3 trials failed")
-    equal = tables.finding(rows["surgery"]._replace(verdict="INCONCLUSIVE", n_seeds=2, n_failed=1), 1.0)
+    equal = wording.finding(rows["surgery"]._replace(verdict="INCONCLUSIVE", n_seeds=2, n_failed=1), 1.0)
     assert equal.startswith("INCONCLUSIVE: split changed nothing and equals continue in every seed that finished, but")
     for total, text in ((1, "the one trial failed"), (3, "all 3 trials failed")):
         nothing = rows["p7b1"]._replace(n_seeds=0, n_failed=total)
-        assert tables.outcome(nothing, decided(), 1.0) == f"NO-GO: noise_acting, {text}."
-
-
-def test_failures_alike_share_a_line() -> None:
-    rows = [("p7b1", "a_b", 0, 0, "x"), ("p7b1", "c", 0, 0, "x"), ("p7b1", "c", 1, 0, "x")]
-    said = tables.failure_list(pd.DataFrame(rows, columns=FAILURE_COLUMNS))
+        assert wording.outcome(nothing, decided(), 1.0) == f"NO-GO: noise_acting, {text}."
+    alike = [("p7b1", "a_b", 0, 0, "x"), ("p7b1", "c", 0, 0, "x"), ("p7b1", "c", 1, 0, "x")]
+    said = wording.failure_list(pd.DataFrame(alike, columns=FAILURE_COLUMNS))
     assert said == ["7b.1 a_b, c, seed 0, step 0: x", "7b.1 c, seed 1, step 0: x"]
-
-
-def test_a_leaderboard_names_what_failed_and_compares_the_chosen_with_what_finished() -> None:
-    table = board().assign(n_failed=[0, 1, 0, 0])  # wide, deep, plain, cnn
-    figure = plots.leaderboard(table, "7a Q1")
-    names = [label.get_text() for label in figure.axes[0].get_yticklabels()]
-    assert names == ["wide", "deep (1 of 3 trials failed)", "plain"]
-    assert figure.get_suptitle().endswith("10.0 pp ahead of plain")
-
-
-def test_figures_live_with_arms_and_seeds_that_are_missing(tmp_path: Path) -> None:
-    decisions = decided()
-    gone = decisions["arm"].isin(["noise_acting", "clone"])
-    blank = ["accuracy", "delta_pp", "delta_lo", "delta_hi", "n_routed_end", "params_total"]
-    decisions.loc[gone, blank], decisions.loc[gone, ["n_seeds", "n_failed"]] = np.nan, [0, 3]
-    kept = curves().query("arm not in ['noise_acting', 'clone'] and (phase != 'p7b2' or seed > 0)")
-    steps = relabel_control(kept.assign(routing_entropy=0.8))
-    titles = [axes.get_title(loc="left") for axes in lineage_plots.entropy(steps, decisions, 0.95).axes]
-    assert titles[0] == "7b.1 noise_acting: all 3 trials failed" and "the same as" in titles[1]
-    noted = [text.get_text() for text in plots.differences(decisions, 1.0).axes[0].texts]
-    assert len([text for text in noted if text.endswith("  all 3 trials failed")]) == 2
-    nobody = lineage_plots.lineage(LOADS.assign(arm="other"), BORN, decisions)
-    assert nobody.get_suptitle().replace("\n", " ").endswith("no primary arm finished it")
-    drawing.save(nobody, tmp_path / "nobody")
-    drawing.save(plots.learning_curves(kept, decisions, 1.0, 0.95, SURGERIES), tmp_path / "curves")
-    few = surgery_summary(SURGERIES.query("arm != 'clone'"), HALVES.head(0), kept, decisions, 0.95)
-    drawing.save(surgery_plots.surgery(few, SURGERIES, 1.0), tmp_path / "surgery")
-    drawing.save(
-        surgery_plots.halves(PRESERVATION, HALVES.head(0), few.query("arm != 'split'"), 9), tmp_path / "halves"
-    )
 
 
 def test_a_damaged_failure_is_refused_and_a_missing_one_is_none(tmp_path: Path) -> None:
@@ -199,46 +163,37 @@ def test_of_trials_that_all_failed_the_first_is_named(tmp_path: Path) -> None:
         finished(folders[:2])
 
 
-def test_operations_in_a_row_leave_out_starts_that_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "reports").mkdir()
-    monkeypatch.setattr(repeat_surgery, "in_a_row", lambda _, start, seed, *rest: pd.DataFrame({"seed": [seed]}))
-    params = load_params(ROOT / "params.yaml").model_copy(update={"seeds": 3})
-    write_failure(tmp_path / "models/p7a/baseline/seed-0", Failure(START, "baseline", 0, 900, NAN))
-    repeat_surgery.main(params)
-    assert pd.read_csv("reports/preservation.csv")["seed"].tolist() == [1, 2] * 2
-
-
-def test_the_scores_are_those_of_the_seeds_that_did_not_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def run_trials(trials: list[Trial], folder: Path, label: str) -> None:
+def test_stages_leave_out_failed_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run_trials(trials: list[Trial], folder: Path) -> None:
         for trial in trials[1:]:
-            write(pd.DataFrame({"seed": [trial.name]}), folder / trial.name / SCORES)
-        write_failure(folder / trials[0].name, Failure(label, "", 0, 0, ENDED))
+            write_table(folder / trial.name / SCORES, pd.DataFrame({"seed": [trial.seed]}))
+        write_failure(folder / trials[0].name, Failure("signals", "", 0, 0, ENDED))
 
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "reports").mkdir()
-    monkeypatch.setattr(score_signals, "run_trials", run_trials)
-    score_signals.main(load_params(ROOT / "params.yaml").model_copy(update={"seeds": 3}))
-    assert pd.read_csv("reports/signals.csv")["seed"].tolist() == ["seed-1", "seed-2"]
+    monkeypatch.setattr(signals, "run_trials", run_trials)
+    monkeypatch.setattr(in_a_row, "in_a_row", lambda _, start, seed, *rest: pd.DataFrame({"seed": [seed]}))
+    write_failure(MODELS / "p7a/baseline/seed-0", Failure(names.START, "baseline", 0, 900, NAN))
+    for stage in (signals, in_a_row):
+        stage.main(PARAMS.model_copy(update={"seeds": 3}))
+    assert pd.read_csv(MODELS / "signals.csv")["seed"].tolist() == [1, 2]
+    assert pd.read_csv(MODELS / "in_a_row.csv")["seed"].tolist() == [1, 2] * 2
 
 
 def test_a_search_writes_what_failed_beside_what_finished(
     baselines: Path, spec: ModelSpec, training: Training, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def run_trials(trials: list[Trial], folder: Path, label: str) -> None:
-        write_failure(folder / "fast/seed-0", Failure(label, "fast", 0, 3, NAN))
+    def run_trials(trials: list[Trial], folder: Path) -> None:
+        write_failure(folder / "fast/seed-0", Failure("q1", "fast", 0, 3, NAN))
         for name in ("base/seed-0", "base/seed-1", "fast/seed-1"):
             shutil.copytree(baselines / "seed-0", folder / name)
 
     monkeypatch.setattr(search, "run_trials", run_trials)
     candidates = {"fast": (spec, training), "base": (spec, training)}
-    table = run_search("q1", candidates, {"fast": {"lr": 1}}, 2, tmp_path, tmp_path / "q1")
-    assert table.columns.tolist() == COLUMNS
+    table = search.run_search("q1", candidates, {"fast": {"lr": 1}}, 2, tmp_path, tmp_path / "q1")
+    assert table.columns.tolist() == search.COLUMNS
     pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "q1.csv"), table)
-    assert table[["candidate", "seed", "settings"]].values.tolist() == [
-        *(["fast", 0, "lr=1"], ["fast", 1, "lr=1"], ["base", 0, "base"], ["base", 1, "base"]),
-    ]
+    settings = [["fast", 0, "lr=1"], ["fast", 1, "lr=1"], ["base", 0, "base"], ["base", 1, "base"]]
+    assert table[["candidate", "seed", "settings"]].values.tolist() == settings
     assert table["failure"].dropna().tolist() == ["q1, fast, seed 0, step 3: the loss is nan"]
     measured = table.columns.drop(["candidate", "seed", "settings", "failure"])
-    assert table[measured].isna().all(axis=1).tolist() == table[measured].isna().any(axis=1).tolist()
-    assert table["accuracy"].isna().tolist() == [True, False, False, False]
+    assert np.array_equal(table[measured].isna(), np.repeat([[True], [False], [False], [False]], len(measured), axis=1))

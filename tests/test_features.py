@@ -1,4 +1,4 @@
-"""A table of features is read as channels of length one: each in its own unit, none mixed up with its neighbours."""
+"""A table of features is read as channels of length one: each in its own unit, none mixed with its neighbours."""
 
 import io
 from pathlib import Path
@@ -9,15 +9,15 @@ import pytest
 import torch
 
 import phasegate
-from phasegate.data import load_fit, load_meta
-from phasegate.evaluation import evaluate_phase
-from phasegate.model import ModelSpec
-from phasegate.prepare import prepare
-from phasegate.pretraining import pretrain
-from phasegate.pretraining_params import Architecture, Training
-from phasegate.references import ReferenceSpec
-from phasegate.training import augment, load_examples
-from phasegate.trials import SECONDS
+from phasegate.evaluation.evaluate import evaluate_phase
+from phasegate.model.classifier import ModelSpec
+from phasegate.model.references import ReferenceSpec, Spec
+from phasegate.params.pretraining import Architecture, Training
+from phasegate.pretraining.pretrain import pretrain
+from phasegate.records.prepared import FIT, load_meta, load_splits
+from phasegate.records.trial_folder import SECONDS
+from phasegate.sources.prepare import prepare
+from phasegate.training.batches import augment, load_examples
 
 UNITS = 10.0 ** np.arange(-3, 4)  # of seven features
 
@@ -34,7 +34,7 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_feature_has_a_mean_and_a_deviation_of_its_own(table: Path) -> None:
-    meta, x = load_meta(table / "data/prepared"), load_fit(table / "data/prepared").train.x
+    meta, x = load_meta(table / "data/prepared"), load_splits(table / "data/prepared" / FIT)["train"].x
     assert meta.input_shape == (7, 1) and len(meta.mean) == len(meta.std) == 7
     np.testing.assert_allclose([x.mean((0, 2)), x.std((0, 2))], [[0] * 7, [1] * 7], atol=1e-6)
 
@@ -48,16 +48,12 @@ def test_no_feature_is_shifted_into_another(table: Path) -> None:
 def test_every_model_learns_is_evaluated_loads_and_is_exported(
     table: Path, tmp_path: Path, architecture: Architecture, training: Training, model: str
 ) -> None:
-    spec: ModelSpec | ReferenceSpec = ReferenceSpec(
-        (7, 1), 3, *{"perceptron": ((12,), None)}.get(model, (None, (8, 8)))
-    )
+    spec: Spec = ReferenceSpec((7, 1), 3, *{"perceptron": ((12,), None)}.get(model, (None, (8, 8))))
     if model in ("mlp", "conv"):
         spec = ModelSpec(architecture.model_copy(update={"stem": model}), (7, 1), (3,))
     prepared, folder = table / "data/prepared", tmp_path / "models/arm/seed-0"
     folder.mkdir(parents=True)
-    pretrain(
-        folder, prepared=prepared, phase="p7a", arm="arm", seed=0, spec=spec, training=training, keep_optimizer=False
-    )
+    pretrain(folder, prepared=prepared, phase="p7a", arm="arm", seed=0, spec=spec, training=training)
     (folder / SECONDS).write_text("1.5\n")
     evaluate_phase(tmp_path / "models", prepared, tmp_path / "evaluated")
     accuracy = pd.read_csv(tmp_path / "evaluated/trials.csv")["accuracy"].item()
@@ -66,9 +62,6 @@ def test_every_model_learns_is_evaluated_loads_and_is_exported(
     with np.load(table / "own.npz") as own:
         x, y = torch.from_numpy(own["x_test"]).unsqueeze(-1), torch.from_numpy(own["y_test"])
     assert 100 * (loaded.predict(x) == y).double().mean() == pytest.approx(accuracy)
-    program, file = (
-        torch.export.export(loaded, (x[:8],), dynamic_shapes=({0: torch.export.Dim("batch")},)),
-        io.BytesIO(),
-    )
-    torch.export.save(program, file)
+    program = torch.export.export(loaded, (x[:8],), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    torch.export.save(program, file := io.BytesIO())
     assert torch.equal(torch.export.load(file).module()(x), loaded(x))

@@ -5,13 +5,15 @@ import os
 import signal
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
-from phasegate.errors import UserError
-from phasegate.files import read_json, sha256, write_atomic
-from phasegate.table_files import read_table
+from phasegate.base.errors import UserError
+from phasegate.base.files import read_json, sha256, write_atomic
+from phasegate.records.tables import read_table, write_table
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -26,14 +28,16 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, mon
         write_atomic(path, b"new")
     assert path.read_text(encoding="utf-8") == "old ü" and list(path.parent.iterdir()) == [path]
     assert sha256(path) == sha256("old ü".encode())
+    with pytest.raises(UserError, match=r"file.txt/x can't be written \((Not a directory|File exists)\)"):
+        write_atomic(path / "x", "new")
 
 
 @pytest.mark.parametrize("moment", ["before", "during", "after"])
-def test_a_process_killed_while_it_writes_leaves_the_old_file_or_the_new_one(tmp_path: Path, moment: str) -> None:
+def test_a_killed_process_leaves_the_old_file_or_the_new_one(tmp_path: Path, moment: str) -> None:
     path = tmp_path / "file.bin"
     write_atomic(path, "old")
     code = (
-        "import os, signal, sys; from pathlib import Path; from phasegate.files import write_atomic\n"
+        "import os, signal, sys; from pathlib import Path; from phasegate.base.files import write_atomic\n"
         "def die(*_, **__): os.kill(os.getpid(), signal.SIGKILL)\n"
         "if sys.argv[1] == 'before': os.fsync = die\n"
         "if sys.argv[1] == 'during': Path.replace = die\n"
@@ -63,34 +67,37 @@ def test_a_read_only_disk_is_named(small_disk: Path) -> None:
     assert (small_disk / "file.txt").read_text() == "old"
 
 
-def test_a_file_in_the_place_of_a_folder_is_named(tmp_path: Path) -> None:
-    (tmp_path / "models").write_text("a file")
-    with pytest.raises(UserError, match=r"models/x can't be written \((Not a directory|File exists)\)"):
-        write_atomic(tmp_path / "models/x", "new")
+def test_tables_come_back_with_names_that_look_like_nothing_and_blank_numbers(tmp_path: Path) -> None:
+    arms = ["null", "NA", "None", "nan", "true", "inf", "7"]
+    accuracy = [1 / 3, float("nan"), float("inf"), -float("inf"), 1e-20, 0.0, 97.65625]
+    table = pd.DataFrame({"arm": arms, "reason": [*arms[:4], None, "", "x"], "seed": range(7), "accuracy": accuracy})
+    write_table(tmp_path / "full.csv", table, digits=None)
+    assert (tmp_path / "full.csv").read_text() == table.to_csv(index=False)
+    read = read_table(tmp_path / "full.csv")
+    assert read["arm"].tolist() == arms and read["reason"].tolist()[:4] == arms[:4]
+    assert read["reason"].isna().tolist() == [False] * 4 + [True, True, False]
+    pd.testing.assert_frame_equal(read[["seed", "accuracy"]], table[["seed", "accuracy"]])
+    write_table(tmp_path / "short.csv", table)
+    assert (tmp_path / "short.csv").read_text() == table.to_csv(index=False, float_format="%.10g")
+    for arm in arms:
+        write_table(tmp_path / "one.csv", table[table["arm"] == arm])
+        assert read_table(tmp_path / "one.csv")["arm"].tolist() == [arm]
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[" * 100_000, b" " * (1 << 20) + b"{}", b"1" * 5000, None])
-def test_a_damaged_json_file_is_named_in_one_sentence(tmp_path: Path, content: bytes | None) -> None:
-    path = tmp_path / "x.json"
-    with pytest.raises(UserError, match=r"x\.json is missing: `dvc repro`"):
-        read_json(path)
-    path.mkdir() if content is None else path.write_bytes(content)
-    with pytest.raises(
-        UserError,
-        match=r"^\S+x\.json (is damaged \([^\n]+\): `dvc repro`|has more than 1,048,576|can't be read: it is)[^\n]+$",
-    ) as error:
-        read_json(path)
-    assert len(str(error.value)) < 300
-
-
+NO_JSON = [b"", b"{", b"\xff", b"[" * 100_000, b" " * (1 << 20) + b"{}", b"1" * 5000, None]
 NO_TABLES = [b"", b"\n\n", b"\xff\xfe\x00\x01", b'a,b\n1,"2\n', b"a,b\n1,2\n1,2,3,4\n", b"a,c\n1,2\n", None]
 
 
-@pytest.mark.parametrize("content", NO_TABLES)
-def test_a_damaged_table_is_named_in_one_sentence(tmp_path: Path, content: bytes | None) -> None:
-    path = tmp_path / "x.csv"
-    with pytest.raises(UserError, match=r"x\.csv is missing: `dvc repro`"):
-        read_table(path)
+@pytest.mark.parametrize(("name", "content"), [*product(["x.json"], NO_JSON), *product(["x.csv"], NO_TABLES)])
+def test_a_damaged_file_is_named_in_one_sentence(tmp_path: Path, name: str, content: bytes | None) -> None:
+    def read() -> object:
+        return read_json(path) if name == "x.json" else read_table(path, ["a", "b"])
+
+    path = tmp_path / name
+    with pytest.raises(UserError, match=rf"{name} is missing: `dvc repro`"):
+        read()
     path.mkdir() if content is None else path.write_bytes(content)
-    with pytest.raises(UserError, match=r"^\S+x\.csv (is damaged \([^\n]+\): `dvc repro`|can't be read: it is)[^\n]+$"):
-        read_table(path, ["a", "b"])
+    said = r"is damaged \([^\n]+\): `dvc repro`|has more than 1,048,576|can't be read: it is"
+    with pytest.raises(UserError, match=rf"^\S+{name} ({said})[^\n]+$") as error:
+        read()
+    assert len(str(error.value)) < 300

@@ -10,11 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from phasegate.expert_manager import ExpertManager
-from phasegate.experts import count, grouped_mm, mixture, sort
-from phasegate.moe import MoE
+from phasegate.model import experts
+from phasegate.model.moe import MoE
+from phasegate.surgery.operations import ExpertManager
 
 seeds = st.integers(0, 10**6)
+few, splits = st.integers(1, 3), st.integers(0, 8)
 
 
 def naive(moe: MoE, x: Tensor) -> Tensor:
@@ -42,15 +43,7 @@ def grown(seed: int, splits: int, top_k: int = 2, gates: int = 1) -> MoE:
 
 
 @settings(max_examples=60)
-@given(
-    seed=seeds,
-    top_k=st.integers(1, 4),
-    more=st.integers(0, 4),
-    shared=st.integers(0, 2),
-    gates=st.integers(1, 3),
-    width=st.sampled_from([4, 5, 8]),
-    double=st.booleans(),
-)
+@given(seeds, st.integers(1, 4), st.integers(0, 4), st.integers(0, 2), few, st.sampled_from([4, 5, 8]), st.booleans())
 def test_without_siblings_the_layer_is_a_plain_top_k_mixture(
     seed: int, top_k: int, more: int, shared: int, gates: int, width: int, double: bool
 ) -> None:
@@ -69,9 +62,7 @@ def test_without_siblings_the_layer_is_a_plain_top_k_mixture(
 
 
 @given(seeds, st.lists(st.integers(0, 6), min_size=1, max_size=6).filter(any))
-def test_grouped_products_equal_the_loop_over_experts_with_gradients_and_empty_groups(
-    seed: int, sizes: list[int]
-) -> None:
+def test_grouped_products_and_their_gradients_equal_the_loop_over_experts(seed: int, sizes: list[int]) -> None:
     torch.manual_seed(seed)
     rows = [torch.randn(sum(sizes), 8), torch.randn(len(sizes), 8, 4)]
     ends, weight = torch.tensor(sizes).cumsum(0, dtype=torch.int32), torch.randn(sum(sizes), 4)
@@ -79,7 +70,7 @@ def test_grouped_products_equal_the_loop_over_experts_with_gradients_and_empty_g
     for dtype in (torch.float32, torch.float64):
         x, w = (tensor.to(dtype).requires_grad_() for tensor in rows)
         with patch.object(F, "grouped_mm", wraps=F.grouped_mm) as fast:
-            y = grouped_mm(x, w, ends)
+            y = experts.grouped_mm(x, w, ends)
         assert fast.called == (dtype == torch.float32)
         results.append([y, *torch.autograd.grad((y * weight).sum(), [x, w])])
     for one, other in zip(*results, strict=True):
@@ -91,10 +82,10 @@ def test_grouped_products_equal_the_loop_over_experts_with_gradients_and_empty_g
 def test_the_gradient_of_a_mixture_is_that_of_its_value(seed: int, n_experts: int, top_k: int, width: int) -> None:
     torch.manual_seed(seed)
     chosen = torch.stack([torch.randperm(n_experts)[:top_k] for _ in range(7)])
-    rows = sort(chosen, count(chosen, n_experts))
+    rows = experts.sort(chosen, experts.count(chosen, n_experts))
     shapes = [(7, width), chosen.shape, (n_experts, width, 8), (n_experts, 8, width)]
     inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
-    assert torch.autograd.gradcheck(partial(mixture, rows=rows), inputs)
+    assert torch.autograd.gradcheck(partial(experts.mixture, rows=rows), inputs)
 
 
 @given(seeds, st.integers(0, 12), st.integers(1, 4))
@@ -102,7 +93,7 @@ def test_every_token_runs_exactly_k_experts_of_k_families(seed: int, splits: int
     moe = grown(seed, splits, top_k)
     routing = moe(torch.randn(1, 50, 8))[1]
     assert routing.experts.shape == (1, 50, top_k)
-    assert all(len(set(experts)) == top_k for experts in routing.experts[0].tolist())
+    assert all(len(set(chosen)) == top_k for chosen in routing.experts[0].tolist())
     assert torch.equal(moe.family_of[routing.experts], routing.families)
     sums = routing.gates.sum(-1)
     assert (sums < 1).all() if top_k == 1 else torch.allclose(sums, torch.ones(()))
@@ -122,7 +113,7 @@ def test_descent_reaches_the_leaf_with_the_largest_smallest_signed_margin(seed: 
 
 
 @given(seeds, st.integers(1, 8))
-def test_trained_hyperplanes_learn_from_the_tokens_that_pass_them_and_change_no_value(seed: int, splits: int) -> None:
+def test_trained_hyperplanes_learn_from_tokens_that_pass_and_change_no_value(seed: int, splits: int) -> None:
     moe = grown(seed, splits)
     x = torch.randn(1, 40, 8)
     y, routing = moe(x)
@@ -136,32 +127,32 @@ def test_trained_hyperplanes_learn_from_the_tokens_that_pass_them_and_change_no_
     assert torch.equal(moe(x)[0], y)
 
 
-@given(seeds, st.integers(0, 8), st.integers(1, 4), st.integers(1, 3))
-def test_the_load_counts_the_tokens_that_each_expert_ran_in_training(
+@given(seeds, splits, st.integers(1, 4), few)
+def test_the_load_counts_tokens_that_each_expert_ran_in_training(
     seed: int, splits: int, top_k: int, gates: int
 ) -> None:
     moe = grown(seed, splits, top_k, gates)
     expected = [0] * moe.n_routed
     for training in (True, False, True):
         moe.train(training)
-        experts = moe(torch.randn(gates, 30, 8))[1].experts.flatten().tolist()
-        for e in experts * training:
+        chosen = moe(torch.randn(gates, 30, 8))[1].experts.flatten().tolist()
+        for e in chosen * training:
             expected[e] += 1
         assert moe.load.tolist() == expected
     assert sum(expected) == 2 * gates * 30 * top_k
 
 
-@given(seeds, st.integers(0, 8))
+@given(seeds, splits)
 def test_a_token_gets_the_gated_sum_of_what_its_experts_run(seed: int, splits: int) -> None:
     moe = grown(seed, splits)
     x = torch.randn(1, 20, 8)
     y, routing = moe(x)
-    for token, output, gates, experts in zip(x[0], y[0], routing.gates[0], routing.experts[0].tolist(), strict=True):
-        parts = [gate * moe.run(e, token[None])[0] for gate, e in zip(gates, experts, strict=True)]
+    for token, output, gates, chosen in zip(x[0], y[0], routing.gates[0], routing.experts[0].tolist(), strict=True):
+        parts = [gate * moe.run(e, token[None])[0] for gate, e in zip(gates, chosen, strict=True)]
         torch.testing.assert_close(torch.stack(parts).sum(0), output)
 
 
-@given(seeds, st.integers(0, 8), st.integers(1, 3))
+@given(seeds, splits, few)
 def test_margins_are_signed_distances_for_unit_normals(seed: int, splits: int, gates: int) -> None:
     moe = grown(seed, splits, gates=gates)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""What a Mac, another shell, a log file or a code host's runner meets is what was tested here."""
+"""The project works on a Mac, in another shell, with a log file for a terminal, and on a code host's runner."""
 
 import os
 import pty
@@ -7,9 +7,9 @@ import shutil
 import subprocess
 import sys
 import termios
+from contextlib import suppress
 from pathlib import Path
 
-import pytest
 import yaml
 
 from tests.small_study import PATH, ROOT
@@ -19,11 +19,12 @@ MAKEFILE = (ROOT / "Makefile").read_text()
 TARGETS = set(re.findall(r"^([a-z-]+):", MAKEFILE, re.MULTILINE))
 HOOKED = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
 HOOKS = [hook for repo in HOOKED for hook in repo["hooks"]]
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "PATH": PATH, "PHASEGATE_PROGRESS": "1"}
 LINUX_ONLY = re.compile(r"/proc/|/sys/|prctl|sched_getaffinity|PR_SET_PDEATHSIG|epoll|inotify|os\.fork\b")
 GUARDED = {
     "stages/report.py": "listed.read_text()) if listed.exists() else",
-    "phasegate/memory.py": "except (OSError, ValueError):",
-    "tests/damage.py": 'symlink_to("/proc/self/mem")',  # elsewhere it leads nowhere, which is damage too
+    "phasegate/base/memory.py": "except (OSError, ValueError):",
+    "tests/damage.py": '"/proc/self/mem")',  # elsewhere it leads nowhere, which is damage too
     "tests/test_portable.py": "LINUX_ONLY",
 }
 """Files that name what only Linux has, and what makes that harmless elsewhere."""
@@ -39,41 +40,35 @@ def test_no_two_files_differ_in_case_alone() -> None:
     assert len({name.lower() for name in TRACKED}) == len(TRACKED)
 
 
-def test_the_makefile_asks_for_nothing_that_make_3_81_or_bsd_tools_lack() -> None:
+def test_the_makefile_needs_nothing_that_make_3_81_or_bsd_tools_lack() -> None:
     assert re.search(r"^SHELL := (?!/bin/sh$)", MAKEFILE, re.MULTILINE)  # else 3.81 ignores the PATH exported here
-    recipes = [line for line in MAKEFILE.splitlines() if line.startswith("\t")]
     assert not re.search(r"^\.ONESHELL|\$\(file |!=|&:", MAKEFILE, re.MULTILINE)
-    for line in recipes:
-        assert not re.search(
-            r"sed -[iEr]|grep -P|readlink -f|xargs -r|date -d|--exclude=|cp -a|stat -c|mktemp", line
-        ), line
-        assert "tar -x" not in line or "tar -x -f -" in line, line
+    lacking = r"sed -[iEr]|grep -P|readlink -f|xargs -r|date -d|--exclude=|cp -a|stat -c|mktemp|tar -x(?! -f -)"
+    assert re.findall(rf"^\t.*(?:{lacking}).*", MAKEFILE, re.MULTILINE) == []
 
 
 def test_an_environment_behind_a_link_is_not_emptied(tmp_path: Path) -> None:
     for name in ("Makefile", "requirements.lock", "pyproject.toml"):
         (tmp_path / name).write_text((ROOT / name).read_text())
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other/precious").touch()
-    (tmp_path / ".venv").symlink_to("other")
+    (tmp_path / "precious").touch()
+    (tmp_path / ".venv").symlink_to(".")
     done = subprocess.run(["make", "lint"], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode and ".venv is a link" in done.stderr
-    assert (tmp_path / "other/precious").exists()
+    assert (tmp_path / "precious").exists()
 
 
 def test_the_workflow_runs_commands_that_exist_with_few_rights() -> None:
-    text = (ROOT / ".github/workflows/test.yml").read_text()
-    workflow = yaml.safe_load(text)
+    workflow = yaml.safe_load((ROOT / ".github/workflows/test.yml").read_text())
     triggers = workflow[True]  # YAML 1.1 takes the key `on` for a truth value
     assert set(triggers) == {"push", "pull_request"} and triggers["push"] == {"branches": ["main"]}
-    assert workflow["permissions"] == {"contents": "read"}
-    assert workflow["jobs"]["verdicts"]["permissions"] == {"contents": "read", "pull-requests": "write"}
-    steps = [step for job in workflow["jobs"].values() for step in job["steps"]]
+    jobs = workflow["jobs"]
+    assert workflow["permissions"] == {"contents": "read"} and all("timeout-minutes" in job for job in jobs.values())
+    assert jobs["verdicts"]["permissions"] == {"contents": "read", "pull-requests": "write"}
+    steps = [step for job in jobs.values() for step in job["steps"]]
     commands = [step["run"] for step in steps if "run" in step]
     made = {command.split()[1] for command in commands if command.startswith("make ")}
     assert made == {"test", "verdicts"} and made <= TARGETS
     assert all(command.split()[0] in ("make", "cat", "gh") for command in commands)
-    assert all("timeout-minutes" in job for job in workflow["jobs"].values())
     caches = [step["with"] for step in steps if step.get("uses", "").startswith("actions/setup-python@")]
     assert caches and all((ROOT / cache["cache-dependency-path"]).exists() for cache in caches)
 
@@ -85,65 +80,39 @@ def test_the_hooks_need_no_network_and_run_what_exists() -> None:
     assert made == ["lint"] and set(made) <= TARGETS
 
 
-@pytest.mark.parametrize(
-    ("arm", "sentence"),
-    [
-        ({}, r"own\.arms\.mine\.signal is missing"),
-        ({"signal": "lowdest"}, r"own\.arms\.mine\.signal is 'lowdest', but .*: did you mean loudest\?"),
-        ({"signal": "loudest"}, ""),
-    ],
-)
-def test_the_hook_for_parameters_says_what_the_first_stage_would_and_waits_for_none(
-    tmp_path: Path, arm: dict[str, str], sentence: str
-) -> None:
+def test_the_hook_for_parameters_says_what_is_wrong(tmp_path: Path) -> None:
     [hook] = [hook for hook in HOOKS if hook["id"] == "parameters"]
-    watched = ["params.yaml", "plugins/loudest.py", "phasegate/phase_params.py"]
+    watched = ["params.yaml", "plugins/loudest.py", "phasegate/params/phases.py"]
     assert all(re.search(hook["files"], name) for name in watched)
     shutil.copytree(ROOT / "plugins", tmp_path / "plugins")
     values = yaml.safe_load((ROOT / "params.yaml").read_text())
-    values["own"]["arms"] = {"mine": arm}
-    (tmp_path / "params.yaml").write_text(yaml.safe_dump(values))
-    done = subprocess.run(
-        hook["entry"].split(),
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "PATH": PATH},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == (2 if sentence else 0) and done.stdout == ""
-    assert re.fullmatch(f"check: {sentence}\n" if sentence else "", done.stderr)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["params.yaml", "plugins"]
+    wrong = r"check: plugins\.arms\.mine\.signal is 'lowdest', but .*: did you mean loudest\?\n"
+    for name, code, sentence in (("lowdest", 2, wrong), ("loudest", 0, "")):
+        values["plugins"]["arms"] = {"mine": {"signal": name}}
+        (tmp_path / "params.yaml").write_text(yaml.safe_dump(values))
+        words = hook["entry"].split()
+        done = subprocess.run(words, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout) == (code, "") and re.fullmatch(sentence, done.stderr)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["params.yaml", "plugins"]
 
 
-BAR = "from phasegate.trials import _watch; list(_watch(iter(range(3)), 3, 'label'))"
+BAR = "from phasegate.trials.run import _with_progress as show; list(show(iter(range(3)), 3, 'label'))"
 
 
-def in_terminal(*words: str) -> bytes:
-    """What a command writes to a terminal of its own."""
+def test_a_terminal_gets_a_bar_without_colours() -> None:
     ours, theirs = pty.openpty()
     termios.tcsetwinsize(theirs, (24, 80))
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "PHASEGATE_PROGRESS": "1"}
-    with subprocess.Popen(words, stdout=theirs, stderr=theirs, stdin=theirs, env=environment) as process:
+    words, written = [sys.executable, "-c", BAR], b""
+    with subprocess.Popen(words, stdout=theirs, stderr=theirs, stdin=theirs, env=ENVIRONMENT) as process:
         os.close(theirs)
-        written = b""
-        try:
+        with suppress(OSError):  # how Linux says that the other side is closed
             while more := os.read(ours, 1 << 16):
                 written += more
-        except OSError:  # how Linux says that the other side is closed
-            pass
     os.close(ours)
-    assert process.returncode == 0
-    return written
-
-
-def test_a_terminal_gets_a_bar_without_colours_whatever_no_color_says() -> None:
-    written = in_terminal(sys.executable, "-c", BAR)
-    assert b"3/3" in written and b"\r" in written
+    assert process.returncode == 0 and b"3/3" in written and b"\r" in written
     assert not re.search(rb"\x1b\[[0-9;]*m", written)
 
 
 def test_what_is_no_terminal_gets_whole_lines() -> None:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "PHASEGATE_PROGRESS": "1"}
-    done = subprocess.run([sys.executable, "-c", BAR], env=environment, capture_output=True, check=True)
+    done = subprocess.run([sys.executable, "-c", BAR], env=ENVIRONMENT, capture_output=True, check=True)
     assert done.stdout == b"" and done.stderr == b"label: 3 of 3 trials, about 0 s left\n"

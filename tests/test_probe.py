@@ -1,6 +1,5 @@
 """A probe says of a layer what a loop over its tokens would, and leaves the model as it was."""
 
-import copy
 from typing import Any
 
 import pytest
@@ -10,51 +9,32 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from phasegate.expert_manager import ExpertManager
-from phasegate.model import Model, ModelSpec
-from phasegate.moe import Routing
-from phasegate.pretraining_params import Architecture
-from phasegate.probe import Probe
-from phasegate.sections import override
-from phasegate.training import EVALUATION_BATCH, Examples
+from phasegate.model.classifier import Model
+from phasegate.surgery.probe import Probe
+from phasegate.training.batches import Examples
+from phasegate.training.predictions import EVALUATION_BATCH
+from tests.models import cases, loss_with, random_model, seeds, split, unchanged
 
-cases = st.fixed_dictionaries(
-    {"stem": st.sampled_from(["mlp", "conv"]), "top_k": st.integers(1, 3), "n_shared": st.integers(0, 1)}
-)
+blocks = st.integers(0, 1)
 
 
-def study(architecture: Architecture, seed: int, examples: int = 20, **changes: int | str) -> tuple[Model, Examples]:
-    """A random model of two blocks in float64, an expert of each split, and random examples."""
-    torch.manual_seed(seed)
-    model = Model(ModelSpec(override(architecture, changes, ""), (1, 8), (4,))).double()
+def study(seed: int, examples: int = 20, **changes: int | str) -> tuple[Model, Examples]:
+    """A random model, an expert of each of its layers split, and random examples."""
+    model, drawn = random_model(seed, examples, **changes)
     for moe in model.layers:
-        moe.selection_bias.normal_()
-        ExpertManager(moe).split(1, torch.randn(16).double(), 0.0)
-        moe.w_out.data += 0.1 * torch.randn_like(moe.w_out)
-    return model, Examples(torch.randn(examples, 1, 8).double(), torch.randint(0, 4, (examples,)))
-
-
-def loss_with(model: Model, block: int, examples: Examples, change: Tensor) -> Tensor:
-    """The mean loss if `change` (N, D) is added to what the layer puts out."""
-
-    def add(layer: object, given: object, output: tuple[Tensor, Routing]) -> tuple[Tensor, Routing]:
-        return output[0] + change, output[1]
-
-    with model.layers[block].register_forward_hook(add), torch.no_grad():
-        return F.cross_entropy(model.eval()(examples.x).logits[0], examples.y)
+        split(moe, 1)
+    return model, drawn
 
 
 @settings(max_examples=25)
-@given(seed=st.integers(0, 10**6), case=cases, block=st.integers(0, 1))
-def test_visits_and_contributions_equal_a_loop_and_add_up_to_the_layer(
-    architecture: Architecture, seed: int, case: dict[str, Any], block: int
-) -> None:
-    model, examples = study(architecture, seed, **case)
+@given(seeds, cases, blocks)
+def test_visits_and_contributions_equal_a_loop(seed: int, case: dict[str, Any], block: int) -> None:
+    model, examples = study(seed, **case)
     probe = Probe(model, block, examples)
     moe, (tokens, _, _, gates, experts) = model.layers[block], probe.routing
     assert probe.length == (2 if case["stem"] == "conv" else 1) and tokens.shape[1] == 20 * probe.length
     torch.testing.assert_close(tokens, model.blocks[block].norm(probe.stream))  # type: ignore[operator]
-    visits, runs = torch.zeros_like(probe.visits), [[] for _ in range(6)]  # type: ignore[var-annotated]
+    visits, runs = torch.zeros_like(probe.visits), [list[Tensor]() for _ in range(6)]
     for n in range(tokens.shape[1]):
         for k in range(moe.top_k):
             e = int(experts[0, n, k])
@@ -70,50 +50,36 @@ def test_visits_and_contributions_equal_a_loop_and_add_up_to_the_layer(
 
 
 @settings(max_examples=15)
-@given(seed=st.integers(0, 10**6), case=cases, block=st.integers(0, 1))
-def test_slopes_say_how_the_loss_changes_with_what_the_layer_puts_out(
-    architecture: Architecture, seed: int, case: dict[str, Any], block: int
-) -> None:
-    model, examples = study(architecture, seed, **case)
+@given(seeds, cases, blocks)
+def test_slopes_say_how_the_loss_changes_with_the_output(seed: int, case: dict[str, Any], block: int) -> None:
+    model, examples = study(seed, **case)
     for moe in model.layers:  # trained hyperplanes would add what teaches them, which is no change of the loss
         moe.node_weight.requires_grad_(False)
         moe.node_offset.requires_grad_(False)
     with torch.no_grad():  # as where controllers ask
         probe = Probe(model, block, examples)
         slopes, nudge = probe.slopes, 1e-7 * torch.randn_like(probe.slopes)  # too small to change any routing
-    torch.testing.assert_close(probe.losses.mean(), loss_with(model, block, examples, 0 * nudge))
-    up, down = (loss_with(model, block, examples, sign * nudge) for sign in (1, -1))
+        up, down = (loss_with(probe, sign * nudge) for sign in (1, -1))
+    torch.testing.assert_close(probe.losses.mean(), loss_with(probe, 0 * nudge))
     assert abs((up - down) / 2 - (slopes * nudge).sum()) < 1e-5 * slopes.norm() * nudge.norm()
 
 
 @settings(max_examples=10)
-@given(seed=st.integers(0, 10**6), block=st.integers(0, 1))
-def test_a_probe_leaves_weights_gradients_and_hooks_as_they_were(
-    architecture: Architecture, seed: int, block: int
-) -> None:
-    model, examples = study(architecture, seed)
+@given(seeds, blocks)
+def test_a_probe_leaves_the_model_as_it_was(seed: int, block: int) -> None:
+    model, examples = study(seed)
     F.cross_entropy(model(examples.x).logits[0], examples.y).backward()  # type: ignore[no-untyped-call]
-    before, held = copy.deepcopy(model), [parameter.grad for parameter in model.parameters()]
-    grads = copy.deepcopy(held)
-    probe = Probe(model, block, examples)
-    assert len(probe.losses) == 20 and probe.contributions.any() and probe.slopes.any() and probe.visits.any()
-    for (name, was), now in zip(before.state_dict().items(), model.state_dict().values(), strict=True):
-        assert torch.equal(was, now), name
-    for parameter, grad, was in zip(model.parameters(), held, grads, strict=True):
-        assert parameter.requires_grad and parameter.grad is grad
-        assert grad is None or (was is not None and torch.equal(grad, was))
-    assert sum(grad is not None for grad in held) > 10
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    with unchanged(model):
+        probe = Probe(model, block, examples)
+        assert len(probe.losses) == 20 and probe.contributions.any() and probe.slopes.any() and probe.visits.any()
     results = (probe.losses, probe.stream, probe.contributions, probe.slopes, probe.visits, probe.routing.probs)
     assert not any(result.requires_grad for result in results)
 
 
 @pytest.mark.parametrize("examples", [EVALUATION_BATCH, EVALUATION_BATCH + 1])
-def test_a_probe_is_of_one_batch_at_most(architecture: Architecture, examples: int) -> None:
-    model, split = study(architecture, 0, examples)
-    probe = Probe(model, 1, split)
+def test_a_probe_is_of_one_batch_at_most(examples: int) -> None:
+    model, drawn = study(0, examples)
+    probe = Probe(model, 1, drawn)
     assert len(probe.examples) == len(probe.losses) == probe.stream.shape[1] == len(probe.slopes) == EVALUATION_BATCH
-    expected = model(split.x).logits[0][:EVALUATION_BATCH]
-    torch.testing.assert_close(
-        probe.losses, F.cross_entropy(expected, split.y[:EVALUATION_BATCH], reduction="none").detach()
-    )
+    losses = F.cross_entropy(model(drawn.x).logits[0], drawn.y, reduction="none")[:EVALUATION_BATCH]
+    torch.testing.assert_close(probe.losses, losses.detach())

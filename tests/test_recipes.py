@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,25 +12,38 @@ import pandas as pd
 import pytest
 from dvc.repo import Repo
 
-from phasegate.data import Split
+from phasegate.base.errors import UserError
 from phasegate.params import load_params
-from phasegate.sources import Raw, load_source
+from phasegate.records.prepared import Split
+from phasegate.sources.prepare import load_source
+from phasegate.sources.raw import Raw
+from phasegate.tools.command import output
+from phasegate.tools.plan import changed
 from tests import chaos
-from tests.documents import commands
 from tests.one_process import run_all
 from tests.small_study import ROOT, Checkout, content
+from tests.test_docs import commands
 
 TRAINING = (["dvc", "queue", "start"], ["dvc", "exp", "run"])
-MADE = {
-    ("make", "phases"): ("phasegate.experiments",),
-    ("make", "verdicts", "BASE=HEAD"): ("phasegate.report.comparison", "HEAD"),
-}
-"""What make runs, in an environment that is not here."""
+
+
+def test_a_plan_names_changes_and_not_what_is_only_absent() -> None:
+    deps: dict[str, object] = {"models/p7a": "deleted", "phasegate/model": "new", "params.yaml": {"p7b": "modified"}}
+    assert changed("changed command") == ["changed command"]
+    assert changed({"changed deps": deps}) == ["phasegate/model", "p7b"]
+    assert changed({"changed outs": {"models/p7b1": "not in cache"}}) == []
+
+
+def test_a_command_that_fails_or_is_missing_is_told_in_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^git status failed: not a git repository"):
+        output("git", "status", folder=tmp_path)
+    with pytest.raises(UserError, match=r"^there is no command dvcc: activate \.venv, or use make"):
+        output("dvcc", "status")
 
 
 def test_dvc_compares_phases_saved_as_experiments(checkout: Checkout) -> None:
-    def save(*arms: str, ok: bool = True) -> str:
-        return checkout.command("python", "-m", "phasegate.experiments", *arms, ok=ok)
+    save = partial(checkout.command, "python", "-m", "phasegate.tools.experiments")
+    plan = partial(checkout.command, "python", "-m", "phasegate.tools.plan")
 
     def references() -> list[str]:
         return checkout.command("git", "for-each-ref", "--format=%(refname)", "refs/exps/*/*/*").split()
@@ -43,14 +57,13 @@ def test_dvc_compares_phases_saved_as_experiments(checkout: Checkout) -> None:
         f"phase-7b2-clone: clone, {new['verdict']}, {new['accuracy']:.2f} %",
     ]
     for reference in (name for name in references() if "/phase-" in name):  # nothing else was made anew
-        changed = checkout.command("git", "diff", "--name-only", "HEAD", reference).split()
-        curve = ["reports/headline_curve.csv"] if "/phase-7a" in reference else changed[3:]  # two arms may share theirs
-        assert changed == ["dvc.lock", "metrics.json", "params.yaml", *curve]
+        files = checkout.command("git", "diff", "--name-only", "HEAD", reference).split()
+        curve = ["reports/headline_curve.csv"] if "/phase-7a" in reference else files[3:]  # two arms may share theirs
+        assert files == ["dvc.lock", "metrics.json", "params.yaml", *curve]
 
     pair = ("phase-7a", "phase-7b2-clone")
     metrics = json.loads(checkout.command("dvc", "metrics", "diff", "--json", *pair))["metrics.json"]
-    assert metrics["accuracy"]["old"] == pytest.approx(old["accuracy"])
-    assert metrics["accuracy"]["new"] == pytest.approx(new["accuracy"])
+    assert [metrics["accuracy"][side] for side in ("old", "new")] == pytest.approx([old["accuracy"], new["accuracy"]])
     params = json.loads(checkout.command("dvc", "params", "diff", "--json", *pair))["params.yaml"]
     assert params["headline.phase"] == {"old": "p7a", "new": "p7b2"}
     table = checkout.command("dvc", "exp", "show", "--md", "--only-changed")
@@ -67,8 +80,14 @@ def test_dvc_compares_phases_saved_as_experiments(checkout: Checkout) -> None:
     checkout.change({"p7b2": {"entropy_weight": 9.0}})
     assert "params.yaml changed since the last commit" in save("p7a", ok=False)
     checkout.command("git", "commit", "-qam", "other parameters, the same results")
-    assert "would start at stage p7b2" in save("p7a", ok=False)
+    assert "has tables of other parameters or code: p7b2 changed, which p7b2 uses" in save("p7a", ok=False)
+    assert "has tables of other parameters or code" in plan("--refuse-stale", ok=False)
+    assert "\n  p7b2: p7b2\n" in plan()
     checkout.command("git", "revert", "--no-edit", "HEAD")
+    for left in (".probe.py.swp", "probe.py~", ".DS_Store"):  # by an editor, by macOS
+        (checkout.folder / "phasegate/surgery" / left).touch()
+    assert plan("--refuse-stale") == ""
+    assert plan().startswith("Nothing changed: ")
     assert "arm is 'clones', no arm of p7b2: did you mean clone?" in save("p7b2/clones", ok=False)
     save("p7a")
     assert own in references()
@@ -80,18 +99,17 @@ def test_the_recipes_work_one_after_the_other(checkout: Checkout, tmp_path: Path
     checkout.command("git", "commit", "--allow-empty", "-qm", "results")
     checkout.command("git", "init", "-q", "--bare", str(tmp_path / "origin"))
     checkout.command("git", "remote", "add", "origin", str(tmp_path / "origin"))
-    first = checkout.command("dvc", "exp", "run", "--name", "gutsy-seat", "-S", "p7b2.entropy_weight=0.2")
-    assert "Ran experiment" in first
+    run = checkout.command("dvc", "exp", "run", "--name", "gutsy-seat", "-S", "p7b2.entropy_weight=0.2")
+    assert "Ran experiment" in run
     outputs = {}
     for words in commands(ROOT / "docs/recipes.md"):
-        if tuple(words) in MADE:
-            words = [sys.executable, "-m", *MADE[tuple(words)]]
+        if words == ["make", "phases"]:  # which would make an environment
+            words = [sys.executable, "-m", "phasegate.tools.experiments"]
         elif "--queue" not in words and (words[0] == "make" or words[:3] in TRAINING):
             continue  # it would train for minutes; test_docs.py looks at what it sets
         words = [word.replace("/mnt/shared/phasegate", str(tmp_path / "remote")) for word in words]
         outputs[" ".join(words[1:])] = checkout.command(*words)
         checkout.command("git", "checkout", "-q", "--", "params.yaml", "dvc.lock", "metrics.json", "reports")
-    assert "No verdict and no number differs from `HEAD`." in outputs["-m phasegate.report.comparison HEAD"]
     assert outputs["queue status"].count("Queued") == 3
     assert any((tmp_path / "remote").rglob("*")) and "Pushed" in outputs["exp push origin phase-7b2"]
 
@@ -104,26 +122,29 @@ def test_a_study_killed_at_random_moments_ends_with_the_same_bits(checkout: Chec
     assert done.kills.total() == 25 and len(done.places) > 4, done
 
 
-def test_what_a_killed_dvc_has_left_half_written_is_put_aside_and_costs_no_training(
-    small_study: Path, tmp_path: Path
-) -> None:
+def test_what_a_killed_dvc_left_half_written_costs_no_training(small_study: Path, tmp_path: Path) -> None:
     study = Checkout(tmp_path / "study", of=small_study)
     lock, aside = study.folder / "dvc.lock", study.folder / ".dvc/tmp"
-    whole = lock.read_bytes()
-    assert study.command("python", "-m", "phasegate.mend") == ""
+
+    repair, whole = partial(study.command, "python", "-m", "phasegate.tools.repair"), lock.read_bytes()
+    assert repair() == ""
     for half in (b"", whole[: whole.rindex(b"path: ") + 3]):
         lock.write_bytes(half)
         assert "dvc.lock" in study.command("dvc", "repro", ok=False)
-        assert study.command("python", "-m", "phasegate.mend").startswith("dvc.lock is damaged")
+        assert repair().startswith("dvc.lock was cut off")
         assert not lock.exists() and (aside / "dvc.lock.damaged").read_bytes() == half
-    (aside / "rwlock").write_text('{"read": {')
-    assert "rwlock" in study.command("dvc", "repro", ok=False)
-    assert study.command("python", "-m", "phasegate.mend").startswith(".dvc/tmp/rwlock is damaged")
-    assert study.repro() == {"signals", "repeat_surgery", "decide", "report", "headline"}  # tables that git keeps
+    for half in (b"", b'{"read": {'):
+        (aside / "rwlock").write_bytes(half)
+        assert "rwlock" in study.command("dvc", "repro", ok=False)
+        assert repair().startswith(".dvc/tmp/rwlock was cut off")
+    assert study.repro() == {"decide", "report", "headline"}  # their outputs are not in DVC's cache
     assert lock.read_bytes() == whole and chaos.results(study.folder) == chaos.results(small_study)
     lock.write_bytes(b"")
-    with Repo(study.folder).lock:  # a DVC at work may be just writing it
-        assert study.command("python", "-m", "phasegate.mend") == "" and lock.exists()
+    with Repo(study.folder).lock:  # DVC is at work, and may be writing the file
+        assert repair() == "" and lock.exists()
+    lock.write_bytes(conflict := b"<<<<<<< HEAD\n" + whole + b"=======\n" + whole + b">>>>>>> branch\n")
+    assert repair(ok=False).startswith("repair: dvc.lock has the marks of a merge conflict: resolve it")
+    assert lock.read_bytes() == conflict
 
 
 def test_permuting_the_test_labels_changes_nothing_but_the_evaluation(
@@ -133,12 +154,12 @@ def test_permuting_the_test_labels_changes_nothing_but_the_evaluation(
         raw = load_source(name, path)
         return replace(raw, test=Split(raw.test.x, np.random.default_rng(0).permutation(raw.test.y)))
 
-    monkeypatch.setattr("phasegate.prepare.load_source", permuted)
+    monkeypatch.setattr("phasegate.sources.prepare.load_source", permuted)
     (tmp_path / "plugins").symlink_to(ROOT / "plugins")
     (tmp_path / "data/raw").mkdir(parents=True)
     run_all(load_params(small_study / "params.yaml"), tmp_path, monkeypatch)
     assert content(tmp_path / "models") == content(small_study / "models")  # nor does it matter which process trains
-    honest, other = (content(folder / "reports")["signals.csv"] for folder in (small_study, tmp_path))
+    honest, other = (content(folder / "reports/tables")["signals.csv"] for folder in (small_study, tmp_path))
     assert honest == other
-    before, after = (pd.read_csv(f / "reports/trials.csv")["accuracy"] for f in (small_study, tmp_path))
+    before, after = (pd.read_csv(f / "reports/tables/trials.csv")["accuracy"] for f in (small_study, tmp_path))
     assert (after < before).mean() > 0.9 and abs(after.mean() - 10) < 3  # ten classes: chance

@@ -1,6 +1,5 @@
-"""Whatever is killed, stopped or fails: what was finished stays, what was not goes on, and nobody is left behind."""
+"""Whatever is killed, stopped or fails: what was finished stays, the rest resumes, and no process is left behind."""
 
-import json
 import os
 import shutil
 import signal
@@ -15,11 +14,13 @@ import psutil
 import pytest
 import yaml
 
-from phasegate import processes, trials
-from phasegate.errors import Diverged, UserError
-from phasegate.failure import FAILURE, Failure, read_failure
-from phasegate.snapshots import SNAPSHOT
-from phasegate.trials import SECONDS, UNFINISHED, Trial, run_trials
+from phasegate.base import processes
+from phasegate.base.errors import Diverged, UserError
+from phasegate.records.trial_folder import FAILURE, SECONDS, Failure, read_failure, write_failure
+from phasegate.training.resume import SNAPSHOT
+from phasegate.trials import store
+from phasegate.trials.run import run_trials
+from phasegate.trials.trial import Trial
 from tests import chaos
 from tests.small_study import PATH, ROOT, Checkout
 
@@ -28,6 +29,13 @@ SLOW_REFERENCES = {
     "cnn": {"channels": [8, 8], "steps": 1_500, "batch": 100, "lr": 0.02, "weight_decay": 0.1, "published": 94.0}
 }
 PATIENCE = 60  # seconds for what takes one or two on a busy machine
+ENVIRONMENT = os.environ | {
+    "PATH": PATH,
+    "PYTHONPATH": str(ROOT),
+    "PYTHONWARNINGS": "ignore:resource_tracker",  # as `stage.run` sets it
+    "PHASEGATE_WORKERS": "2",
+    "PHASEGATE_PROGRESS": "0",
+}
 
 
 def record(folder: Path, *, log: Path, seed: int, harm: str = "", at: int = 0, kept: int = 0) -> None:
@@ -51,14 +59,14 @@ def record(folder: Path, *, log: Path, seed: int, harm: str = "", at: int = 0, k
 
 
 def wanted(folder: Path, seeds: int = 3, **arguments: Any) -> list[Trial]:
-    """Trials of `record` with these arguments, which read a file of their own start."""
-    starts = {seed: folder / f"starts/seed-{seed}" for seed in range(seeds)}
-    for start in starts.values():
+    """Trials of `record` with these arguments, each with an input file of its own."""
+    starts = [folder / f"starts/seed-{seed}" for seed in range(seeds)]
+    for start in starts:
         start.mkdir(parents=True, exist_ok=True)
         if not (start / FAILURE).exists():
             (start / "weights").write_text(WEIGHTS)
     shared = {"log": folder / "log", **arguments}
-    return [Trial(f"arm/seed-{s}", record, {**shared, "seed": s}, (starts[s] / "weights",)) for s in starts]
+    return [Trial("p", "arm", s, record, {**shared, "seed": s}, (starts[s] / "weights",)) for s in range(seeds)]
 
 
 def begun(folder: Path) -> list[int]:
@@ -68,25 +76,25 @@ def begun(folder: Path) -> list[int]:
 
 @pytest.fixture(autouse=True)
 def own_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(trials, "STORE", tmp_path / "store/trials")
+    monkeypatch.setattr(store, "STORE", tmp_path / "store/trials")
     monkeypatch.setenv("PHASEGATE_WORKERS", "1")
     return tmp_path / "store"
 
 
-def test_the_trial_of_a_killed_worker_goes_on_and_finished_ones_are_not_repeated(
+def test_a_killed_workers_trial_resumes_and_finished_trials_are_not_repeated(
     tmp_path: Path, own_store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PHASEGATE_WORKERS", "2")
-    monkeypatch.setattr(trials, "STORE", tmp_path / "first/trials")
-    run_trials(wanted(tmp_path, seeds=2), tmp_path / "out", "test")  # workers are there, and the kill hits but one
-    monkeypatch.setattr(trials, "STORE", own_store / "trials")
+    monkeypatch.setattr(store, "STORE", tmp_path / "first/trials")
+    run_trials(wanted(tmp_path, seeds=2), tmp_path / "out")  # workers are there, and the kill hits but one
+    monkeypatch.setattr(store, "STORE", own_store / "trials")
     (tmp_path / "log").unlink()
-    with pytest.raises(UserError, match=r"^a worker of test was killed, .*`dvc repro` goes on where it was"):
-        run_trials(wanted(tmp_path, harm="killed", at=2, kept=2), tmp_path / "out", "test")
-    run_trials(wanted(tmp_path, harm="killed", at=2, kept=2), tmp_path / "out", "test")
+    with pytest.raises(UserError, match=r"^a worker of out was killed, .*`dvc repro` resumes"):
+        run_trials(wanted(tmp_path, harm="killed", at=2, kept=2), tmp_path / "out")
+    run_trials(wanted(tmp_path, harm="killed", at=2, kept=2), tmp_path / "out")
     assert sorted(begun(tmp_path)) == [0, 1, 2, 2]
     assert (tmp_path / "out/arm/seed-2/result.txt").read_text() == "seed 2, with a snapshot"
-    assert not list((own_store / UNFINISHED).iterdir())
+    assert not list((own_store / store.UNFINISHED).iterdir())
 
 
 @pytest.mark.parametrize("other", ["argument", "input"])
@@ -94,31 +102,31 @@ def test_what_a_killed_trial_left_is_never_used_by_another(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: str
 ) -> None:
     monkeypatch.setenv("PHASEGATE_WORKERS", "2")
-    with pytest.raises(UserError, match=r"^a worker of test was killed"):
-        run_trials(wanted(tmp_path, harm="killed"), tmp_path / "out", "test")
+    with pytest.raises(UserError, match=r"^a worker of out was killed"):
+        run_trials(wanted(tmp_path, harm="killed"), tmp_path / "out")
     if other == "input":
         monkeypatch.setattr("tests.test_reliability.WEIGHTS", "other weights")
     at = 9 if other == "argument" else 0
-    run_trials(wanted(tmp_path, harm="killed", at=at), tmp_path / "out", "test")
+    run_trials(wanted(tmp_path, harm="killed", at=at), tmp_path / "out")
     assert (tmp_path / "out/arm/seed-0/result.txt").read_text() == "seed 0, without a snapshot"
 
 
 def test_a_trial_that_diverges_fails_alone_and_is_not_tried_again(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    run_trials(wanted(tmp_path, harm="diverges", at=1), tmp_path / "out", "p7b1")
-    assert read_failure(tmp_path / "out/arm/seed-1") == Failure("p7b1", "arm", 1, 210, "the loss is nan")
+    run_trials(wanted(tmp_path, harm="diverges", at=1), tmp_path / "out")
+    assert read_failure(tmp_path / "out/arm/seed-1") == Failure("p", "arm", 1, 210, "the loss is nan")
     assert (tmp_path / "out/arm/seed-1" / SECONDS).exists() and not (tmp_path / "out/arm/seed-1/result.txt").exists()
     assert [(tmp_path / f"out/arm/seed-{seed}/result.txt").exists() for seed in range(3)] == [True, False, True]
     said = capfd.readouterr().err
-    assert said.endswith("p7b1: 1 of 3 trials failed, as p7b1, arm, seed 1, step 210: the loss is nan\n")
-    run_trials(wanted(tmp_path, harm="diverges", at=1), tmp_path / "out", "p7b1")
+    assert said.endswith("out: 1 of 3 trials failed, the first: p, arm, seed 1, step 210: the loss is nan\n")
+    run_trials(wanted(tmp_path, harm="diverges", at=1), tmp_path / "out")
     assert begun(tmp_path) == [0, 1, 2]
 
 
-def test_what_an_earlier_run_left_in_a_folder_is_not_mixed_with_what_a_later_one_does(tmp_path: Path) -> None:
+def test_what_an_earlier_run_left_is_not_mixed_with_a_later_result(tmp_path: Path) -> None:
     for harm, seeds in (("diverges", {1}), ("", set()), ("diverges", {1})):
-        run_trials(wanted(tmp_path, harm=harm, at=1), tmp_path / "out", "test")
+        run_trials(wanted(tmp_path, harm=harm, at=1), tmp_path / "out")
         for seed in range(3):
             files = {path.name for path in (tmp_path / f"out/arm/seed-{seed}").iterdir()}
             assert files == {"begun.txt", SECONDS, FAILURE if seed in seeds else "result.txt"}
@@ -126,72 +134,75 @@ def test_what_an_earlier_run_left_in_a_folder_is_not_mixed_with_what_a_later_one
 
 def test_a_trial_whose_start_failed_fails_too_and_does_not_begin(tmp_path: Path) -> None:
     start = tmp_path / "starts/seed-1"
-    start.mkdir(parents=True)
-    (start / FAILURE).write_text(json.dumps(Failure("p7a", "baseline", 1, 3, "the loss is inf").__dict__))
-    run_trials(wanted(tmp_path), tmp_path / "out", "p7b1")
+    write_failure(start, Failure("p7a", "baseline", 1, 3, "the loss is inf"))
+    run_trials(wanted(tmp_path), tmp_path / "out")
     reason = f"its start {start} failed: the loss is inf"
-    assert read_failure(tmp_path / "out/arm/seed-1") == Failure("p7b1", "arm", 1, 0, reason)
+    assert read_failure(tmp_path / "out/arm/seed-1") == Failure("p", "arm", 1, 0, reason)
     assert begun(tmp_path) == [0, 2]
     (start / FAILURE).unlink()
     with pytest.raises(UserError, match="weights is missing: `dvc repro` runs the stage that writes it"):
-        run_trials([*wanted(tmp_path, seeds=1), Trial("arm/seed-9", record, {}, (start / "weights",))], tmp_path, "x")
+        run_trials([*wanted(tmp_path, seeds=1), Trial("p", "arm", 9, record, {}, (start / "weights",))], tmp_path)
 
 
 def test_when_every_trial_fails_the_stage_ends(tmp_path: Path) -> None:
+    sentence = r"^every trial of out failed, the first: p, arm, seed 0, step 210: the loss is nan"
     for _ in range(2):
-        with pytest.raises(
-            UserError, match=r"^every trial of p7a failed, as p7a, arm, seed 0, step 210: the loss is nan"
-        ):
-            run_trials(wanted(tmp_path, seeds=1, harm="diverges"), tmp_path / "out", "p7a")
+        with pytest.raises(UserError, match=sentence):
+            run_trials(wanted(tmp_path, seeds=1, harm="diverges"), tmp_path / "out")
     assert begun(tmp_path) == [0]
 
 
-def test_what_a_killed_run_left_half_written_goes(tmp_path: Path, own_store: Path) -> None:
-    run_trials(wanted(tmp_path, seeds=1), tmp_path / "out", "test")
+def test_what_a_killed_run_left_half_written_is_deleted(tmp_path: Path, own_store: Path) -> None:
+    run_trials(wanted(tmp_path, seeds=1), tmp_path / "out")
     [kept] = (own_store / "trials").iterdir()
     half = kept.with_suffix(".tmp")
     half.mkdir()
     (half / "result.txt").write_text("half")
     long_ago = time.time() - 31 * 86_400
     for name, when in (("old", long_ago), ("new", time.time())):
-        (own_store / UNFINISHED / name).mkdir(parents=True)
-        os.utime(own_store / UNFINISHED / name, (when, when))
-    run_trials(wanted(tmp_path, seeds=1), tmp_path / "out", "test")
+        (own_store / store.UNFINISHED / name).mkdir(parents=True)
+        os.utime(own_store / store.UNFINISHED / name, (when, when))
+    run_trials(wanted(tmp_path, seeds=1), tmp_path / "out")
     assert list((own_store / "trials").iterdir()) == [kept]
-    assert [path.name for path in (own_store / UNFINISHED).iterdir()] == ["new"]
+    assert [path.name for path in (own_store / store.UNFINISHED).iterdir()] == ["new"]
 
 
 STAGE = """
 import sys
 from pathlib import Path
 from phasegate import stage
-from phasegate.trials import run_trials
+from phasegate.trials.run import run_trials
 from tests.test_reliability import wanted
 stage.load_params = lambda: None
-stage.run(lambda _: run_trials(wanted(Path(), harm="slow", at=1), Path("out"), "test"))
+stage.run(lambda _: run_trials(wanted(Path(), harm="slow", at=1), Path("out")))
 """
 
 
-def start(folder: Path, until: Callable[[psutil.Popen], bool] | None = None) -> psutil.Popen:
-    """A stage whose second trial is slow, in two workers; returns when that trial has begun, or `until` holds."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "PHASEGATE_WORKERS": "2", "PHASEGATE_PROGRESS": "0"}
-    stage = psutil.Popen(
-        [sys.executable, "-c", STAGE],
-        cwd=folder,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-        preexec_fn=hear_interrupts,
-        text=True,
-    )
-    wait_for(lambda: until(stage) if until else (folder / "slow").exists())
+def run_code(code: str, folder: Path, **settings: str) -> subprocess.CompletedProcess[str]:
+    """Run a script to its end."""
+    (folder / "script.py").write_text(code)
+    return subprocess.run(
+        [sys.executable, "script.py"], cwd=folder, env=ENVIRONMENT | settings, capture_output=True, text=True,
+        check=False, timeout=PATIENCE,
+    )  # fmt: skip
+
+
+def start(words: list[str], folder: Path, environment: dict[str, str] = ENVIRONMENT) -> psutil.Popen:
+    """Start a program in a process group of its own, which hears Ctrl-C as in a terminal.
+
+    What a shell starts in its background is deaf to Ctrl-C, and so would be all below it.
+    """
+    return psutil.Popen(
+        words, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+
+
+def start_slow(folder: Path) -> psutil.Popen:
+    """Start a stage whose second trial is slow, and wait until that trial has begun."""
+    stage = start([sys.executable, "-c", STAGE], folder)
+    wait_for((folder / "slow").exists)
     return stage
-
-
-def hear_interrupts() -> None:
-    """As in a terminal: what a shell starts in its background is deaf to Ctrl-C, and so would be all below it."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def alive(process: psutil.Process) -> bool:
@@ -202,7 +213,7 @@ def alive(process: psutil.Process) -> bool:
         return False
 
 
-def wait_for(condition: Any) -> float:
+def wait_for(condition: Callable[[], Any]) -> float:
     """Wait until something holds; returns after how many seconds it did."""
     begin = time.monotonic()
     while not condition():
@@ -213,48 +224,40 @@ def wait_for(condition: Any) -> float:
 
 LEAVES = """
 import time, joblib, multiprocessing
-from phasegate import processes
+from phasegate.base import processes
 if __name__ == "__main__":
-    tasks = [joblib.delayed(time.sleep)(60) for _ in range(2)]
+    tasks = [joblib.delayed(time.sleep)(600) for _ in range(2)]
     running = joblib.Parallel(n_jobs=2, return_as="generator", backend="loky")(tasks)
     print(*(worker.pid for worker in multiprocessing.active_children()), flush=True)
-    processes.leave(3)
+    processes.say_stopped()
 """
 
 
-def test_who_leaves_ends_its_workers_first_and_silently(tmp_path: Path) -> None:
-    (tmp_path / "leaves.py").write_text(LEAVES)
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore:resource_tracker"}  # as `run` does
-    words = [sys.executable, str(tmp_path / "leaves.py")]
-    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=PATIENCE / 2, check=False)
+def test_who_is_stopped_ends_its_workers_first_and_silently(tmp_path: Path) -> None:
+    done = run_code(LEAVES, tmp_path)
     workers = [int(pid) for pid in done.stdout.split()]
-    assert done.returncode == 3 and done.stderr == "" and len(workers) == 2
+    assert done.returncode == 130 and done.stderr == "script: stopped; `dvc repro` resumes it\n" and len(workers) == 2
     assert not any(psutil.pid_exists(pid) and alive(psutil.Process(pid)) for pid in workers)
 
 
 STOPPED = """
 import time
 from pathlib import Path
-from phasegate import trials
+from phasegate.trials import run, trial
 if __name__ == "__main__":
-    some = [trials.Trial(f"split/seed-{seed}", time.sleep, {}) for seed in range(2)]
-    trials._results(some, {trial.name: Path("trials") / trial.name for trial in some}, "p7b2").close()
+    some = [trial.Trial("p7b2", "split", seed, time.sleep, {}) for seed in range(2)]
+    run._results(some, {trial.name: Path("trials") / trial.name for trial in some}).close()
 """
 
 
 def test_trials_that_are_not_waited_for_end_silently(tmp_path: Path) -> None:
-    (tmp_path / "stopped.py").write_text(STOPPED)
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "PHASEGATE_WORKERS": "2"}
-    words = [sys.executable, "stopped.py"]
-    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    done = run_code(STOPPED, tmp_path)
     assert done.returncode == 0 and "UserWarning" not in done.stderr
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_stopped_stage_ends_within_three_seconds_children_included_and_says_how_to_go_on(
-    tmp_path: Path, number: int
-) -> None:
-    stage = start(tmp_path)
+def test_a_stopped_stage_ends_with_all_below_and_says_how_to_resume(tmp_path: Path, number: int) -> None:
+    stage = start_slow(tmp_path)
     family = stage.children(recursive=True)
     assert len(family) >= 2
     for worker in chaos.workers(stage):
@@ -262,30 +265,26 @@ def test_a_stopped_stage_ends_within_three_seconds_children_included_and_says_ho
     time.sleep(0.5)
     assert stage.poll() is None and all(map(alive, family))
     os.killpg(stage.pid, number) if number == signal.SIGINT else stage.send_signal(number)  # Ctrl-C is for all
-    seconds = wait_for(lambda: stage.poll() is not None and not any(map(alive, family)))
-    assert stage.returncode == 130 and seconds < 3
-    assert stage.communicate()[0] == "-c: stopped; `dvc repro` goes on where it was\n"
+    assert wait_for(lambda: stage.poll() is not None and not any(map(alive, family))) < 3
+    assert stage.returncode == 130 and stage.communicate()[0] == "-c: stopped; `dvc repro` resumes it\n"
 
 
-def test_a_stage_that_is_stopped_while_it_imports_says_how_to_go_on(tmp_path: Path) -> None:
+def test_a_stage_that_is_stopped_while_it_imports_says_how_to_resume(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "stages", tmp_path / "stages")
     imports = "from pathlib import Path; import time; Path('slow').touch(); time.sleep(60)"
     (tmp_path / "stages/check.py").write_text(imports)
-    words = [sys.executable, "-m", "stages.check"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     for number in (signal.SIGINT, signal.SIGTERM):
         (tmp_path / "slow").unlink(missing_ok=True)
-        stage = psutil.Popen(
-            words, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True, preexec_fn=hear_interrupts
-        )
+        stage = start([sys.executable, "-m", "stages.check"], tmp_path)
         wait_for((tmp_path / "slow").exists)
         stage.send_signal(number)
-        assert stage.communicate(timeout=3)[1] == "check: stopped; `dvc repro` goes on where it was\n"
+        assert stage.communicate(timeout=3)[0] == "check: stopped; `dvc repro` resumes it\n"
         assert stage.returncode == 130
 
 
-def test_workers_whose_stage_is_killed_before_they_have_imported_anything_begin_nothing(tmp_path: Path) -> None:
-    stage = start(tmp_path, until=lambda stage: len(chaos.workers(stage)) == 2)
+def test_workers_whose_stage_is_killed_before_they_import_begin_nothing(tmp_path: Path) -> None:
+    stage = start([sys.executable, "-c", STAGE], tmp_path)
+    wait_for(lambda: len(chaos.workers(stage)) == 2)
     family = stage.children(recursive=True)
     stage.kill()
     stage.communicate()
@@ -294,40 +293,27 @@ def test_workers_whose_stage_is_killed_before_they_have_imported_anything_begin_
 
 
 @pytest.mark.parametrize("parent", ["stage", "dvc"])
-def test_nobody_outlives_a_killed_run(tmp_path: Path, parent: str) -> None:
+def test_no_process_outlives_a_killed_run(tmp_path: Path, parent: str) -> None:
     if parent == "stage":
-        victim = start(tmp_path)
-        family = victim.children(recursive=True)
+        victim = start_slow(tmp_path)
     else:
         command = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]["check"]["cmd"]
         shutil.copytree(ROOT / "stages", tmp_path / "stages")
         (tmp_path / "stages/check.py").write_text(STAGE)
         code = f"import subprocess; subprocess.run({command!r}, shell=True)"
-        environment = os.environ | {
-            "PYTHONPATH": str(ROOT),
-            "PHASEGATE_WORKERS": "2",
-            "DVC_STAGE": "check",
-            "PATH": PATH,
-        }
-        victim = psutil.Popen([sys.executable, "-c", code], cwd=tmp_path, env=environment)
-        wait_for(lambda: (tmp_path / "slow").exists())
-        family = victim.children(recursive=True)
+        victim = start([sys.executable, "-c", code], tmp_path, ENVIRONMENT | {"DVC_STAGE": "check"})
+        wait_for((tmp_path / "slow").exists)
+    family = victim.children(recursive=True)
     assert len(family) >= 2
     victim.kill()
-    victim.communicate()
     assert wait_for(lambda: not any(map(alive, family))) < 3
+    victim.communicate()
 
 
 def test_a_second_run_waits_for_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = start(tmp_path)
-    code = STAGE.replace('harm="slow", at=1', "seeds=1")
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore:resource_tracker"}  # as `run` does
-    second = subprocess.Popen(
-        [sys.executable, "-c", code], cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True
-    )
-    with second:
-        assert second.stderr is not None
-        assert second.stderr.readline() == f"{tmp_path}: another run is at work here; waiting until it ends\n"
+    first = start_slow(tmp_path)
+    with start([sys.executable, "-c", STAGE.replace('harm="slow", at=1', "seeds=1")], tmp_path) as second:
+        assert second.stdout.readline() == f"{tmp_path}: another run is at work here; waiting until it ends\n"
         assert second.poll() is None
         first.kill()
         first.communicate()
@@ -340,29 +326,27 @@ def test_a_second_run_waits_for_the_first(tmp_path: Path, monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     ("main", "code", "said"),
     [
-        ("Path('gone').read_text()", 2, "-c: gone: No such file or directory\n"),
-        ("Path('.').read_text()", 2, "-c: .: Is a directory\n"),
-        ("(_ for _ in ()).throw(OSError(28, 'No space left on device'))", 2, "-c: a file: No space left on device\n"),
+        ("Path('gone').read_text()", 2, "script: gone: No such file or directory\n"),
+        ("Path('.').read_text()", 2, "script: .: Is a directory\n"),
+        (
+            "(_ for _ in ()).throw(OSError(28, 'No space left on device'))",
+            2,
+            "script: a file: No space left on device\n",
+        ),
         ("{}['gone']", 1, "Traceback"),
     ],
 )
 def test_what_the_machine_refuses_is_said_in_a_line_and_bugs_keep_their_traceback(
     tmp_path: Path, main: str, code: int, said: str
 ) -> None:
-    script = (
-        f"from pathlib import Path; from phasegate import stage; stage.load_params = dir; stage.run(lambda _: {main})"
-    )
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore:resource_tracker"}  # as `run` does
-    words = [sys.executable, "-c", script]
-    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    imports = "from pathlib import Path; from phasegate import stage"
+    done = run_code(f"{imports}; stage.load_params = dir; stage.run(lambda _: {main})", tmp_path)
     assert done.returncode == code and (done.stderr == said if code == 2 else done.stderr.startswith(said))
 
 
 def test_a_full_disk_stops_the_stage_in_one_line_and_what_was_finished_stays(small_disk: Path) -> None:
     script = STAGE.replace('harm="slow", at=1', "seeds=6")  # each trial leaves three files of a page, of 16 there are
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "PHASEGATE_WORKERS": "1", "PHASEGATE_PROGRESS": "0"}
-    words = [sys.executable, "-c", script]
-    done = subprocess.run(words, cwd=small_disk, env=environment, capture_output=True, text=True, check=False)
+    done = run_code(script, small_disk, PHASEGATE_WORKERS="1")
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1 and "No space left on device" in done.stderr, done.stderr
     kept = [folder for folder in (small_disk / ".phasegate/trials").iterdir() if folder.suffix != ".tmp"]
@@ -370,30 +354,23 @@ def test_a_full_disk_stops_the_stage_in_one_line_and_what_was_finished_stays(sma
     (small_disk / "log").unlink()
     shutil.rmtree(small_disk / "starts")
     subprocess.run(["mount", "-o", "remount,size=1m", str(small_disk)], check=True)
-    assert subprocess.run(words, cwd=small_disk, env=environment, check=False).returncode == 0
+    assert run_code(script, small_disk, PHASEGATE_WORKERS="1").returncode == 0
     assert len(begun(small_disk)) == 6 - len(kept)
 
 
-def test_ctrl_c_ends_dvc_and_all_below_and_two_runs_at_once_do_no_harm(tmp_path: Path) -> None:
+def test_ctrl_c_ends_dvc_and_all_below_and_two_runs_do_no_harm(tmp_path: Path) -> None:
     study = Checkout(tmp_path / "study", PHASEGATE_WORKERS="2")
     study.change({"references": {"mnist1d": SLOW_REFERENCES}})
     words = ["dvc", "repro", "references"]
-
-    def repro() -> psutil.Popen:
-        run = psutil.Popen(
-            words, cwd=study.folder, env=study.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            start_new_session=True, text=True, preexec_fn=hear_interrupts,
-        )  # fmt: skip
-        wait_for(lambda: chaos.find(run, "worker"))
-        return run
-
-    first = repro()
+    first = start(words, study.folder, study.environment)
+    wait_for(lambda: chaos.find(first, "worker"))
     second = study.command(*words, ok=False)
     assert f"is busy, it is being blocked by:\n  (PID {first.pid})" in second
     family = first.children(recursive=True)
     os.killpg(first.pid, signal.SIGINT)
     assert wait_for(lambda: first.poll() and not any(map(alive, family))) < 3
     said = first.communicate()[0]
-    assert "train_references: stopped; `dvc repro` goes on where it was\n" in said and "Traceback" not in said
+    assert said.count("references: stopped; `dvc repro` resumes it\n") == 1
+    assert "Traceback" not in said and "Warning" not in said
     study.command(*words)
     assert len(list((study.folder / "models/references").glob("*/*/checkpoint.json"))) == 2

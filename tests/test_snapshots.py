@@ -1,6 +1,6 @@
-"""A trial that was killed goes on from its last snapshot, to the bit; one that diverges leaves what was last good."""
+"""A killed trial resumes from its last snapshot, to the bit; one that diverges leaves what was last good."""
 
-import shutil
+import math
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -10,29 +10,33 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from phasegate import checkpoint, phase, snapshots
-from phasegate.control import HeadControl, LabelControl, Plan
-from phasegate.errors import Diverged
-from phasegate.failure import LAST_GOOD
-from phasegate.ground_truth import MeasuredControl, PredictedControl
-from phasegate.logs import CURVE
-from phasegate.model import ModelSpec
-from phasegate.phase import Arm, Tasks, run_arm
-from phasegate.phase_params import EntropyLabels, GroundTruth, RandomLabels, Schedule
-from phasegate.pretraining import pretrain
-from phasegate.pretraining_params import Training
-from phasegate.references import ReferenceSpec
-from phasegate.snapshots import SNAPSHOT, Snapshots
-from phasegate.surgeon import Treatment
-from phasegate.survey import survey
-from phasegate.training import Examples, fit
+from phasegate.base.errors import Diverged
+from phasegate.model.classifier import ModelSpec
+from phasegate.model.references import ReferenceSpec
+from phasegate.params.phases import EntropyLabels, GroundTruth, RandomLabels, Schedule
+from phasegate.params.pretraining import Training
+from phasegate.pretraining.pretrain import pretrain
+from phasegate.records.trial_folder import CURVE, LAST_GOOD
+from phasegate.signals.ground_truth import MeasuredPolicy, PredictedPolicy
+from phasegate.signals.survey import survey
+from phasegate.surgery.continuation import Arm, run_arm
+from phasegate.surgery.controllers import HeadPolicy, LabelPolicy, PlannedPolicy
+from phasegate.surgery.surgeon import Treatment
+from phasegate.surgery.tasks import Tasks
+from phasegate.training import checkpoint, loop, resume
+from phasegate.training.batches import Examples
+from phasegate.training.loop import fit
+from phasegate.training.resume import SNAPSHOT, Snapshots
+from tests.small_study import content
 
 NOISE = RandomLabels(grow=0.4, prune=0.3, loss_weight=1.0, head_lr=0.02)
 ENTROPY = EntropyLabels(grow_below=1.0, prune_above=1.0, head_lr=0.02)
 TASKS = ((0, 0, 1, 1), (0, 1, 0, 1))
+ARMS = "continue noise split clone merge entropy_loss task_gates oracle counterfactual_head trained_hyperplanes"
 Run = Callable[[Path], None]
+Kill = Callable[[int, Run, Path], None]
 
 
 class Killed(BaseException):
@@ -45,203 +49,166 @@ def every_snapshot_goes_to_disk(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def kill(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]]:
-    """Have trials killed right after their snapshot of this step or a later one; below 0 for never."""
-    take, at = Snapshots.take, [-1]
+def kill(monkeypatch: pytest.MonkeyPatch) -> Iterator[Kill]:
+    """Run a trial and kill it right after its snapshot of a step or a later one."""
+    take, at = Snapshots.take, [math.inf]
 
-    def and_die(self: Snapshots, step: int) -> None:
+    def take_and_die(self: Snapshots, step: int) -> None:
         take(self, step)
-        if 0 <= at[0] <= step:
+        if at[0] <= step:
             raise Killed
 
-    monkeypatch.setattr(Snapshots, "take", and_die)
-    yield partial(at.__setitem__, 0)
+    def kill(step: int, run: Run, folder: Path) -> None:
+        at[0] = step
+        with pytest.raises(Killed):
+            run(folder)
+        at[0] = math.inf
+
+    monkeypatch.setattr(Snapshots, "take", take_and_die)
+    yield kill
 
 
-def left(folder: Path) -> dict[str, bytes]:
-    """The content of all files of a trial, but for its snapshot and what a survey says of seconds."""
-    found = {
-        str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != SNAPSHOT
-    }
-    if "survey.csv" in found:
-        rows = [line.rsplit(b",", 2)[0] for line in found["survey.csv"].splitlines()]
-        found["survey.csv"] = b"\n".join(rows)
-    return found
+@pytest.fixture
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("undisturbed")
 
 
 @pytest.fixture
 def runs(
-    prepared: Path,
-    baselines: Path,
-    heads: Path,
-    spec: ModelSpec,
-    training: Training,
-    schedule: Schedule,
+    prepared: Path, baselines: Path, heads: Path, spec: ModelSpec, training: Training, schedule: Schedule,
     truth: GroundTruth,
-) -> dict[str, Run]:
+) -> dict[str, Run]:  # fmt: skip
     """Every kind of trial that trains, by name."""
     start = baselines / "seed-0"
-    arms = [
-        Arm("continue"),
-        Arm("noise", Treatment(HeadControl(NOISE, acts="sample", detach=False), grow="reinit")),
-        Arm("split", Treatment(HeadControl(ENTROPY, acts="argmax"))),
-        Arm("clone", Treatment(LabelControl(NOISE), grow="clone")),
-        Arm("merge", Treatment(Plan(grow=2, prune=2), prune="merge")),
-        Arm("entropy_loss", entropy_weight=0.1),
-        Arm("task_gates", tasks=Tasks(TASKS, 0.5, own_gates=True)),
-        Arm("oracle", Treatment(MeasuredControl(1e-8, 1, 3, 2))),
-        Arm("counterfactual_head", Treatment(PredictedControl(heads, 1e-8))),
-    ]
-    go_on = partial(run_arm, prepared=prepared, start=start, phase="p7b", seed=0, schedule=schedule)
+    split = Treatment(HeadPolicy(ENTROPY, acts="argmax"))
+    arms = {
+        "continue": Arm(),
+        "noise": Arm(Treatment(HeadPolicy(NOISE, acts="sample", detach=False), grow="reinit")),
+        "split": Arm(split),
+        "clone": Arm(Treatment(LabelPolicy(NOISE), grow="clone")),
+        "merge": Arm(Treatment(PlannedPolicy(grow=2, prune=2), prune="merge")),
+        "entropy_loss": Arm(entropy_weight=0.1),
+        "task_gates": Arm(tasks=Tasks(TASKS, 0.5, own_gates=True)),
+        "oracle": Arm(Treatment(MeasuredPolicy(1e-8, 1, 3, 2))),
+        "counterfactual_head": Arm(Treatment(PredictedPolicy(heads, 1e-8))),
+    }
+    proceed = partial(run_arm, prepared=prepared, start=start, phase="p7b", seed=0, schedule=schedule)
     trained = schedule.model_copy(update={"hyperplanes": "balanced", "split_direction": "loss"})
     begin = partial(pretrain, prepared=prepared, phase="p7a", arm="base", seed=0, training=training)
-    reference = ReferenceSpec((1, 8), 4, (6,), None)
     return {
-        **{arm.name: partial(go_on, arm=arm) for arm in arms},
-        "trained hyperplanes": partial(go_on, arm=arms[2], schedule=trained),
+        **{name: partial(proceed, name=name, arm=arm) for name, arm in arms.items()},
+        "trained_hyperplanes": partial(proceed, name="trained", arm=Arm(split), schedule=trained),
         "pretraining": partial(begin, spec=spec, keep_optimizer=True),
-        "reference": partial(begin, spec=reference, keep_optimizer=False),
+        "reference": partial(begin, spec=ReferenceSpec((1, 8), 4, (6,), None)),
         "survey": partial(survey, prepared=prepared, start=start, seed=0, schedule=schedule, truth=truth),
     }
 
 
-NAMES = (
-    *("continue", "noise", "split", "clone", "merge", "entropy_loss", "task_gates", "oracle", "counterfactual_head"),
-    *("trained hyperplanes", "pretraining", "reference", "survey"),
-)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_a_trial_killed_three_times_ends_with_the_bits_of_one_that_was_left_alone(
-    runs: dict[str, Run], kill: Callable[[int], None], tmp_path: Path, name: str
+@pytest.mark.parametrize("name", [*ARMS.split(), "pretraining", "reference", "survey"])
+def test_a_trial_killed_three_times_ends_with_the_bits_of_an_undisturbed_one(
+    runs: dict[str, Run], kill: Kill, tmp_path: Path, undisturbed: Path, name: str
 ) -> None:
-    undisturbed, disturbed = tmp_path / "undisturbed", tmp_path / "disturbed"
-    for folder in (undisturbed, disturbed):
-        folder.mkdir()
     runs[name](undisturbed)
     for step in (0, 1, 4 if name == "survey" else 30):
-        kill(step)
-        with pytest.raises(Killed):
-            runs[name](disturbed)
-        assert [path.name for path in disturbed.iterdir()] == [SNAPSHOT]
+        kill(step, runs[name], tmp_path)
+        assert [path.name for path in tmp_path.iterdir()] == [SNAPSHOT]
         torch.manual_seed(step)  # whatever state another process has
-    kill(-1)
-    runs[name](disturbed)
-    assert left(disturbed) == left(undisturbed)
+    runs[name](tmp_path)
+    assert content(tmp_path) == content(undisturbed)
+
+
+def change_fit(
+    monkeypatch: pytest.MonkeyPatch,
+    after: Callable[[nn.Module, int], object] = lambda model, step: None,
+    factor: Callable[[int], float] = lambda step: 1.0,
+) -> None:
+    """Do something after each step of a training, before it goes on, and scale the loss of a step."""
+
+    def changed(
+        model: Any, optimizer: Any, batches: Any, objective: Any, rates: Any, after_step: Any, done: int = 0
+    ) -> None:
+        def both(step: int, loss: Tensor) -> None:
+            after(model, step)
+            after_step(step, loss)
+
+        fit(model, optimizer, batches, lambda x, y, step: objective(x, y, step) * factor(step), rates, both, done)
+
+    monkeypatch.setattr(loop, "fit", changed)
 
 
 def test_what_was_trained_before_the_snapshot_is_not_trained_again(
-    runs: dict[str, Run], kill: Callable[[int], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    runs: dict[str, Run], kill: Kill, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kill(28)
-    with pytest.raises(Killed):
-        runs["continue"](tmp_path)
-    kill(-1)
-    steps, after_step = [], phase._Trial.after_step
-
-    def counting(self: phase._Trial, step: int, loss: Tensor) -> None:
-        steps.append(step)
-        after_step(self, step, loss)
-
-    monkeypatch.setattr(phase._Trial, "after_step", counting)
+    kill(28, runs["continue"], tmp_path)
+    steps = list[int]()
+    change_fit(monkeypatch, after=lambda model, step: steps.append(step))
     runs["continue"](tmp_path)
     assert steps == list(range(29, 61))
 
 
 def test_the_seconds_before_a_snapshot_count(
-    runs: dict[str, Run], kill: Callable[[int], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    runs: dict[str, Run], kill: Kill, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = []
     for step in (8, 30):
-        kill(step)
         monkeypatch.setattr(time, "perf_counter", iter(range(0, 100_000, 100)).__next__)
-        with pytest.raises(Killed):
-            runs["continue"](tmp_path)
-        found.append(snapshots.seconds(tmp_path))
+        kill(step, runs["continue"], tmp_path)
+        found.append(resume.seconds(tmp_path))
     assert 0 < found[0] < found[1] and found[1] - found[0] >= 100
 
 
 def test_a_model_that_overflows_before_a_controller_looks_at_it_has_diverged(
     runs: dict[str, Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def blow_up(self: phase._Trial, step: int, loss: Tensor) -> None:
+    def blow_up(model: nn.Module, step: int) -> None:
         if step == 4:  # at which a controller acts
-            with torch.no_grad():
-                self.model.norm.weight.fill_(1e38)
-        after_step(self, step, loss)
+            model.get_parameter("norm.weight").data.fill_(1e38)
 
-    after_step = phase._Trial.after_step
-    monkeypatch.setattr(phase._Trial, "after_step", blow_up)
+    change_fit(monkeypatch, after=blow_up)
     with pytest.raises(Diverged, match=r"^a loss on the signal split is not finite at step 4$"):
         runs["noise"](tmp_path)
 
 
 @pytest.mark.parametrize("harm", ["truncated", "flipped", "empty"])
 def test_a_damaged_snapshot_is_not_used(
-    runs: dict[str, Run], kill: Callable[[int], None], tmp_path: Path, harm: str
+    runs: dict[str, Run], kill: Kill, tmp_path: Path, undisturbed: Path, harm: str
 ) -> None:
-    kill(30)
-    with pytest.raises(Killed):
-        runs["noise"](tmp_path)
-    path = tmp_path / SNAPSHOT
-    content = path.read_bytes()
-    flipped = content[:5000] + bytes([content[5000] ^ 1]) + content[5001:]
-    path.write_bytes({"truncated": content[:-100], "flipped": flipped, "empty": b""}[harm])
-    kill(-1)
-    runs["noise"](tmp_path)
-    undisturbed = tmp_path / "undisturbed"
-    undisturbed.mkdir()
-    runs["noise"](undisturbed)
-    whole = left(undisturbed)
-    shutil.rmtree(undisturbed)
-    assert left(tmp_path) == whole
+    kill(30, runs["noise"], tmp_path)
+    whole = (tmp_path / SNAPSHOT).read_bytes()
+    flipped = whole[:5000] + bytes([whole[5000] ^ 1]) + whole[5001:]
+    (tmp_path / SNAPSHOT).write_bytes({"truncated": whole[:-100], "flipped": flipped, "empty": b""}[harm])
+    for folder in (tmp_path, undisturbed):
+        runs["noise"](folder)
+    assert content(tmp_path) == content(undisturbed)
 
 
 def poison(monkeypatch: pytest.MonkeyPatch, what: str, at: int, done: int) -> None:
     """From step `at` on, after `done` of another process, make the loss, a gradient or a weight infinite or NaN."""
-    step = torch.optim.AdamW.step
-    count = [done]
-
-    def objective_of(objective: Any) -> Any:
-        return lambda x, y, step: objective(x, y, step) * (float("nan") if step >= at and what == "loss" else 1)
+    step, count = torch.optim.AdamW.step, [done]
 
     def poisoned(self: torch.optim.AdamW, *arguments: Any) -> None:
         count[0] += 1
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         victim = next(p for p in parameters if p.dim() == 3 and p.grad is not None)
         if count[0] >= at and what == "gradient":
-            assert victim.grad is not None
             victim.grad.view(-1)[0] = float("inf")
         step(self, *arguments)
         if count[0] >= at and what == "value":
             victim.data.view(-1)[0] = float("-inf")
 
     monkeypatch.setattr(torch.optim.AdamW, "step", poisoned)
-
-    def fitted(model: Any, optimizer: Any, batches: Any, objective: Any, *rest: Any) -> None:
-        fit(model, optimizer, batches, objective_of(objective), *rest)
-
-    for module in ("phase", "pretraining", "survey", "counterfactual"):
-        monkeypatch.setattr(f"phasegate.{module}.fit", fitted)
+    change_fit(monkeypatch, factor=lambda step: math.nan if step >= at and what == "loss" else 1.0)
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient", "value"])
 @pytest.mark.parametrize(("name", "resumed"), [("split", False), ("split", True), ("pretraining", False)])
-def test_a_trial_that_diverges_stops_at_once_and_leaves_its_last_good_checkpoint(
-    runs: dict[str, Run],
-    kill: Callable[[int], None],
-    tmp_path: Path,
-    gate: Examples,
-    monkeypatch: pytest.MonkeyPatch,
-    what: str,
-    name: str,
-    resumed: bool,
-) -> None:
+def test_a_trial_that_diverges_stops_and_leaves_its_last_good_checkpoint(
+    runs: dict[str, Run], kill: Kill, tmp_path: Path, undisturbed: Path, gate: Examples,
+    monkeypatch: pytest.MonkeyPatch, what: str, name: str, resumed: bool,
+) -> None:  # fmt: skip
+    runs[name](undisturbed)
     if resumed:
-        kill(28)
-        with pytest.raises(Killed):
-            runs[name](tmp_path)
-        kill(-1)
+        kill(28, runs[name], tmp_path)
     poison(monkeypatch, what, at=31, done=28 * resumed)
     said = "the loss is nan" if what == "loss" else rf"the {what} of blocks\.0\.moe\.\w+ is not finite"
     with pytest.raises(Diverged, match=rf"^{said} at step 31$"):
@@ -249,10 +216,6 @@ def test_a_trial_that_diverges_stops_at_once_and_leaves_its_last_good_checkpoint
     good = checkpoint.load(tmp_path / LAST_GOOD, gate)  # which verifies it
     assert all(parameter.isfinite().all() for parameter in good.model.parameters())
     assert not (tmp_path / checkpoint.RECORD).exists()
-    accuracy = checkpoint.summary(tmp_path / LAST_GOOD)[1]
-    monkeypatch.undo()
-    undisturbed = tmp_path / "undisturbed"
-    undisturbed.mkdir()
-    runs[name](undisturbed)
     curve = pd.read_csv(undisturbed / CURVE)
+    accuracy = checkpoint.summary(tmp_path / LAST_GOOD)[1]
     assert accuracy == curve[curve["step"] <= 30]["accuracy"].iloc[-1]

@@ -1,6 +1,8 @@
 """A step of training depends on the seed and its number alone, and every part of the loss is what it says."""
 
+import ast
 import math
+import re
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
@@ -11,26 +13,33 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from phasegate.model import Model, ModelSpec
-from phasegate.moe import Routing
-from phasegate.pretraining_params import Training
-from phasegate.training import (
-    Batches,
-    Examples,
-    Objective,
-    augment,
-    cosine,
-    fit,
-    load_balance,
-    nudge_selection,
-    router_z,
-    shares,
-)
+from phasegate.model.classifier import Model, ModelSpec
+from phasegate.model.moe import Routing
+from phasegate.params.pretraining import Training
+from phasegate.training.batches import Batches, Examples, augment
+from phasegate.training.loop import cosine, fit
+from phasegate.training.losses import Objective, load_balance, nudge_selection, router_z, shares
+from phasegate.training.randomness import derived_seed, generator
+from tests.small_study import ROOT
 
 seeds = st.integers(0, 10**6)
-CONFIGURATION = Training(
-    steps=10, batch=5, lr=0.1, warmup=0, weight_decay=0, label_smoothing=0, noise=0.3, shift=2
-)  # fmt: skip
+CONFIGURATION = Training(steps=10, batch=5, lr=0.1, warmup=0, weight_decay=0, label_smoothing=0, noise=0.3, shift=2)
+KEYS = """
+7b | augmentation _ | batches _ | control head | decision _ _ | dropout _ | fork _ _ | fork _ _ _ | in a row
+initial weights | labels _ | survey _ _ | task heads | tried _ | _ _
+"""
+"""What follows the seed in the keys of all random draws. Another key is another draw, and so another result."""
+
+
+def test_the_keys_of_random_draws_stay_as_they_are() -> None:
+    nodes = [node for path in (ROOT / "phasegate").rglob("*.py") for node in ast.walk(ast.parse(path.read_text()))]
+    keys = {
+        " ".join(str(part.value) if isinstance(part, ast.Constant) else "_" for part in node.args[1:])
+        for node in nodes
+        if isinstance(node, ast.Call) and re.search(r"\b(derived_seed|generator)$", ast.unparse(node.func))
+    }
+    assert keys - {""} == {key.strip() for key in re.split(r"[|\n]", KEYS.strip())}
+    assert derived_seed(3, "batches", 7) == generator(3, "batches", 7).initial_seed() == 2340979241270011656
 
 
 def numbered(count: int) -> Examples:
@@ -40,7 +49,7 @@ def numbered(count: int) -> Examples:
 
 
 @given(seeds, st.integers(1, 8), st.integers(1, 6))
-def test_batches_cover_every_example_once_per_epoch_in_an_order_of_the_seed(seed: int, size: int, count: int) -> None:
+def test_batches_cover_every_example_once_per_epoch(seed: int, size: int, count: int) -> None:
     examples = numbered(size * count)
     batches, again = (Batches(examples, size, seed, CONFIGURATION) for _ in range(2))
     orders = []
@@ -54,6 +63,14 @@ def test_batches_cover_every_example_once_per_epoch_in_an_order_of_the_seed(seed
     assert orders[0] != orders[1] or size * count < 10
 
 
+def test_the_draws_of_a_batch_stay_as_they_are() -> None:
+    x, y = Batches(numbered(23), 4, 0, CONFIGURATION)(25)
+    assert y.tolist() == [1, 12, 9, 4]
+    torch.testing.assert_close(
+        x[0, 0], torch.tensor([1.0843, 0.7219, 1.2751, 0.6299, 0.9126, 0.7582]), atol=1e-4, rtol=0
+    )
+
+
 def test_another_seed_draws_other_batches_and_a_batch_is_at_most_the_data_set() -> None:
     one, other = (Batches(numbered(20), 20, seed, CONFIGURATION)(1)[1].tolist() for seed in (0, 1))
     assert one != other and sorted(one) == sorted(other)
@@ -63,9 +80,7 @@ def test_another_seed_draws_other_batches_and_a_batch_is_at_most_the_data_set() 
 
 
 @given(seeds, st.integers(1, 60), st.lists(st.integers(1, 60), max_size=4))
-def test_the_batch_of_a_step_does_not_depend_on_the_batches_drawn_before(
-    seed: int, step: int, earlier: list[int]
-) -> None:
+def test_the_batch_of_a_step_does_not_depend_on_earlier_batches(seed: int, step: int, earlier: list[int]) -> None:
     resumed, undisturbed = (Batches(numbered(23), 4, seed, CONFIGURATION) for _ in range(2))
     for other in earlier:
         resumed(other)

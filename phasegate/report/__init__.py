@@ -1,1 +1,1 @@
-"""The report: tables as text, figures, and the page that holds them all."""
+"""Draw the figures and write the page."""

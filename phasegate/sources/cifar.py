@@ -1,4 +1,4 @@
-"""CIFAR-10 and CIFAR-100 (Krizhevsky 2009) in their binary version: the .tar.gz archive or its folder."""
+"""Load CIFAR-10 and CIFAR-100 (Krizhevsky 2009) in their binary version: the .tar.gz archive or its folder."""
 
 import gzip
 import tarfile
@@ -8,8 +8,9 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from phasegate.data import Array, Split
-from phasegate.errors import UserError
+from phasegate.base.errors import UserError
+from phasegate.base.files import read_bounded
+from phasegate.records.prepared import Array, Split
 from phasegate.sources.raw import Raw
 
 IMAGE = (3, 32, 32)
@@ -19,7 +20,7 @@ LARGEST = 1 << 28  # bytes in an archive, decompressed: both have 176 MiB, but a
 
 @dataclass(frozen=True)
 class CifarFormat:
-    """Content of a binary archive; a record has a byte per kind of label (coarse, fine), then the pixels."""
+    """Describe a binary archive; a record has a byte per kind of label (coarse, fine), then the pixels."""
 
     folder: str
     train: Mapping[str, int]  # file -> records in it
@@ -28,71 +29,61 @@ class CifarFormat:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Exact size in bytes of every file of records."""
+        """Return the exact size in bytes of every file of records."""
         record = len(self.names) + int(np.prod(IMAGE))
         return {file: records * record for file, records in {**self.train, **self.test}.items()}
 
     @property
     def limits(self) -> dict[str, int]:
-        """Most bytes that are read of every file."""
+        """Return the most bytes that are read of every file."""
         return self.sizes | dict.fromkeys(self.names, MAX_TEXT)
 
 
-class Bounded(gzip.GzipFile):
-    """A gzip file that fails (OSError) once more than `LARGEST` bytes were read of it."""
+class BoundedGzip(gzip.GzipFile):
+    """Read at most `LARGEST` bytes of a gzip file, then raise OSError."""
 
     def read(self, size: int | None = -1) -> bytes:
-        """The next bytes, decompressed."""
         if self.tell() > LARGEST:
             raise OSError(f"more than {LARGEST:,} bytes when decompressed")
         return super().read(size)
 
 
-CIFAR10 = CifarFormat(
-    folder="cifar-10-batches-bin",
-    train={f"data_batch_{batch}.bin": 10_000 for batch in range(1, 6)},
-    test={"test_batch.bin": 10_000},
-    names={"batches.meta.txt": 10},
-)
-CIFAR100 = CifarFormat(
-    folder="cifar-100-binary",
-    train={"train.bin": 50_000},
-    test={"test.bin": 10_000},
-    names={"coarse_label_names.txt": 20, "fine_label_names.txt": 100},
-)
+BATCHES = {f"data_batch_{batch}.bin": 10_000 for batch in range(1, 6)}
+CIFAR10 = CifarFormat("cifar-10-batches-bin", BATCHES, {"test_batch.bin": 10_000}, {"batches.meta.txt": 10})
+NAMES = {"coarse_label_names.txt": 20, "fine_label_names.txt": 100}
+CIFAR100 = CifarFormat("cifar-100-binary", {"train.bin": 50_000}, {"test.bin": 10_000}, NAMES)
 
 
 def load_cifar(path: Path, form: CifarFormat) -> Raw:
     """Load x (N, 3, 32, 32) in uint8 and the fine labels; the coarse ones, if any, become the task `coarse`.
 
-    `path` is the archive or its extracted folder. Only the expected files are read, none is unpacked to disk.
-    Raises UserError if one of them is missing, a link in the archive, or of another size or content.
+    `path` is the archive or its extracted folder. Only the expected files are read, and none is unpacked to disk.
     """
     files = _read_folder(path, form) if path.is_dir() else _read_archive(path, form)
-    if missing := sorted({*form.sizes, *form.names} - set(files)):
+    if missing := sorted({*form.limits} - {*files}):
         raise UserError(f"{path} lacks {', '.join(missing)} in {form.folder}: get the binary version again")
     for file, size in form.sizes.items():
         if len(files[file]) != size:
             raise UserError(f"{file} in {path} has {len(files[file])} bytes, not {size}: get the archive again")
-    names = [_label_names(path, file, files[file], labels) for file, labels in form.names.items()]
-    train_x, train_labels = _records(path, form, [files[file] for file in form.train])
-    test_x, test_labels = _records(path, form, [files[file] for file in form.test])
+    for file, labels in form.names.items():
+        names = tuple(filter(str.strip, files[file].decode(errors="replace").splitlines()))
+        if len(names) != labels:
+            raise UserError(f"{file} in {path} has {len(names)} label names, not {labels}: get the archive again")
+    train_x, train_y = _parse_records(path, form, [files[file] for file in form.train])
+    test_x, test_y = _parse_records(path, form, [files[file] for file in form.test])
     tasks = {}
     if len(form.names) == 2:
-        tasks["coarse"] = _coarse_map(path, np.concatenate([train_labels, test_labels]), len(names[-1]))
-    train, test = Split(train_x, train_labels[:, -1]), Split(test_x, test_labels[:, -1])
-    return Raw(train, test, class_names=names[-1], tasks=tasks)
+        pairs = np.unique(np.concatenate([train_y, test_y]), axis=0)
+        coarse, fine = pairs[pairs[:, 1].argsort()].T
+        if len(double := fine[1:][np.diff(fine) == 0]):
+            raise UserError(f"{path} gives fine label {double[0]} two coarse labels: get the archive again")
+        tasks["coarse"] = coarse.tolist()
+    return Raw(Split(train_x, train_y[:, -1]), Split(test_x, test_y[:, -1]), class_names=names, tasks=tasks)
 
 
 def _read_folder(path: Path, form: CifarFormat) -> dict[str, bytes]:
     folder = path / form.folder if (path / form.folder).is_dir() else path
-    return {file: _head(folder / file, limit) for file, limit in form.limits.items() if (folder / file).is_file()}
-
-
-def _head(path: Path, limit: int) -> bytes:
-    """The content of a file, and one byte more than the limit if that is exceeded."""
-    with path.open("rb") as file:
-        return file.read(limit + 1)
+    return {file: read_bounded(folder / file, most) for file, most in form.limits.items() if (folder / file).is_file()}
 
 
 def _read_archive(path: Path, form: CifarFormat) -> dict[str, bytes]:
@@ -100,9 +91,9 @@ def _read_archive(path: Path, form: CifarFormat) -> dict[str, bytes]:
     wanted = {PurePosixPath(form.folder, file): limit for file, limit in form.limits.items()}
     files: dict[str, bytes] = {}
     try:
-        with Bounded(path) as stream, tarfile.open(fileobj=stream, mode="r|") as archive:
+        with BoundedGzip(path) as stream, tarfile.open(fileobj=stream, mode="r|") as archive:
             for member in archive:
-                if member.size > LARGEST:  # tarfile would read on and on, beyond the end of the file
+                if member.size > LARGEST:  # tarfile would read beyond the end of the file without end
                     raise OSError(f"{member.size:,} bytes are claimed for a member")
                 name = PurePosixPath(member.name)
                 if name not in wanted:
@@ -120,18 +111,10 @@ def _read_archive(path: Path, form: CifarFormat) -> dict[str, bytes]:
     return files
 
 
-def _label_names(path: Path, file: str, content: bytes, labels: int) -> tuple[str, ...]:
-    names = tuple(line for line in content[:MAX_TEXT].decode(errors="replace").splitlines() if line.strip())
-    if len(names) != labels:
-        raise UserError(f"{file} in {path} has {len(names)} label names, not {labels}: get the archive again")
-    return names
-
-
-def _records(path: Path, form: CifarFormat, contents: list[bytes]) -> tuple[Array, Array]:
-    """Pixels (N, 3, 32, 32) in uint8, and labels (N, kinds of label) in int64, checked."""
+def _parse_records(path: Path, form: CifarFormat, contents: list[bytes]) -> tuple[Array, Array]:
+    """Return pixels (N, 3, 32, 32) in uint8, and labels (N, kinds of label) in int64, checked."""
     kinds = len(form.names)
-    rows = np.concatenate([np.frombuffer(content, np.uint8) for content in contents])
-    rows = rows.reshape(-1, kinds + int(np.prod(IMAGE)))
+    rows = np.frombuffer(b"".join(contents), np.uint8).reshape(-1, kinds + int(np.prod(IMAGE)))
     labels = rows[:, :kinds].astype(np.int64)
     for kind, classes in enumerate(form.names.values()):
         present = np.unique(labels[:, kind])
@@ -141,13 +124,3 @@ def _records(path: Path, form: CifarFormat, contents: list[bytes]) -> tuple[Arra
                 f" not 0..{classes - 1}: get the archive again"
             )
     return rows[:, kinds:].reshape(-1, *IMAGE), labels
-
-
-def _coarse_map(path: Path, labels: Array, classes: int) -> list[int]:
-    """The coarse label of every fine label, from records (N, 2) that must all agree on it."""
-    coarse, fine = labels.T
-    of_fine = np.zeros(classes, np.int64)
-    of_fine[fine] = coarse
-    if (wrong := np.flatnonzero(of_fine[fine] != coarse)).size:
-        raise UserError(f"{path} gives fine label {fine[wrong[0]]} two coarse labels: get the archive again")
-    return [int(label) for label in of_fine]

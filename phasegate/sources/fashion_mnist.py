@@ -1,19 +1,21 @@
-"""Fashion-MNIST (Xiao et al. 2017, arXiv 1708.07747), from a local folder, Debian or its public home."""
+"""Load Fashion-MNIST (Xiao et al. 2017, arXiv 1708.07747) from a local folder, Debian or its public home."""
 
 import gzip
-import math
+import io
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+import pooch
 
-from phasegate.data import Array, Split
-from phasegate.errors import UserError
-from phasegate.files import sha256
+from phasegate.base.errors import UserError
+from phasegate.base.files import refuse_special, sha256
+from phasegate.records.prepared import Array, Split
 from phasegate.sources.raw import Raw
 
-URL = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com"
+URL = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
+RETRIES = 3  # of a download that fails
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # where Debian's package dataset-fashion-mnist puts it
 SHA256 = {  # of the uncompressed files
     "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
@@ -22,57 +24,54 @@ SHA256 = {  # of the uncompressed files
     "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
 }
 LARGEST = 1 << 26  # bytes of a file, compressed or not: the largest has 47,040,016
-CLASSES = (
-    *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
-    *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
-)
+CLASSES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 
 
-def load_fashion_mnist(raw_dir: Path, hashes: Mapping[str, str] = SHA256) -> Raw:
-    """Load 60,000 train and 10,000 test images, x (N, 1, 28, 28) in uint8; `raw_dir` keeps downloads.
+class BoundedFile(io.BufferedWriter):
+    """Write a file of at most `LARGEST` bytes, then raise OSError."""
 
-    `hashes` are those of the uncompressed files. Raises UserError if one can't be had or has another hash.
-    """
-    train_x, train_y, test_x, test_y = (_file(raw_dir, name, hashes[name]) for name in SHA256)
-    return Raw(Split(train_x[:, None], train_y), Split(test_x[:, None], test_y), class_names=CLASSES)
+    def write(self, data: bytes) -> int:  # type: ignore[override]
+        if self.tell() + len(data) > LARGEST:
+            raise OSError(f"it has more than {LARGEST:,} bytes")
+        return super().write(data)
 
 
-def _file(raw_dir: Path, name: str, expected: str) -> Array:
-    """The array in the first of the three places that has the file."""
-    local = raw_dir / "fashion_mnist" / f"{name}.gz"
+def load(raw_dir: Path, hashes: Mapping[str, str] = SHA256) -> Raw:
+    """Load 60,000 train and 10,000 test images, x (N, 1, 28, 28) in uint8; `raw_dir` keeps downloads."""
+    train_x, train_y, test_x, test_y = (_find(raw_dir / "fashion_mnist", name, hashes[name]) for name in SHA256)
+    parts = ((train_x, train_y), (test_x, test_y))
+    train, test = (Split(x.reshape(-1, 1, 28, 28), y.astype(np.int64)) for x, y in parts)
+    return Raw(train, test, class_names=CLASSES)
+
+
+def _find(folder: Path, name: str, expected: str) -> Array:
+    """Return the bytes of the first of the three places that has the file."""
+    local = folder / f"{name}.gz"
     for path in (local, DEBIAN / local.name):
         if path.is_file():
-            return _read_idx(path, expected)
-    _download(local, expected)
-    return _read_idx(local, expected)
-
-
-def _download(local: Path, expected: str) -> None:
-    """Download to `local`, where nothing but the expected content arrives; a part waits beside it for the rest."""
-    from phasegate.sources.download import download
-
-    partial = local.with_name(f".{local.name}.part")
+            return _read(path, expected)
+    refuse_special(local)
     try:
-        download(f"{URL}/{local.name}", partial, LARGEST)
-    except OSError as error:
-        raise _not_downloaded(local, type(error).__name__) from error
-    try:
-        _read_idx(partial, expected)
-    except UserError as error:
-        partial.unlink()
-        raise _not_downloaded(local, "other content") from error
-    partial.replace(local)
+        home = pooch.create(folder, URL, registry={local.name: None}, retry_if_failed=RETRIES)
+        home.fetch(local.name, downloader=_download)
+        return _read(local, expected)
+    except (OSError, UserError) as error:
+        if other := isinstance(error, UserError):
+            local.unlink()
+        cause = "other content" if other else type(error).__name__
+        raise UserError(
+            f"{local.name} of Fashion-MNIST can't be downloaded ({cause}): put it into {folder},"
+            f" install Debian's package dataset-fashion-mnist, or run where {URL} is in reach"
+        ) from error
 
 
-def _not_downloaded(local: Path, cause: str) -> UserError:
-    return UserError(
-        f"{local.name} of Fashion-MNIST can't be downloaded ({cause}): put it into {local.parent},"
-        f" install Debian's package dataset-fashion-mnist, or run where {URL} is in reach"
-    )
+def _download(url: str, path: str, _: pooch.Pooch) -> None:
+    with BoundedFile(io.FileIO(path, "w")) as file:
+        pooch.HTTPDownloader(headers={"Accept-Encoding": "identity"})(url, file, None)
 
 
-def _read_idx(path: Path, expected: str) -> Array:
-    """Read a gzipped idx file of bytes: images (N, H, W) in uint8, labels (N,) in int64."""
+def _read(path: Path, expected: str) -> Array:
+    """Return the bytes of a gzipped idx file after its header, which has four bytes and four for each axis."""
     try:
         with gzip.open(path) as file:
             content = file.read(LARGEST + 1)
@@ -82,10 +81,4 @@ def _read_idx(path: Path, expected: str) -> Array:
         raise UserError(f"{path} has more than {LARGEST:,} bytes uncompressed: delete it to have it fetched again")
     if (found := sha256(content)) != expected:
         raise UserError(f"{path} has sha256 {found} uncompressed, not {expected}: delete it to have it fetched again")
-    axes = 3 if "images" in path.name else 1
-    start = 4 + 4 * axes  # after 0, 0, 8 (unsigned bytes), number of axes, their lengths as big-endian integers
-    lengths = [int.from_bytes(content[at : at + 4]) for at in range(4, start, 4)]
-    if content[:4] != bytes([0, 0, 8, axes]) or math.prod(lengths) != len(content) - start:
-        raise UserError(f"{path} is no idx file of bytes with {axes} axes: delete it to have it fetched again")
-    array = np.frombuffer(content, np.uint8, offset=start).reshape(lengths)
-    return array.astype(np.int64) if axes == 1 else array
+    return np.frombuffer(content, np.uint8, offset=16 if "images" in path.name else 8)

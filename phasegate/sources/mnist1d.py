@@ -1,14 +1,13 @@
-"""MNIST-1D (Greydanus & Kobak 2024, arXiv 2011.14439), made offline, checked against the published file."""
+"""Generate MNIST-1D (Greydanus & Kobak 2024, arXiv 2011.14439) offline, and check it against the published file."""
 
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 
-from phasegate.data import Split
-from phasegate.errors import UserError
-from phasegate.files import sha256
+from phasegate.base.errors import UserError
+from phasegate.base.files import sha256
+from phasegate.records.prepared import Split
 from phasegate.sources.raw import Raw
 
 SHA256 = {  # of the float32 bytes, labels too; the validation arrays are ours, the others as published
@@ -22,16 +21,17 @@ SHA256 = {  # of the float32 bytes, labels too; the validation arrays are ours, 
 VALIDATION = {"seed": 43, "num_samples": 2000, "train_split": 1.0}  # the published data set has seed 42
 
 
-def load_mnist1d() -> Raw:
-    """Make the published 4,000 train and 1,000 test examples, x (N, 1, 40), and 2,000 others for validation.
-
-    Raises UserError if an array differs from its recorded sha256.
-    """
+def load(_: Path | None = None) -> Raw:
+    """Generate the published 4,000 train and 1,000 test examples, x (N, 1, 40), and 2,000 others for validation."""
     from mnist1d import data as mnist1d  # type: ignore[import-untyped, unused-ignore]  # late: imports matplotlib
 
-    with global_random_state_kept():
+    python_state, numpy_state = random.getstate(), np.random.get_state()  # mnist1d seeds the global generators
+    try:
         arrays = mnist1d.make_dataset()
         fresh = mnist1d.make_dataset(mnist1d.ObjectView(mnist1d.get_dataset_args(as_dict=True) | VALIDATION))
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
     arrays |= {"x_validation": fresh["x"], "y_validation": fresh["y"]}
     for name, expected in SHA256.items():
         arrays[name] = np.ascontiguousarray(arrays[name], np.float32)
@@ -42,14 +42,3 @@ def load_mnist1d() -> Raw:
         return Split(arrays[f"x{suffix}"][:, None], arrays[f"y{suffix}"].astype(np.int64))
 
     return Raw(split(""), split("_test"), split("_validation"), tuple("0123456789"), standardise=False)
-
-
-@contextmanager
-def global_random_state_kept() -> Iterator[None]:
-    """Undo what is done to the global generators of `random` and numpy: mnist1d seeds and draws from them."""
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    try:
-        yield
-    finally:
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)

@@ -1,0 +1,1 @@
+"""Hold what every package needs and no number depends on: errors, files, paths, settings, processes."""

@@ -1,0 +1,14 @@
+"""Name the files and folders that stages read and write."""
+
+from pathlib import Path
+
+SCHEMA = Path("data/params.schema.json")
+PREPARED = Path("data/prepared")
+EVALUATED = Path("data/evaluated")
+MODELS = Path("models")
+BASELINES = MODELS / "p7a/baseline"
+SURVEYS = MODELS / "survey"
+HEADS = MODELS / "heads"
+REPORTS = Path("reports")
+TABLES = REPORTS / "tables"
+FIGURES = REPORTS / "figures"

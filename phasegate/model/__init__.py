@@ -1,0 +1,1 @@
+"""Define the classifier: experts, mixture-of-experts layer, reference models, routing statistics."""

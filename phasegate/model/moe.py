@@ -1,0 +1,220 @@
+"""Define the mixture-of-experts layer: two-level routing over stacked expert tensors.
+
+Every expert belongs to a *family*. The router scores families and picks the top K, which is ordinary top-K softmax
+routing while every family has one member. Inside a family the experts are the leaves of a binary tree of hyperplanes.
+A token runs the one leaf that it reaches by descending the tree. So a family may grow without any change of the
+router, and each token always runs K experts.
+
+Shapes: N tokens, D model width, H expert width, E experts, F families, K chosen families, L inner nodes,
+G gates (routers over the same experts; one, except under multi-task training).
+"""
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from phasegate.model import experts
+
+AXES: dict[str, tuple[str | None, ...]] = {
+    "w_in": ("expert", None, None),
+    "w_out": ("expert", None, None),
+    "expert_id": ("expert",),
+    "family_of": ("expert",),
+    "load": ("expert",),
+    "path": ("expert", "node"),
+    "router": ("gate", "family", None),
+    "selection_bias": ("gate", "family"),
+    "node_weight": ("node", None),
+    "node_offset": ("node",),
+}
+"""The meaning of each axis of each tensor of the layer. Surgery reads it, so that no tensor is forgotten."""
+
+
+class Routing(NamedTuple):
+    """Hold how one forward pass routed its tokens. Most fields hold the graph: do not keep them."""
+
+    tokens: Tensor  # (G, N, D) the input of the layer
+    logits: Tensor  # (G, N, F) router scores
+    families: Tensor  # (G, N, K) chosen families
+    gates: Tensor  # (G, N, K) mixture weights; for K > 1 they sum to one
+    experts: Tensor  # (G, N, K) the expert that each chosen family runs
+
+    @property
+    def probs(self) -> Tensor:
+        """Compute the softmax of the scores (G, N, F), which the layer itself does not need."""
+        return self.logits.softmax(-1)
+
+
+class MoE(nn.Module):
+    """Route tokens to experts.
+
+    A new layer has `n_routed` experts of hidden width `expert_width`, each a family of its own, and `n_gates` routers
+    over them (MMoE, KDD 2018). Each token runs `top_k` families, and all `n_shared` shared experts (DeepSeekMoE, arXiv
+    2401.06066). ValueError if `top_k` is not between 1 and `n_routed`.
+    """
+
+    expert_id: Tensor  # (E,) stable ids
+    next_id: Tensor  # () the id of the next new expert: no id is used twice
+    family_of: Tensor  # (E,)
+    load: Tensor  # (E,) tokens run in training since the last reset; a new expert inherits its parent's load
+    path: Tensor  # (E, L) the side (+1, -1) of each node that leads to the expert; 0 for a node off its path
+    selection_bias: Tensor  # (G, F) added to the scores for selection only (DeepSeek-V3, arXiv 2412.19437)
+    _root: Tensor
+    _child: Tensor
+
+    def __init__(
+        self, width: int, n_routed: int, expert_width: int, top_k: int, n_shared: int = 0, n_gates: int = 1
+    ) -> None:
+        super().__init__()
+        if not 1 <= top_k <= n_routed:
+            raise ValueError(f"top_k is {top_k}: it must lie between 1 and n_routed = {n_routed}")
+        self.top_k, self.n_shared = top_k, n_shared
+        self.w_in = nn.Parameter(uniform((n_routed, width, expert_width), fan_in=width))
+        self.w_out = nn.Parameter(uniform((n_routed, expert_width, width), fan_in=expert_width))
+        self.router = nn.Parameter(uniform((n_gates, n_routed, width), fan_in=width))
+        self.node_weight = nn.Parameter(torch.empty(0, width))
+        self.node_offset = nn.Parameter(torch.empty(0))
+        if n_shared:
+            self.shared_in = nn.Parameter(uniform((width, n_shared * expert_width), fan_in=width))
+            self.shared_out = nn.Parameter(uniform((n_shared * expert_width, width), fan_in=expert_width))
+        self.register_buffer("expert_id", torch.arange(n_routed))
+        self.register_buffer("next_id", torch.tensor(n_routed))
+        self.register_buffer("family_of", torch.arange(n_routed))
+        self.register_buffer("load", torch.zeros(n_routed, dtype=torch.int64))
+        self.register_buffer("path", torch.zeros(n_routed, 0, dtype=torch.int8))
+        self.register_buffer("selection_bias", torch.zeros(n_gates, n_routed))
+        self.register_buffer("_root", torch.empty(0), persistent=False)
+        self.register_buffer("_child", torch.empty(0), persistent=False)
+        self.refresh()
+
+    @property
+    def n_routed(self) -> int:
+        """Return E, read from the weights."""
+        return self.w_in.shape[0]
+
+    @property
+    def n_families(self) -> int:
+        """Return F, read from the router."""
+        return self.router.shape[1]
+
+    def resize_like(self, state: Mapping[str, Tensor]) -> None:
+        """Resize every tensor that surgery resizes to its size in a stored state, without memory for its values.
+
+        Each axis takes its size from the first stored tensor that has it.
+        """
+        sizes: dict[str, int] = {}
+        for name, axes in AXES.items():
+            if name in state and state[name].dim() == len(axes):
+                sizes = {axis: size for axis, size in zip(axes, state[name].shape, strict=True) if axis} | sizes
+        for name, axes in AXES.items():
+            old = getattr(self, name)
+            shape = [sizes.get(axis, size) if axis else size for axis, size in zip(axes, old.shape, strict=True)]
+            new = torch.empty(shape, dtype=old.dtype, device="meta")
+            setattr(self, name, nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new)
+
+    def refresh(self) -> None:
+        """Derive the tables of the descent from `family_of` and `path`. Call it whenever those change.
+
+        A slot is an inner node (0..L-1) or an expert (L + e). `_root` (F,) is the first slot of a family, `_child`
+        (L + E, 2) the next slot of a token on the negative and on the positive side. Experts lead to themselves.
+        """
+        if self.path.is_meta:  # a checkpoint's model before its weights are there
+            return
+        n_nodes, path, family_of = self.path.shape[1], self.path.tolist(), self.family_of.tolist()
+        child = [[0, 0] for _ in range(n_nodes)] + [[n_nodes + e] * 2 for e in range(self.n_routed)]
+
+        def descend(leaves: list[int]) -> tuple[int, int]:
+            """Return the slot that joins these leaves, and the depth below it."""
+            if len(leaves) == 1:
+                return n_nodes + leaves[0], 0
+            node = next(n for n in range(n_nodes) if {path[leaf][n] for leaf in leaves} == {-1, 1})
+            sides = [[leaf for leaf in leaves if path[leaf][node] == side] for side in (-1, 1)]
+            (child[node][0], left), (child[node][1], right) = descend(sides[0]), descend(sides[1])
+            return node, 1 + max(left, right)
+
+        roots = [descend([e for e, family in enumerate(family_of) if family == f]) for f in range(self.n_families)]
+        device = self.path.device
+        self._root = torch.tensor([slot for slot, _ in roots], device=device)
+        self._child = torch.tensor(child, device=device)
+        self._depth = max(depth for _, depth in roots)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
+        """Route tokens x (G, N, D), gate g's tokens by router g, and return the mixture (G, N, D).
+
+        Selection compares scores, not probabilities. So it does not depend on the other families.
+        """
+        n_gates = x.shape[0]
+        logits = x @ self.router[:n_gates].transpose(1, 2)  # (G, N, F)
+        families = (logits.detach() + self.selection_bias[:n_gates, None]).topk(self.top_k).indices  # (G, N, K)
+        lone = self.top_k == 1  # a lone gate keeps its probability, for the router's gradient (arXiv 2101.03961)
+        gates = logits.softmax(-1).gather(-1, families) if lone else logits.gather(-1, families).softmax(-1)
+        chosen, teaching = self._descend(x, families)
+        counts = experts.count(chosen, self.n_routed)
+        if self.training:
+            self.load += counts
+        rows = experts.sort(chosen.flatten(0, 1), counts)
+        weights = gates if teaching is None else gates * teaching
+        y = experts.mixture(x.flatten(0, 1), weights.flatten(0, 1), self.w_in, self.w_out, rows).view_as(x)
+        if self.n_shared:
+            y = y + (x @ self.shared_in).relu() @ self.shared_out
+        return y, Routing(x, logits, families, gates, chosen)
+
+    def _descend(self, x: Tensor, families: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Find the expert that each chosen family runs (G, N, K), and a factor of value one that trains hyperplanes.
+
+        The factor is r / stop_gradient(r). r is the product of sigmoid(signed margin) along the path.
+        """
+        n_nodes = self.path.shape[1]
+        slots = self._root.take(families)
+        if not n_nodes:
+            return slots, None
+        margins = self.margins(x)
+        trained = self.node_weight.requires_grad
+        log_r = torch.zeros_like(slots, dtype=x.dtype) if trained else None
+        for _ in range(self._depth):
+            margin = margins.gather(-1, slots.clamp(max=n_nodes - 1))
+            if log_r is not None:
+                log_r = log_r + torch.where(slots < n_nodes, F.logsigmoid(margin.abs()), 0)
+            slots = self._child.take(2 * slots + (margin > 0))
+        return slots - n_nodes, None if log_r is None else (log_r - log_r.detach()).exp()
+
+    def margins(self, x: Tensor) -> Tensor:
+        """Return the signed margins of tokens x (G, N, D) at every inner node (G, N, L)."""
+        return x @ self.node_weight.T + self.node_offset
+
+    def weights(self, e: int) -> Tensor:
+        """Return all weights of expert index e, (2 * D * H,)."""
+        return torch.cat([self.w_in[e].flatten(), self.w_out[e].flatten()])
+
+    def run(self, e: int, x: Tensor) -> Tensor:
+        """Return the ungated output of expert index e for tokens x (M, D) -> (M, D)."""
+        return (x @ self.w_in[e]).relu() @ self.w_out[e]
+
+    def outputs(self, x: Tensor, chosen: Tensor) -> Tensor:
+        """Return the ungated outputs of the chosen experts: x (G, N, D), chosen (G, N, K) -> (G, N, K, D)."""
+        rows = experts.sort(chosen.flatten(0, 1), experts.count(chosen, self.n_routed))
+        return experts.outputs(x.flatten(0, 1), self.w_in, self.w_out, rows).view(*chosen.shape, -1)
+
+
+def routing_entropy(probs: Tensor) -> Tensor:
+    """Return the entropy of routing distributions (..., F), divided by log F: from 0 to 1 -> (...)."""
+    families = probs.shape[-1]
+    if families == 1:
+        return probs.new_zeros(probs.shape[:-1])
+    entropy: Tensor = torch.special.entr(probs).sum(-1)
+    return entropy / math.log(families)
+
+
+def relative_distance(one: Tensor, other: Tensor) -> float:
+    """Return the norm of the difference, relative to the norm of the mean; zero for tensors of zeros."""
+    return float((one - other).norm() / ((one + other) / 2).norm().clamp(min=torch.finfo(one.dtype).tiny))
+
+
+def uniform(shape: tuple[int, ...], fan_in: int, generator: torch.Generator | None = None) -> Tensor:
+    """Draw a weight: uniform with variance 1 / fan_in (LeCun)."""
+    bound = math.sqrt(3 / fan_in)
+    return torch.empty(shape).uniform_(-bound, bound, generator=generator)

@@ -1,0 +1,163 @@
+"""Define the types of parameters, and turn values read from YAML into checked sections."""
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from reprlib import Repr
+from typing import Annotated, Any, ClassVar, Self, TypeVar, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from phasegate.base.errors import UserError, one_line, printable
+from phasegate.base.files import read_bounded
+
+LARGEST = 1 << 16  # widths and numbers of experts; a larger one is a slip
+MOST = 10_000_000  # steps and other counts
+MOST_VALUES = 100_000  # of a file, with aliases followed
+
+
+def _refuse_bool(value: object) -> object:
+    if isinstance(value, bool):  # Python takes True for 1
+        raise ValueError(f"{value} is not a number")
+    return value
+
+
+Count = Annotated[int, Field(ge=1, le=MOST, strict=True)]
+Index = Annotated[int, Field(ge=0, le=MOST, strict=True)]
+Size = Annotated[int, Field(ge=1, le=LARGEST, strict=True)]
+Seeds = Annotated[int, Field(ge=1, le=10_000, strict=True)]
+Number = Annotated[float, BeforeValidator(_refuse_bool), Field(allow_inf_nan=False)]
+Fraction = Annotated[Number, Field(ge=0, lt=1)]
+Probability = Annotated[Number, Field(ge=0, le=1)]
+Positive = Annotated[Number, Field(gt=0)]
+NonNegative = Annotated[Number, Field(ge=0)]
+Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$", max_length=100)]
+Text = Annotated[str, Field(min_length=1)]
+Scalar = bool | int | float | str
+
+
+class Section(BaseModel):
+    """Group parameters, frozen, and refuse unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    ordered: ClassVar[tuple[tuple[str, str], ...]] = ()  # pairs of parameters: the first must be at most the second
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for low, high in self.ordered:
+            check_at_most(low, getattr(self, low), high, getattr(self, high))
+        self.check_together()
+        return self
+
+    def check_together(self) -> None:
+        """Raise ValueError if the values do not go together: for subclasses to define."""
+
+
+SectionT = TypeVar("SectionT", bound=Section)
+
+
+def check_at_most(name: str, value: float, limit_name: str, limit: float, reason: str = "") -> None:
+    """Raise ValueError if the value of a parameter is above a limit that other parameters set."""
+    if value > limit:
+        raise ValueError(f"{name} is {value}: it must be at most {limit_name} = {limit}{reason}")
+
+
+def override(base: SectionT, changes: Mapping[str, Scalar], where: str) -> SectionT:
+    """Return `base` with some values replaced, checked as `parse` does."""
+    return parse(type(base), {**base.model_dump(), **changes}, where)
+
+
+def parse(section: type[SectionT], values: object, where: str = "") -> SectionT:
+    """Return values read from YAML under the key `where` as a section; `UserError` names the first that is wrong."""
+    try:
+        return section.model_validate(values)
+    except ValidationError as error:
+        raise UserError(_explain(error, section, where)) from None
+
+
+def load_section(path: Path, key: str, section: type[SectionT]) -> SectionT:
+    """Return the section that an earlier stage wrote under `key` of a YAML file; `UserError` if it is not there."""
+    content = load_yaml(path)
+    return parse(section, content.get(key) if isinstance(content, dict) else None, f"{path}: {key}")
+
+
+class _Loader(yaml.SafeLoader):
+    """Bound what PyYAML's safe loader merges into mappings (`<<`), which could take exponential time."""
+
+    merged = 0
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        super().flatten_mapping(node)
+        self.merged += len(node.value)
+        if self.merged > MOST_VALUES:
+            raise yaml.YAMLError(f"it merges more than {MOST_VALUES:,} values")
+
+
+def load_yaml(path: Path) -> Any:
+    """Return the content of a YAML file; `UserError` if it cannot be read, is not YAML, or is of absurd size."""
+    content = read_bounded(path)
+    try:
+        values = _Loader(content).get_single_data()
+    except Exception as error:  # PyYAML's tags, dates and scanner raise exceptions of every kind
+        raise UserError(f"{path} is not valid YAML: {one_line(error)}") from None
+    waiting, seen = [values], 0
+    while waiting:
+        value, seen = waiting.pop(), seen + 1
+        if seen > MOST_VALUES:
+            raise UserError(f"{path} has more than {MOST_VALUES:,} values: parameters take a few hundred")
+        waiting += value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple | set) else ()
+    return values
+
+
+def suggestion(value: str, known: Iterable[str], otherwise: str = "it must be one of") -> str:
+    """Return the closest of the known names as a question, or all of them if none is close."""
+    names = list(known)
+    near = difflib.get_close_matches(value, names, n=1)
+    return f"did you mean {near[0]}?" if near else f"{otherwise} {', '.join(names)}"
+
+
+class _Brief(Repr):
+    """Shorten values so that they fit into a sentence."""
+
+    def repr_int(self, x: int, level: int) -> str:
+        """Python writes no number of more than 4,300 digits."""
+        return super().repr_int(x, level) if x.bit_length() < 10_000 else f"a number of {x.bit_length():,} bits"
+
+
+_brief = _Brief()
+_brief.maxstring = _brief.maxother = _brief.maxlong = 80
+
+
+def _explain(error: ValidationError, section: type[Section], where: str) -> str:
+    """Put the first of pydantic's findings into a sentence with key, value and what would be right."""
+    first = error.errors(include_url=False)[0]
+    path = [printable(str(part)[:80]) for part in first["loc"]]
+    key, value, message = ".".join(filter(None, [where, *path])), first["input"], first["msg"]
+    match first["type"]:
+        case "extra_forbidden":
+            allowed = _list_parameters(section, first["loc"][:-1])
+            return f"{key} is not a parameter; {suggestion(path[-1], allowed, otherwise='known there:')}"
+        case "missing":
+            return f"{key} is missing"
+        case "value_error":
+            sentence = message.removeprefix("Value error, ")
+            return f"{key}: {sentence}" if key else sentence
+        case "literal_error":
+            known = re.findall("'([^']*)'", first["ctx"]["expected"])
+            return f"{key} is {_brief.repr(value)}: {suggestion(value[:80] if isinstance(value, str) else '', known)}"
+        case _:
+            return f"{key or 'the file'} is {_brief.repr(value)}: {message[0].lower()}{message[1:]}"
+
+
+def _list_parameters(section: type[Section], path: tuple[int | str, ...]) -> list[str]:
+    """List the parameters of the section at `path` below `section`."""
+    annotation: Any = section
+    for part in path:
+        if isinstance(annotation, type) and issubclass(annotation, Section):
+            annotation = annotation.model_fields[str(part)].annotation
+        else:  # dict[str, Section], whose values may be annotated
+            annotation = get_args(annotation)[1]
+            annotation = get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
+    return list(annotation.model_fields)

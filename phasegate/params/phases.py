@@ -1,0 +1,174 @@
+"""Define the parameters of the phases after 7a: schedule, signals, people's own arms, and the claims of each phase."""
+
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import Field
+
+from phasegate.params import fields
+from phasegate.params.fields import Count, Index, Name, NonNegative, Number, Positive, Section, Size, Text
+from phasegate.params.names import MEASURED, PHASES, PREDICTED, SIGNALS
+from phasegate.params.plugins import Plugin
+
+Grow = Literal["split", "clone", "reinit"]
+Prune = Literal["remove", "merge"]
+SURGERIES: dict[str, tuple[str, ...]] = {"grow": get_args(Grow), "prune": get_args(Prune)}
+"""The built-in surgeries, by the parameter that may name one."""
+
+
+class Schedule(Section):
+    """Describe what every 7b trial and its control share."""
+
+    steps: Count
+    lr_scale: Positive
+    act_every: Count
+    settle: Index
+    cooldown: Index
+    min_experts: Size
+    max_experts: Size
+    eval_every: Count
+    split_direction: Literal["random", "principal", "loss"]
+    hyperplanes: Literal["fixed", "trained", "balanced"]
+    sibling_balance: NonNegative
+
+    ordered = (("min_experts", "max_experts"), ("eval_every", "steps"))
+
+    def check_together(self) -> None:
+        first = self.act_every + self.settle
+        fields.check_at_most("act_every + settle", first, "steps", self.steps, ", else no controller ever acts")
+
+    @property
+    def last_decision(self) -> int:
+        """Return the last step at which controllers decide."""
+        return (self.steps - self.settle) // self.act_every * self.act_every
+
+
+class RandomLabels(Section):
+    """Describe phase 7b.1."""
+
+    grow: fields.Probability
+    prune: fields.Probability
+    loss_weight: NonNegative
+    head_lr: Positive
+
+    def check_together(self) -> None:
+        if self.grow + self.prune > 1:
+            raise ValueError(f"grow + prune is {self.grow + self.prune}: it must be at most 1")
+
+
+class EntropyLabels(Section):
+    """Say when routing entropy, as a multiple of the batch's, means grow or prune; and describe the head."""
+
+    grow_below: NonNegative
+    prune_above: NonNegative
+    head_lr: Positive
+
+    ordered = (("grow_below", "prune_above"),)
+
+
+class RoutingEntropy(Section):
+    """Describe phase 7b.2."""
+
+    labels: EntropyLabels
+    entropy_weight: Number
+
+
+class MultiTask(Section):
+    """Describe phase 7b.3."""
+
+    task_weight: NonNegative
+
+
+class UsageLabels(Section):
+    """Say when an expert's load, as a multiple of the even share, means grow or prune."""
+
+    grow_above: NonNegative
+    prune_below: NonNegative
+
+    ordered = (("prune_below", "grow_above"),)
+
+
+class GroundTruth(Section):
+    """Describe phase 7b.4: how changes of the loss are measured, and what they must be worth."""
+
+    recovery_steps: Count
+    repeats: Annotated[int, Field(ge=2, le=fields.MOST, strict=True)]
+    surveys: Count
+    survey_every: Count
+    surveyed: Count
+    candidates: Count
+    price: NonNegative
+    usage: UsageLabels
+
+    @property
+    def last_survey(self) -> int:
+        """Return the step of the last survey."""
+        return self.survey_every * (self.surveys - 1)
+
+
+class SurgeryStudy(Section):
+    """Describe the study of surgery apart from any signal."""
+
+    operations: Annotated[int, Field(ge=2, le=fields.MOST, multiple_of=2, strict=True)]
+    in_a_row: Count
+
+
+class Claim(Section):
+    """State what a phase claims, before it runs."""
+
+    arms: Annotated[tuple[Name, ...], Field(min_length=1)]  # the arms that run, by the names that its stage gives them
+    primary: Text
+    hypothesis: Text
+
+    def check_together(self) -> None:
+        if self.primary not in self.arms:
+            raise ValueError(f"primary is {self.primary!r}, no arm: {fields.suggestion(self.primary, self.arms)}")
+
+
+class Decisions(Section):
+    """Say how verdicts are reached."""
+
+    margin_pp: NonNegative
+    confidence: Annotated[Number, Field(gt=0.5, lt=1)]
+    phases: dict[str, Claim]
+
+    def check_together(self) -> None:
+        if set(self.phases) != set(PHASES):
+            raise ValueError(f"phases has {', '.join(self.phases)}: it must have {', '.join(PHASES)}")
+
+
+class PluginArm(Section):
+    """Describe an arm by the files in `plugins/`, by name, that hold its signal and perhaps its surgeries."""
+
+    signal: Name
+    grow_above: Number = 1.5  # thresholds of the scores, in standard deviations over the experts
+    prune_below: Number = -1.5
+    grow: Name = "split"
+    prune: Name = "remove"
+
+    def check_together(self) -> None:
+        if self.signal in (*SIGNALS, PREDICTED, MEASURED):
+            raise ValueError(
+                f"signal is {self.signal!r}, the name of a built-in signal, scored in the same tables: "
+                f"give the file {self.find('signal').path} another name"
+            )
+
+    def find(self, key: str) -> Any:
+        """Return what `signal`, `grow` or `prune` names: a built-in surgery as it is, or else a file of `plugins/`."""
+        name = getattr(self, key)
+        if name in SURGERIES.get(key, ()):
+            return name
+        return Plugin(name, "signal" if key == "signal" else "operate")
+
+
+class Plugins(Section):
+    """Describe people's own arms, the first of which decides the phase."""
+
+    hypothesis: Text
+    arms: dict[Name, PluginArm]
+
+
+class Headline(Section):
+    """Say what metrics.json holds."""
+
+    phase: Text
+    arm: Text  # of the phase; "primary" for the one that decides it

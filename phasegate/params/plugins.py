@@ -1,0 +1,62 @@
+"""Find and check people's own signals and surgeries: files in `plugins/`, by the names that `params.yaml` gives.
+
+A file runs in every trial that uses it, and its content is an input of that trial: an edit retrains nothing else. So
+it may not import another file of the folder.
+"""
+
+import ast
+import importlib.util
+import runpy
+import symtable
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from phasegate.base.errors import UserError, one_line
+from phasegate.params.fields import suggestion
+
+FOLDER = Path("plugins")
+LIBRARY = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """Name the file `plugins/<name>.py`, and the function that it must define."""
+
+    name: str
+    kind: Literal["signal", "operate"]
+
+    @property
+    def path(self) -> Path:
+        return FOLDER / f"{self.name}.py"
+
+    def check(self, key: str, built_in: Sequence[str] = ()) -> None:
+        """Inspect the file without running it; `UserError` names `key`, which names the file or one of `built_in`."""
+        if not self.path.is_file():
+            known = [*built_in, *sorted(path.stem for path in FOLDER.glob("*.py"))]
+            hint = suggestion(self.name, known) if known else f"{FOLDER} has no files"
+            raise UserError(f"{key} is {self.name!r}, but there is no file {self.path}: {hint}")
+        try:
+            text = importlib.util.decode_source(self.path.read_bytes())
+            nodes, top = list(ast.walk(ast.parse(text))), symtable.symtable(text, str(self.path), "exec")
+        except (SyntaxError, ValueError) as error:
+            raise UserError(f"{self.path}, which {key} names, is not Python: {one_line(error)}") from None
+        if self.kind not in {name.get_name() for name in top.get_symbols() if name.is_assigned() or name.is_imported()}:
+            raise UserError(f"{self.path}, which {key} names, does not define the function {self.kind}")
+        modules = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+        modules += [f"{'.' * node.level}{node.module or ''}" for node in nodes if isinstance(node, ast.ImportFrom)]
+        for module in modules:
+            package, _, rest = module.partition(".")
+            if package in ("", FOLDER.name):
+                raise UserError(f"{self.path}, which {key} names, imports from {FOLDER}: it must be a file by itself")
+            imported = LIBRARY / rest.replace(".", "/")
+            if package == LIBRARY.name and not (imported.is_dir() or imported.with_suffix(".py").is_file()):
+                raise UserError(
+                    f"{self.path}, which {key} names, imports {module}, which does not exist: import what you need "
+                    "from phasegate.plugin"
+                )
+
+    def function(self) -> Any:
+        """Run the file, and return its function. Errors in the file keep their traceback."""
+        return runpy.run_path(str(self.path))[self.kind]

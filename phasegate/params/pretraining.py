@@ -1,0 +1,99 @@
+"""Define the parameters of the data, the model, its training and the searches of phase 7a."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from phasegate.params import fields
+from phasegate.params.fields import Count, Fraction, Index, Name, NonNegative, Positive, Section, Size
+from phasegate.params.names import DATA_SETS
+
+RAW = "data/raw"  # where downloads go, and the path of data sets that need no file
+BASE = "base"  # the candidate of a search that changes nothing
+
+
+class Data(Section):
+    """Say which data set is used, and how it is split."""
+
+    name: Literal[*DATA_SETS]  # type: ignore[valid-type]
+    path: fields.Text
+    validation: Count
+    split_seed: Annotated[int, Field(ge=0, lt=2**63, strict=True)]
+    tasks: dict[str, dict[str, list[Index]]]
+
+    def check_together(self) -> None:
+        if self.name in ("npz", "cifar10", "cifar100") and self.path == RAW:
+            raise ValueError(f"path is {RAW}, but data set {self.name} is read from a file: give its path")
+
+
+class Training(Section):
+    """Describe one training configuration."""
+
+    steps: Count
+    batch: Count
+    lr: Positive
+    warmup: Index
+    weight_decay: NonNegative
+    label_smoothing: Fraction
+    noise: NonNegative
+    shift: Index
+
+    def check_together(self) -> None:
+        if self.warmup >= self.steps:
+            raise ValueError(f"warmup is {self.warmup}: it must be less than steps = {self.steps}")
+
+
+class Architecture(Section):
+    """Describe one mixture-of-experts architecture, and how its load is balanced."""
+
+    stem: Literal["mlp", "conv"]
+    width: Size
+    blocks: Size
+    n_routed: Size
+    n_shared: Annotated[int, Field(ge=0, le=fields.LARGEST, strict=True)]
+    top_k: Size
+    expert_width: Size
+    dropout: Fraction
+    balance_loss: NonNegative
+    balance_bias: NonNegative
+    z_loss: NonNegative
+
+    ordered = (("top_k", "n_routed"),)
+
+
+class Reference(Section):
+    """Describe a published model: a perceptron (`hidden` widths) or a strided convolutional network (`channels`)."""
+
+    hidden: tuple[Size, ...] | None = None
+    channels: tuple[Size, ...] | None = None
+    steps: Count
+    batch: Count
+    lr: Positive
+    weight_decay: NonNegative
+    published: Annotated[fields.Number, Field(ge=0, le=100)] | None = None
+
+    def check_together(self) -> None:
+        if (self.hidden is None) == (self.channels is None):
+            raise ValueError("exactly one of hidden and channels must be given")
+
+    def training(self) -> Training:
+        """Return the training configuration: neither warm-up nor augmentation nor smoothing."""
+        values = self.model_dump(include={"steps", "batch", "lr", "weight_decay"})
+        return Training(**values, warmup=0, label_smoothing=0, noise=0, shift=0)
+
+
+class Search(Section):
+    """Describe a search: named changes of a base configuration, each over several seeds."""
+
+    seeds: fields.Seeds
+    candidates: dict[Name, dict[str, fields.Scalar]]
+
+    def check_together(self) -> None:
+        if BASE in self.candidates:
+            raise ValueError(f"a candidate is named {BASE}: that is the base configuration itself, always a candidate")
+
+
+class Baseline(Section):
+    """Describe the baseline of phase 7a."""
+
+    n_routed: Size

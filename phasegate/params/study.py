@@ -1,0 +1,114 @@
+"""Read params.yaml into frozen, typed objects, and refuse what cannot be right with one sentence."""
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
+
+from phasegate.base.errors import UserError
+from phasegate.params import names, phases
+from phasegate.params.fields import Name, Section, Seeds, check_at_most, load_yaml, override, parse, suggestion
+from phasegate.params.pretraining import Architecture, Baseline, Data, Reference, Search, Training
+
+PARAMS = Path("params.yaml")
+
+
+class Params(Section):
+    """Hold all of params.yaml."""
+
+    seeds: Seeds
+    data: Data
+    training: Training
+    model: Architecture
+    references: dict[Name, Annotated[dict[Name, Reference], Field(min_length=1)]]
+    q1: Search
+    q2: Search
+    p7a: Baseline
+    p7b: phases.Schedule
+    p7b1: phases.RandomLabels
+    p7b2: phases.RoutingEntropy
+    p7b3: phases.MultiTask
+    p7b4: phases.GroundTruth
+    surgery: phases.SurgeryStudy
+    plugins: phases.Plugins
+    decisions: phases.Decisions
+    headline: phases.Headline
+
+    def check_together(self) -> None:
+        self.check_headline(self.headline)
+        for name, changes in self.q1.candidates.items():
+            override(self.training, changes, f"q1.candidates.{name}")
+        if self.p7a.n_routed not in {model.n_routed for model in self.architectures().values()}:
+            raise ValueError(
+                f"p7a.n_routed is {self.p7a.n_routed}, but no candidate of q2 has that many experts: give it one"
+            )
+        if self.seeds < 2:
+            raise ValueError("seeds is 1: 7b.4's control head learns from the other seeds, so it must be at least 2")
+        self._check_times()
+        if "default" not in self.references:
+            raise ValueError("references.default is missing: the models of data sets that have none of their own")
+
+    def arms(self) -> dict[str, tuple[str, ...]]:
+        """Return the arms of each phase, by name."""
+        listed = {phase: claim.arms for phase, claim in self.decisions.phases.items()}
+        return {names.START: (names.BASELINE, names.CONTROL), **listed, names.PLUGINS: tuple(self.plugins.arms)}
+
+    def check_headline(self, headline: phases.Headline) -> None:
+        """Raise `UserError` for a phase or an arm that is not in the study."""
+        arms = self.arms()
+        if headline.phase not in arms:
+            raise UserError(f"headline.phase is {headline.phase!r}: {suggestion(headline.phase, arms)}")
+        if not arms[headline.phase]:
+            raise UserError(f"headline.phase is {names.PLUGINS}, but plugins.arms is empty")
+        known = (names.PRIMARY, *arms[headline.phase])
+        if headline.arm not in known:
+            raise UserError(
+                f"headline.arm is {headline.arm!r}, no arm of {headline.phase}: {suggestion(headline.arm, known)}"
+            )
+
+    def _check_times(self) -> None:
+        """Check what surgery, controllers and surveys need of the schedule."""
+        truth, schedule, start, operations = self.p7b4, self.p7b, self.p7a.n_routed, self.surgery.operations
+        survey, measured = "p7b4.survey_every * (p7b4.surveys - 1)", truth.last_survey + truth.recovery_steps
+        decisions, half = schedule.last_decision // schedule.act_every, schedule.act_every * operations // 2
+        for name, value, limit_name, limit in (
+            ("surgery.operations", operations, "(p7b.steps - p7b.settle) / p7b.act_every", decisions),
+            ("p7a.n_routed + surgery.operations", start + operations, "p7b.max_experts", schedule.max_experts),
+            ("p7b.min_experts", schedule.min_experts, "p7a.n_routed", start),
+            ("p7b.cooldown", schedule.cooldown, "p7b.act_every * surgery.operations / 2", half),
+            ("p7b4.recovery_steps", truth.recovery_steps, "p7b.settle", schedule.settle),
+            (f"{survey} + p7b4.recovery_steps", measured, "p7b.steps", schedule.steps),
+        ):
+            check_at_most(name, value, limit_name, limit)
+        if truth.last_survey < schedule.last_decision:
+            raise ValueError(
+                f"{survey} is {truth.last_survey}, the step of the last survey: it must be at least "
+                f"{schedule.last_decision}, the step of the last decision of p7b, since heads know no later times"
+            )
+
+    def architectures(self) -> dict[str, Architecture]:
+        """Return the architectures of Q2, by the key they stand under: the base and every candidate."""
+        changed = {f"q2.candidates.{name}": changes for name, changes in self.q2.candidates.items()}
+        return {"model": self.model} | {key: override(self.model, changes, key) for key, changes in changed.items()}
+
+    def claims(self) -> dict[str, phases.Claim]:
+        """Return the claim of each phase that has arms."""
+        if not (arms := tuple(self.plugins.arms)):
+            return self.decisions.phases
+        claim = phases.Claim(arms=arms, primary=arms[0], hypothesis=self.plugins.hypothesis)
+        return self.decisions.phases | {names.PLUGINS: claim}
+
+    def references_of(self, name: str) -> dict[str, Reference]:
+        """Return the reference models of a data set: those under `default` where it has none of its own."""
+        return self.references.get(name, self.references["default"])
+
+
+def load_params(path: Path = PARAMS) -> Params:
+    """Read and check a parameter file; `UserError` says what is wrong, and in which file if it is not params.yaml."""
+    if not path.exists():
+        raise UserError(f"{path} is missing: run from the folder that holds dvc.yaml")
+    values = load_yaml(path)
+    try:
+        return parse(Params, values)
+    except UserError as error:
+        raise error if path == PARAMS else UserError(f"{path}: {error}") from None

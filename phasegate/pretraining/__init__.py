@@ -1,0 +1,1 @@
+"""Train models from scratch (phase 7a), search over configurations, and rank them."""

@@ -1,0 +1,125 @@
+"""Draw the figures of the verdicts: differences from the control, what each part of an arm does, and the searches."""
+
+from itertools import accumulate
+from math import nan
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from phasegate.params import Params
+from phasegate.params.names import CONTROL
+from phasegate.report import drawing
+from phasegate.report.drawing import DotStyle, Tables, dot_rows
+from phasegate.verdicts import wording
+from phasegate.verdicts.attribution import ACCOUNTS, WHOLE, account_finding, account_label, effect
+from phasegate.verdicts.decisions import decision_rows
+from phasegate.verdicts.wording import phase_label, rows_of
+
+VERDICT_STYLES = {  # colour and marker: no meaning hangs on colour alone
+    "GO": (drawing.GREEN, "o"),
+    "NO-GO": (drawing.VERMILION, "X"),
+    "INCONCLUSIVE": (drawing.ORANGE, "D"),
+    "BASELINE": (drawing.GREY, "s"),
+}
+REFERENCE_STYLES = {
+    "gate": DotStyle(drawing.GREY),
+    "test": DotStyle(drawing.VERMILION, "s"),
+    "published": DotStyle(drawing.BLACK, "D", fill="white"),
+}
+
+
+def differences(tables: Tables, params: Params) -> Figure:
+    """Draw each arm's difference from the control (pp) with its interval, beside the margin and zero."""
+    decisions, margin = tables["decisions"], params.decisions.margin_pp
+    rows = [row for row in decision_rows(decisions) if row.verdict != "CONTROL"]
+    gaps = [1.6 if before.phase != row.phase else 1.0 for before, row in zip([rows[0], *rows], rows, strict=False)]
+    positions = list(accumulate(gaps))
+    figure, (axes,) = drawing.new_figure(9, 1.6 + 0.32 * positions[-1])
+    axes.axvline(0, color=drawing.GREY, linewidth=1)
+    axes.axvline(-margin, color=drawing.BLACK, linewidth=1, linestyle="--")
+    for y, row in zip(positions, rows, strict=True):
+        style = DotStyle(*VERDICT_STYLES[row.verdict], row.primary, None if row.primary else "white")
+        drawing.dot(axes, y, (row.delta_pp, row.delta_lo, row.delta_hi), style)
+        said = ", ".join(filter(None, [wording.measure(row, "delta_pp", signed=True), wording.failed(row)]))
+        drawing.note(axes, y, f"{row.verdict}  {said}", weight="bold" if row.primary else "normal")
+    axes.set_yticks(positions, [f"{phase_label(row.phase)}  {row.arm}" for row in rows])
+    drawing.embolden(axes, [row.primary for row in rows])
+    axes.set_ylim(max(positions) + 0.8, min(positions) - 0.8)
+    axes.set_xlabel(f"test accuracy minus {CONTROL}, pp (dashed: the margin, {wording.MINUS}{margin:g} pp)")
+    heads = wording.headline_rows(decisions)
+    findings = [drawing.wrapped(f"{phase_label(row.phase)} {wording.finding(row, margin)}", 100) for row in heads]
+    figure.suptitle("\n".join(findings), x=0.01, ha="left")
+    return figure
+
+
+def attribution(tables: Tables, params: Params) -> Figure:
+    """Draw the effects of all parts (pp) with intervals, a panel per account and a row per part."""
+    table, confidence = tables["attribution"], params.decisions.confidence
+    accounts = {account: rows_of(table[table["account"] == account]) for account in ACCOUNTS}
+    sizes = [len(rows) for rows in accounts.values()]
+    figure, panels = drawing.new_figure(9, 2.2 + 0.34 * sum(sizes) + 0.5 * len(sizes), len(sizes), 1, sizes)
+    for axes, (account, rows) in zip(panels, accounts.items(), strict=True):
+        axes.axvline(0, color=drawing.GREY, linewidth=1)
+        dot_rows(axes, rows, "effect_pp", [_effect_style(row, confidence) for row in rows])
+        for y, row in enumerate(rows):
+            drawing.note(axes, y, effect(row))
+        drawing.name_rows(axes, [row.part for row in rows], "")
+        axes.set_title(account_label(account))
+    low, high = min(axes.get_xlim()[0] for axes in panels), max(axes.get_xlim()[1] for axes in panels)
+    for axes in panels:
+        axes.set_xlim(low, high)
+    panels[-1].set_xlabel("effect on test accuracy, pp (circles: certain after Holm's correction; diamonds: the sum)")
+    findings = [drawing.wrapped(account_finding(table, account, confidence), 100) for account in ACCOUNTS]
+    figure.suptitle("\n".join(findings), x=0.01, ha="left")
+    return figure
+
+
+def leaderboard(search: str, tables: Tables, params: Params) -> Figure:
+    """Draw the candidates of a search by gate accuracy (percent), and below them the references on their own scale."""
+    table = tables[f"leaderboard_{search}"]
+    candidates, references = (rows_of(table[table["kind"] == kind]) for kind in ("search", "reference"))
+    sizes = [len(group) for group in (candidates, references) if group]
+    figure, panels = drawing.new_figure(9, 1.9 + 0.3 * sum(sizes) + 0.7 * (len(sizes) - 1), len(sizes), 1, sizes)
+    best = next(row for row in candidates if row.chosen)
+    styles = [DotStyle(drawing.BLUE if row.chosen else drawing.GREY, strong=row.chosen) for row in candidates]
+    dot_rows(panels[0], candidates, "accuracy", styles)
+    _name_candidates(panels[0], candidates, "gate accuracy, %")
+    if references:
+        axes = panels[1]
+        axes.axvline(best.accuracy, color=drawing.BLUE, linewidth=1, linestyle="--", label=f"{best.candidate}, gate")
+        for y, row in enumerate(references):
+            drawing.dot(axes, y - 0.2, (row.accuracy, row.accuracy_lo, row.accuracy_hi), REFERENCE_STYLES["gate"])
+            drawing.dot(axes, y, (row.test_accuracy, row.test_lo, row.test_hi), REFERENCE_STYLES["test"])
+            drawing.dot(axes, y + 0.2, (row.published_accuracy, nan, nan), REFERENCE_STYLES["published"])
+        _name_candidates(axes, references, "accuracy of the references, %")
+        for label, (colour, marker, _, fill) in REFERENCE_STYLES.items():
+            axes.plot([], [], marker, color=colour, markerfacecolor=fill or colour, label=label)
+        axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    figure.suptitle(f"{search.upper()}: {_ranking(candidates, best)}", x=0.01, ha="left")
+    return figure
+
+
+def _effect_style(row: Any, confidence: float) -> DotStyle:
+    if row.part == WHOLE:
+        return DotStyle(drawing.BLACK, "D", strong=True)
+    if row.p_holm < 1 - confidence:
+        return DotStyle(drawing.VERMILION if row.effect_pp < 0 else drawing.BLUE)
+    return DotStyle(drawing.GREY, "s")
+
+
+def _name_candidates(axes: Axes, rows: list[Any], xlabel: str) -> None:
+    """Name the rows after their candidates, with how many trials failed, the chosen candidate in bold."""
+    names = [f"{row.candidate} ({wording.failed(row)})" if row.n_failed else row.candidate for row in rows]
+    drawing.name_rows(axes, names, xlabel)
+    drawing.embolden(axes, [row.chosen for row in rows])
+
+
+def _ranking(candidates: list[Any], best: Any) -> str:
+    """Return the chosen candidate with its accuracy and its distance to the best other candidate that finished."""
+    text = f"{best.candidate} chosen at {wording.measure(best, 'accuracy', 1)} %"
+    other = next((row for row in candidates if not row.chosen and not row.n_failed), None)
+    if other is None:
+        return text
+    lead = best.accuracy - other.accuracy
+    return f"{text}, {wording.number(abs(lead), 1)} pp {'ahead of' if lead >= 0 else 'behind'} {other.candidate}"

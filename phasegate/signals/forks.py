@@ -1,0 +1,86 @@
+"""Measure how an operation changes the loss: fork a model in training in pairs, and compare.
+
+A fork is a copy of model and optimizer that is trained for some more steps. Two forks that see the same batches differ
+by what was done to one of them at the start. An exact split has no immediate effect, so its value shows only after
+training. Pruning hurts immediately and may recover.
+
+Shapes: P operations, R repeats, N examples.
+"""
+
+import copy
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from phasegate.base.errors import Diverged
+from phasegate.signals.oracle import losses_without_each
+from phasegate.surgery.controllers import Proposal, Situation
+from phasegate.surgery.operations import ExpertManager
+from phasegate.surgery.probe import Probe
+from phasegate.training import batches, loop, losses, predictions, randomness
+from phasegate.training.course import Course
+
+
+class Estimate(NamedTuple):
+    """Hold a change of the mean loss (nats; below zero is a gain) and its standard error, of equal shapes."""
+
+    change: Tensor
+    error: Tensor
+
+    def gain(self, price: Tensor | float) -> Tensor:
+        """Return the certain gain: the fall of the loss, less a price (nats) and two standard errors."""
+        return -self.change - price - 2 * self.error
+
+
+def estimate(changes: Tensor) -> Estimate:
+    """Average changes (..., R, N) over repeats and examples, with the standard error, (...).
+
+    Examples and batches are both samples: var(example means) / N + var(repeat means) / R, where a single repeat has the
+    first term alone. The sum counts their interaction twice, so it is not too small in expectation.
+    """
+    repeats, examples = changes.shape[-2:]
+    variance = changes.mean(-2).var(-1) / examples
+    if repeats > 1:
+        variance = variance + changes.mean(-1).var(-1) / repeats
+    return Estimate(changes.mean((-2, -1)), variance.sqrt())
+
+
+def removals(probe: Probe) -> Estimate:
+    """Measure the immediate change of the probed loss by the removal of each expert (E,); inf where it is refused."""
+    change, error = estimate((losses_without_each(probe) - probe.losses).unsqueeze(-2))
+    return Estimate(change, error.nan_to_num(0.0))
+
+
+def fork_proposals(
+    proposals: Sequence[Proposal], situation: Situation, optimizer: Optimizer, course: Course, steps: int, repeats: int
+) -> tuple[Tensor, Tensor]:
+    """Measure proposals, done in the arm's way: (operation + training) - (nothing + the same training).
+
+    Each repeat has batches of its own, and draws anew what is random about an operation. Returns the changes of every
+    example's loss on the signal and the gate split, (P, R, N) each.
+    """
+    probe, step, found = situation.probe, situation.step, []
+    for repeat in range(repeats):
+        seed = randomness.derived_seed(course.seed, "fork", step, repeat)
+        drawn = batches.Batches(course.train, course.training.batch, seed, course.training)
+        ends: list[list[Tensor]] = []
+        for proposal in (None, *proposals):
+            model, trained_by = copy.deepcopy((probe.model, optimizer))
+            if proposal is not None:
+                draws = randomness.generator(course.seed, "fork", step, probe.block, repeat)
+                situation.operate(ExpertManager(model.layers[probe.block], trained_by), proposal, draws)
+            objective = losses.plain_objective(model, course.training.label_smoothing)
+            try:
+                with torch.enable_grad():
+                    rates = course.rates[step : step + steps]
+                    loop.fit(model, trained_by, drawn, objective, rates, lambda step, loss: None)
+            except Diverged as error:
+                raise Diverged(f"{error.what} in a fork", step) from None
+            ends.append([predictions.example_losses(model, split) for split in (course.signal, course.gate)])
+        signal, gate = (torch.stack(split) for split in zip(*ends, strict=True))  # (1 + P, N)
+        found.append((signal[1:] - signal[0], gate[1:] - gate[0]))
+    signal, gate = (torch.stack(split, dim=1) for split in zip(*found, strict=True))
+    return signal, gate

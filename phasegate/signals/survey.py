@@ -1,0 +1,134 @@
+"""Measure what surgery would do to the experts of a 7a checkpoint, and of what random surgery makes of it.
+
+Control heads learn from these surveys, and signals are judged by them. The first survey measures all experts of the
+checkpoint itself. The others follow while random but exact surgery continues, so that they include experts of all ages,
+with and without siblings.
+"""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from phasegate.params.phases import GroundTruth, RandomLabels, Schedule
+from phasegate.records.prepared import META
+from phasegate.records.tables import write_table
+from phasegate.signals.features import CHANGES, FEATURES, Change, situation_features
+from phasegate.signals.forks import estimate, fork_proposals, removals
+from phasegate.signals.predictor import SURVEY
+from phasegate.surgery.controllers import Action, LabelPolicy, Proposal, Situation
+from phasegate.surgery.probe import Probe
+from phasegate.surgery.surgeon import Surgeon, Treatment
+from phasegate.training import loop, losses, randomness
+from phasegate.training.course import load_start, start_files
+from phasegate.training.resume import Snapshots
+from phasegate.trials.trial import Trial
+
+EXPLORE = RandomLabels(grow=0.3, prune=0.2, loss_weight=0, head_lr=1)  # the surgery that continues between surveys
+PARTS = ("", "_error", "_gate", "_part", "_gate_rest")
+"""What is known of each change: its label (signal split, nats) and standard error; the same change on the gate split;
+and, to judge measurement itself, the label by the first half of the repeats and the gate's change by the others."""
+SURVEY_COLUMNS = ["seed", "block", "step", "expert", *FEATURES]
+SURVEY_COLUMNS += [f"{change}{part}" for change in CHANGES for part in PARTS]
+SURVEY_COLUMNS += ["removal_seconds", "fork_seconds"]  # what measuring took, per expert of the survey
+
+Row = dict[str, Any]
+
+
+def surveys(prepared: Path, baselines: Path, seeds: int, schedule: Schedule, truth: GroundTruth) -> list[Trial]:
+    """List the trials of all seeds: seed s surveys `baselines`/seed-s."""
+    trials = []
+    for seed in range(seeds):
+        start = baselines / f"seed-{seed}"
+        arguments = {"prepared": prepared, "start": start, "seed": seed, "schedule": schedule, "truth": truth}
+        files = start_files(prepared, start)
+        trials.append(Trial("survey", "", seed, survey, arguments, files, (prepared / META,)))
+    return trials
+
+
+class _Rows(list[Row]):
+    """Hold the rows so far, as a part of snapshots."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rows": list(self)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self[:] = state["rows"]
+
+
+def survey(folder: Path, *, prepared: Path, start: Path, seed: int, schedule: Schedule, truth: GroundTruth) -> None:
+    """Survey one seed, and write `folder/survey.csv`: a row per survey and expert, in `SURVEY_COLUMNS`.
+
+    Features come from the gate split and labels from the signal split: no label shares its examples with what is to
+    predict it.
+    """
+    begin, course = load_start(prepared, start, seed, schedule)
+    model, optimizer = begin.model, begin.optimizer
+    surgeon, rows = Surgeon(model, optimizer, Treatment(LabelPolicy(EXPLORE)), course), _Rows()
+    snapshots = Snapshots(folder, model, optimizer, {"surgeon": surgeon, "rows": rows})
+
+    def after_step(step: int, loss: Tensor) -> None:
+        if step % truth.survey_every == 0:
+            rows.extend(_survey(surgeon, step, truth))
+        if course.acts_at(step):
+            surgeon.act(step)
+        if step % schedule.eval_every == 0:
+            snapshots.take(step)
+
+    objective = losses.plain_objective(model, course.training.label_smoothing)
+    done = snapshots.begin(lambda: rows.extend(_survey(surgeon, 0, truth)))
+    loop.fit(model, optimizer, course.batches, objective, course.rates[: truth.last_survey], after_step, done)
+    table = pd.DataFrame([{"seed": seed, **row} for row in rows], columns=SURVEY_COLUMNS)
+    write_table(folder / SURVEY, table, digits=None)
+
+
+@torch.no_grad()
+def _survey(surgeon: Surgeon, step: int, truth: GroundTruth) -> list[Row]:
+    """Return a row per expert of every layer; forks measure all allowed operations in the first survey, else a few."""
+    rows = []
+    for block, layer in enumerate(surgeon.model.layers):
+        draws = randomness.generator(surgeon.course.seed, "survey", step, block)
+        signal, gate = (Probe(surgeon.model, block, split) for split in (surgeon.course.signal, surgeon.course.gate))
+        situation = surgeon.situation(signal, step, draws)
+        begun = time.perf_counter()
+        removed, removed_gate = removals(signal), removals(gate).change.tolist()
+        seconds = (time.perf_counter() - begun) / 2 / layer.n_routed
+        table: list[Row] = []
+        features, experts = situation_features(situation, surgeon.course).tolist(), layer.expert_id.tolist()
+        for e, (change, error) in enumerate(zip(*(part.tolist() for part in removed), strict=True)):
+            table.append(dict(zip(FEATURES, features[e], strict=True)))
+            table[e] |= {"block": block, "step": step, "expert": experts[e], "removal_seconds": seconds}
+            if change < float("inf"):  # else the removal was refused; nothing is repeated, so its parts are the splits
+                table[e] |= _label(Change.PRUNE, change, error, removed_gate[e], change, removed_gate[e])
+        for proposal, label in _fork(surgeon, situation, truth, everything=step == 0).items():
+            table[proposal.expert] |= label
+        rows += table
+    return rows
+
+
+def _fork(surgeon: Surgeon, situation: Situation, truth: GroundTruth, everything: bool) -> dict[Proposal, Row]:
+    """Measure allowed operations by forks, all or a few of each kind drawn at random; return the columns of each."""
+    proposals: list[Proposal] = []
+    for action in (Action.GROW, Action.PRUNE):
+        allowed = situation.allowed.proposals(action)
+        if not everything:
+            order = torch.randperm(len(allowed), generator=situation.draws).tolist()
+            allowed = [allowed[place] for place in order[: truth.surveyed]]
+        proposals += allowed
+    steps, repeats, begun = truth.recovery_steps, truth.repeats, time.perf_counter()
+    forked = fork_proposals(proposals, situation, surgeon.optimizer, surgeon.course, steps, repeats)
+    seconds = (time.perf_counter() - begun) / max(len(proposals), 1)
+    labels, half = {}, repeats // 2
+    for proposal, signal, gate in zip(proposals, *forked, strict=True):
+        change, label = Change.GROW if proposal.action == Action.GROW else Change.RECOVERED, estimate(signal)
+        values = (label.change, label.error, gate.mean(), signal[:half].mean(), gate[half:].mean())
+        labels[proposal] = _label(change, *map(float, values)) | {"fork_seconds": seconds}
+    return labels
+
+
+def _label(change: Change, *values: float) -> Row:
+    """Return the columns of one change of one expert, from the values of its `PARTS`."""
+    return {f"{CHANGES[change]}{part}": value for part, value in zip(PARTS, values, strict=True)}

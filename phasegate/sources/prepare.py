@@ -1,0 +1,111 @@
+"""Turn a source into a prepared data set: splits, standardisation, tasks. x is (N, C, ...), y is (N,)."""
+
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+
+import numpy as np
+
+from phasegate.base.errors import UserError
+from phasegate.records.prepared import Array, Split, save
+from phasegate.sources.raw import Raw
+
+
+def prepare(
+    name: str, out_dir: Path, path: Path, validation: int, split_seed: int, tasks: Mapping[str, Sequence[int]]
+) -> None:
+    """Write the splits of a data set, standardised by train's channels, into `out_dir`.
+
+    `tasks` are label maps (name -> task label of every class), joined by the source's own.
+    """
+    raw = load_source(name, path)
+    train, signal, gate = split_validation(raw, validation, np.random.default_rng(split_seed))
+    class_names = raw.class_names or tuple(str(label) for label in np.unique(train.y))
+    all_tasks = merge_tasks(tasks, raw.tasks, len(class_names))
+    if not all_tasks:
+        raise UserError(f"data.tasks has no label map for {name}: phase 7b.3 needs one, such as even: [0, 1, 0, …]")
+    channels = train.x.shape[1]
+    mean, std = channel_moments(train.x) if raw.standardise else ((0.0,) * channels, (1.0,) * channels)
+    splits = {"train": train, "signal": signal, "gate": gate, "test": raw.test}
+    for key, split in splits.items():
+        splits[key] = Split(standardise(split.x, mean, std), split.y)
+        if not np.isfinite(splits[key].x).all():
+            raise UserError(f"{key} has values beyond float32 once train's channels have mean 0 and deviation 1")
+    save(out_dir, splits, name=name, class_names=class_names, tasks=all_tasks, mean=mean, std=std)
+
+
+def load_source(name: str, path: Path) -> Raw:
+    """Load a data set by `sources/<name>.py`, from the user's own file or a folder that keeps downloads."""
+    try:
+        if not (path.is_file() or path.is_dir()):
+            state = "is neither a file nor a folder" if path.exists() else "does not exist"
+            raise UserError(f"data path is {str(path)!r}, which {state}")
+        return import_module(f"phasegate.sources.{name}").load(path)  # type: ignore[no-any-return]
+    except OSError as error:
+        raise UserError(f"data path is {str(path)!r}, which can't be used ({error.strerror or error})") from error
+
+
+def split_validation(raw: Raw, validation: int, generator: np.random.Generator) -> tuple[Split, Split, Split]:
+    """Return train, signal and gate: signal and gate are stratified halves of validation.
+
+    Unless the source brings its own, validation is a stratified draw of `validation` examples from train.
+    """
+    train, held_out = raw.train, raw.validation
+    if held_out is None:
+        if not 4 <= validation < len(train):  # a control head cannot learn from one example: it has no standard error
+            raise UserError(
+                f"validation is {validation}: it must be from 4 to {len(train) - 1}, a part of train with two examples "
+                "for each of its halves, signal and gate"
+            )
+        chosen = stratified(train.y, validation, generator)
+        train, held_out = _select(raw.train, ~chosen), _select(raw.train, chosen)
+        if lost := sorted(set(np.unique(raw.train.y)) - set(np.unique(train.y))):
+            raise UserError(f"validation is {validation}: it must leave examples of class {lost[0]} in train")
+    half = stratified(held_out.y, len(held_out) // 2, generator)
+    return train, _select(held_out, half), _select(held_out, ~half)
+
+
+def stratified(y: Array, count: int, generator: np.random.Generator) -> Array:
+    """Draw a mask (N,) of `count` examples, with every class's share of them rounded down or up."""
+    order = generator.permutation(len(y))
+    order = order[np.argsort(y[order], kind="stable")]
+    mask = np.zeros(len(y), bool)  # systematic sampling: every (N / count)-th example
+    mask[order[(2 * np.arange(count) + 1) * len(y) // (2 * count)]] = True
+    return mask
+
+
+def merge_tasks(
+    given: Mapping[str, Sequence[int]], own: Mapping[str, Sequence[int]], classes: int
+) -> dict[str, tuple[int, ...]]:
+    """Return the given label maps, then the data set's own; `UserError` if one is malformed or they disagree."""
+    tasks = {name: tuple(labels) for name, labels in {**given, **own}.items()}
+    for name, labels in tasks.items():
+        if tuple(given.get(name, labels)) != labels:
+            raise UserError(f"task {name} differs from the data set's own labels of that name: leave it out")
+        used = sorted(set(labels))
+        if len(labels) != classes or used != list(range(max(2, len(used)))):
+            raise UserError(
+                f"task {name} maps {len(labels)} classes to the labels {used}:"
+                f" it must map each of the {classes} classes to one of 0..n-1, n being at least two, all of them used"
+            )
+    return tasks
+
+
+def channel_moments(x: Array) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return mean and standard deviation of every channel of x (N, C, ...); a constant channel gets deviation 1."""
+    channels = [x[:, channel] for channel in range(x.shape[1])]
+    mean = tuple(float(channel.mean(dtype=np.float64)) for channel in channels)
+    return mean, tuple(float(channel.std(dtype=np.float64)) or 1.0 for channel in channels)
+
+
+def standardise(x: Array, mean: Sequence[float], std: Sequence[float]) -> Array:
+    """Return (x - mean) / std per channel of x (N, C, ...), in float64, then rounded to float32 or infinity."""
+    result = np.empty(x.shape, np.float32)
+    for channel, (centre, scale) in enumerate(zip(mean, std, strict=True)):
+        with np.errstate(over="ignore"):
+            result[:, channel] = (x[:, channel].astype(np.float64) - centre) / scale
+    return result
+
+
+def _select(split: Split, mask: Array) -> Split:
+    return Split(split.x[mask], split.y[mask])

@@ -1,0 +1,1 @@
+"""Hold programs that people and make run, and that no stage imports."""

@@ -1,0 +1,19 @@
+"""Run the commands of git and DVC."""
+
+import subprocess
+from pathlib import Path
+
+from phasegate.base.errors import UserError
+
+
+def output(*words: str, folder: Path = Path()) -> str:
+    """Return what a command prints; raise UserError if there is no such command, or with its words if it fails."""
+    try:
+        done = subprocess.run(words, cwd=folder, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        raise UserError(f"there is no command {words[0]}: activate .venv, or use make") from None
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if line.strip()]
+        reason = next((line for line in lines if line.startswith(("fatal: ", "ERROR: "))), " ".join(lines[-1:]))
+        raise UserError(f"{words[0]} {words[1]} failed: {reason.removeprefix('fatal: ').removeprefix('ERROR: ')}")
+    return done.stdout

@@ -1,0 +1,140 @@
+"""Write the blocks of results in README.md and docs/, from the committed tables: `make docs`.
+
+A block stands between two markers, `<!-- results -->` and `<!-- /results -->`, each on its own line.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import networkx as nx
+import pandas as pd
+
+from phasegate.base.errors import report_user_errors
+from phasegate.base.files import read_json, write_atomic
+from phasegate.base.paths import REPORTS, TABLES
+from phasegate.params import Params, load_params
+from phasegate.params.fields import load_yaml, parse
+from phasegate.params.names import DATA_SETS, START
+from phasegate.records.tables import read_table
+from phasegate.tools.command import output
+from phasegate.verdicts import attribution, signal_summary, surgery_summary, wording
+
+DOCUMENTS = ("README.md", "docs/study.md", "docs/architecture.md")
+NEEDED = ("decisions", "attribution", "surgery_summary", "signal_summary", "surgeries", "failures")
+Tables = Mapping[str, pd.DataFrame]
+"""The tables of a study, by name; or the decisions of several studies, by data set."""
+
+
+def written(root: Path) -> dict[str, str]:
+    """Write all blocks, from dvc.yaml, the committed results below `root`, and the lock files beside them."""
+    now, made, studies = load_params(root / "params.yaml").model_dump(mode="json"), list[Params](), dict[str, Tables]()
+    for lock in (root / "dvc.lock", *sorted((root / REPORTS).glob("*/dvc.lock"))):
+        recorded = load_yaml(lock)["stages"]["report"]["params"]["params.yaml"]
+        made.append(parse(Params, now | recorded, str(lock)))
+        if made[-1].data.name not in studies:  # the workspace's own results come first
+            folder = root / TABLES if lock.parent == root else lock.parent / TABLES.name
+            studies[made[-1].data.name] = {name: read_table(folder / f"{name}.csv") for name in NEEDED}
+    return {
+        **blocks(studies, made[0]),
+        "pipeline": f"```mermaid\n{flowchart(output('dvc', 'dag', '--mermaid', folder=root))}\n```",
+        "speed": "\n".join(speed(pd.DataFrame(read_json(root / REPORTS / "bench.json")))),
+    }
+
+
+def blocks(studies: Mapping[str, Tables], params: Params) -> dict[str, str]:
+    """Write every block of results from studies by data set: the findings are the first one's."""
+    study, margin_pp, confidence = next(iter(studies.values())), params.decisions.margin_pp, params.decisions.confidence
+    findings = {
+        "attribution": attribution.attribution_findings(study["attribution"], confidence),
+        "surgery": surgery_summary.surgery_finding(study["surgery_summary"]),
+        "signals": signal_summary.signal_findings(
+            study["signal_summary"], study["decisions"], study["surgeries"], confidence
+        ),
+    }
+    decisions = {name: tables["decisions"] for name, tables in studies.items()}
+    results = side_by_side(decisions)
+    for name, tables in studies.items():
+        results += wording.failed_lines(tables["failures"], f"Failed trials on {DATA_SETS[name]}")
+    return {
+        "results": "\n".join(results),
+        "rule": wording.rule(margin_pp, confidence),
+        "phases": "\n".join(claims(decisions, params)),
+        **{name: "\n".join(f"- {sentence}" for sentence in sentences) for name, sentences in findings.items()},
+    }
+
+
+def side_by_side(decisions: Tables) -> list[str]:
+    """Write the primary arms of several data sets as one Markdown table."""
+    columns = {DATA_SETS[name]: primary_cells(table) for name, table in decisions.items()}
+    rows = [
+        {"phase": wording.phase_label(phase), "arm": arm}
+        | {name: cells.get((phase, arm), "") for name, cells in columns.items()}
+        for phase, arm in dict.fromkeys(key for cells in columns.values() for key in cells)
+    ]
+    return wording.markdown_table(rows)
+
+
+def primary_cells(decisions: pd.DataFrame) -> dict[tuple[str, str], str]:
+    """Write by phase and arm the verdict and the difference; for 7a, which is not on trial, the accuracy."""
+    found = {}
+    for row, cells in zip(wording.rows_of(decisions), wording.decision_cells(decisions), strict=True):
+        if row.phase == START:
+            found[row.phase, row.arm] = f"{cells['verdict']}: {cells['accuracy, %']} %"
+        elif row.primary:
+            nothing = ", it changed nothing" if wording.changed_nothing(row) else ""
+            found[row.phase, row.arm] = f"**{cells['verdict']}**: {cells['difference, pp']} pp{nothing}"
+    return found
+
+
+def claims(decisions: Tables, params: Params) -> Iterator[str]:
+    """Write each phase's hypothesis, and its outcome on every data set, as a Markdown list."""
+    hypotheses = {phase: claim.hypothesis for phase, claim in params.claims().items()}
+    primary = [(name, table, row) for name, table in decisions.items() for row in wording.headline_rows(table)]
+    for phase in dict.fromkeys(row.phase for _, _, row in primary):
+        yield f"- **{wording.phase_label(phase)}** {wording.hypothesis(hypotheses, phase)}"
+        for name, table, row in primary:
+            if row.phase == phase:
+                text = wording.outcome(row, table, params.decisions.margin_pp)
+                yield f"  - {DATA_SETS[name]}: {wording.escaped(text)}"
+
+
+def flowchart(dag: str) -> str:
+    """Redraw `dvc dag --mermaid`: stages of a matrix as one, no arrow where a longer way leads to the same stage."""
+    names = {node: name.partition("@")[0] for node, name in re.findall(r'(\w+)\["([^"]+)"\]', dag)}
+    arrows = nx.DiGraph((names[start], names[end]) for start, end in re.findall(r"(\w+)-->(\w+)", dag))
+    return "\n".join(["flowchart LR", *(f"    {a} --> {b}" for a, b in sorted(nx.transitive_reduction(arrows).edges))])
+
+
+def speed(bench: pd.DataFrame) -> list[str]:
+    """Write what `make bench` measured as a Markdown table; a ratio above one means that ours takes less time."""
+    rows = [
+        {
+            "case": row.case,
+            "threads": str(row.threads),
+            "ours": f"{row.ours_ms:,.2f} ms" if row.ours_ms < 10_000 else f"{row.ours_ms / 1000:,.0f} s",
+            "limit's time / ours": wording.number(row.ratio_to_limit),
+            "best peer's time / ours": ""
+            if pd.isna(peer := row.ratio_to_best_peer)
+            else f"{peer:.2f} ({row.best_peer})",
+        }
+        for row in wording.rows_of(bench)
+    ]
+    return wording.markdown_table(rows)
+
+
+def refreshed(text: str, blocks: Mapping[str, str]) -> str:
+    """Write the blocks of a document anew; raise ValueError if one is unknown, or does not begin and end once."""
+    for name in re.findall(r"^<!-- (\w+) -->$", text, re.MULTILINE):
+        parts = re.split(rf"^(<!-- /?{name} -->\n)", text, flags=re.MULTILINE)
+        if len(parts) != 5 or name not in blocks:
+            raise ValueError(f"the block {name} must be one of {', '.join(blocks)}, and begin and end once")
+        text = "".join([*parts[:2], "\n", blocks[name], "\n\n", *parts[3:]])
+    return text
+
+
+if __name__ == "__main__":
+    with report_user_errors("docs"):
+        texts = written(Path())
+        for document in map(Path, DOCUMENTS):
+            write_atomic(document, refreshed(document.read_text(), texts))

@@ -1,0 +1,62 @@
+"""Save phases as named DVC experiments, so that DVC's own commands compare them: `make phases`.
+
+    python -m phasegate.tools.experiments                         phase-7a, phase-7b1, ..., phase-surgery
+    python -m phasegate.tools.experiments p7b2/clone p7b1/noise   phase-7b2-clone, phase-7b1-noise
+
+Such an experiment is the last commit with another `headline`: only its params.yaml, dvc.lock, metrics.json and
+reports/headline_curve.csv differ. Nothing is trained and no cache is needed: DVC runs the stage headline alone.
+"""
+
+import json
+import sys
+from typing import Any
+
+from phasegate.base.errors import UserError
+from phasegate.params import Params
+from phasegate.params.fields import parse
+from phasegate.params.names import PRIMARY, START
+from phasegate.params.phases import Headline
+from phasegate.stage import run
+from phasegate.tools.command import output
+from phasegate.tools.plan import refuse_stale
+
+RUN = ["dvc", "exp", "run", "--temp", "--allow-missing", "--single-item", "headline", "--name"]
+
+
+def main(params: Params) -> None:
+    """Save the arms that the command line names, or the primary arm of every phase, and print their verdicts."""
+    wanted = list(dict.fromkeys(headline(name, params) for name in sys.argv[1:] or (START, *params.claims())))
+    if edited := output("git", "status", "--porcelain", "--untracked-files=no").split("\n")[:-1]:
+        raise UserError(f"{edited[0][3:]} changed since the last commit, from which experiments start: commit first")
+    refuse_stale()
+    for choice in wanted:
+        name = f"phase-{choice.phase.removeprefix('p')}" + (f"-{choice.arm}" if choice.arm != PRIMARY else "")
+        print(f"{name}: {summary(save(name, choice))}", flush=True)
+
+
+def headline(name: str, params: Params) -> Headline:
+    """Parse `p7b2/clone`, or `p7b2` for its primary arm; raise UserError for an unknown phase or arm."""
+    phase, _, arm = name.partition("/")
+    choice = parse(Headline, {"phase": phase, "arm": arm or PRIMARY}, "headline")
+    params.check_headline(choice)
+    return choice
+
+
+def save(name: str, choice: Headline) -> dict[str, Any]:
+    """Save one experiment in the place of all others of its name, and return its metrics."""
+    find = ("git", "for-each-ref", "--format=%(refname)", f"refs/exps/*/*/{name}")
+    for old in output(*find).split():  # DVC's commands refuse a name that experiments of several commits have
+        output("git", "update-ref", "-d", old)
+    output(*RUN, name, *(f"--set-param=headline.{key}={value}" for key, value in choice))
+    metrics: dict[str, Any] = json.loads(output("git", "show", f"{output(*find).strip()}:metrics.json"))
+    return metrics
+
+
+def summary(metrics: dict[str, Any]) -> str:
+    """Write the metrics of a headline in a few words."""
+    accuracy = f"{metrics['accuracy']:.2f} %" if metrics["n_seeds"] else "no trial finished"
+    return f"{metrics['arm']}, {metrics['verdict']}, {accuracy}"
+
+
+if __name__ == "__main__":
+    run(main)

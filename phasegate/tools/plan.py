@@ -1,0 +1,40 @@
+"""Print what `dvc repro` would run and why, as `dvc status` and `dvc params diff` tell: `make plan`. Nothing is run."""
+
+import json
+import sys
+
+from phasegate.base.errors import UserError, report_user_errors
+from phasegate.tools.command import output
+
+
+def stale(*options: str) -> dict[str, list[str]]:
+    """Ask DVC which stages would run because of a change, and name for each what changed."""
+    status = json.loads(output("dvc", "status", "--json", *options))
+    found = {stage: [name for entry in status[stage] for name in changed(entry)] for stage in sorted(status)}
+    return {stage: names for stage, names in found.items() if names}
+
+
+def changed(entry: str | dict[str, dict[str, object]]) -> list[str]:
+    """Name the changed parameters and files in an entry of `dvc status`; files that are only absent did not change."""
+    if isinstance(entry, str):
+        return [entry]  # "changed command"
+    states = [item for files in entry.values() for item in files.items() if item[1] not in ("deleted", "not in cache")]
+    return [name for path, state in states for name in (state if isinstance(state, dict) else [path])]
+
+
+def refuse_stale() -> None:
+    """Raise UserError if the tables in `reports/` are not made by these parameters and this code."""
+    for stage, names in stale("--with-deps", "decide").items():
+        found = [name for name in names if not name.startswith(("models/", "data/"))]  # an experiment's may lie there
+        if found and stage != "check":  # which reads the headline's parameters, too
+            raise UserError(f"reports/ has tables of other parameters or code: {found[0]} changed, which {stage} uses")
+
+
+if __name__ == "__main__":
+    with report_user_errors("report" if sys.argv[1:] else "plan"):
+        if sys.argv[1:] == ["--refuse-stale"]:
+            refuse_stale()
+        elif lines := [f"  {stage}: {', '.join(names)}" for stage, names in stale().items()]:
+            print("Would run, and all after them:", *lines, "", output("dvc", "params", "diff"), sep="\n", end="")
+        else:
+            print("Nothing changed: `dvc repro` would only make data and models that are absent.")

@@ -1,0 +1,1 @@
+"""Train a model, and save, verify and resume what is trained."""

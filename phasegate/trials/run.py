@@ -1,0 +1,141 @@
+"""Run trials in processes, and keep every finished one.
+
+After an added seed or arm, only the new trials are trained. A killed stage resumes with its unfinished trials, and each
+of these from the last snapshot in its folder.
+"""
+
+import os
+import shutil
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+import joblib
+import torch
+from joblib.externals.loky.process_executor import BrokenProcessPool
+from tqdm import tqdm
+
+from phasegate.base import processes, settings
+from phasegate.base.errors import Diverged, UserError
+from phasegate.records.trial_folder import SECONDS, Failure, read_failure, write_failure
+from phasegate.training import resume
+from phasegate.training.device import device
+from phasegate.trials import store
+from phasegate.trials.trial import Trial
+
+SECONDS_BETWEEN_LINES = 20
+T = TypeVar("T")
+Result = tuple[str, dict[str, bytes]]
+"""A trial's name, and the content of the files that it wrote, by path."""
+
+
+def run_trials(trials: list[Trial], output: Path) -> None:
+    """Run all trials that are not kept yet, then copy the folder of every trial below `output`.
+
+    A trial whose numbers stop being finite fails, and so does every trial that starts from it: their folders hold a
+    `trial_folder.Failure`. The other trials continue.
+
+    Raises:
+        UserError: if an input file is missing, a trial raises it, a worker is killed, or every trial fails.
+    """
+    label = output.name
+    failures = {trial.name: failure for trial in trials if (failure := _find_failed_start(trial))}
+    startable = [trial for trial in trials if trial.name not in failures]
+    kept = store.kept_folders(startable, _device())
+    store.forget_old(in_use=kept.values())
+    missing = [trial for trial in startable if not kept[trial.name].exists()]
+    try:
+        for name, files in _with_progress(_results(missing, kept), len(missing), label):
+            store.keep(kept[name], files)
+    except BrokenProcessPool:
+        raise UserError(
+            f"a worker of {label} was killed, perhaps because memory ran out: `dvc repro` resumes, and "
+            "PHASEGATE_WORKERS=1 needs the least memory"
+        ) from None
+    output.mkdir(parents=True, exist_ok=True)  # there may be no trials
+    for trial in trials:
+        folder = output / trial.name
+        shutil.rmtree(folder, ignore_errors=True)  # an earlier run may have left files
+        if trial.name in failures:
+            write_failure(folder, failures[trial.name])
+        else:
+            store.copy_kept(kept[trial.name], folder)
+        if failure := read_failure(folder):
+            failures[trial.name] = failure
+    if failures:
+        n_failed, first = len(failures), next(iter(failures.values()))
+        if n_failed == len(trials):
+            raise UserError(f"every trial of {label} failed, the first: {first}; a lower learning rate may help")
+        print(f"{label}: {n_failed} of {len(trials)} trials failed, the first: {first}", file=sys.stderr, flush=True)
+
+
+def _find_failed_start(trial: Trial) -> Failure | None:
+    """Return the failure of a trial that would start from a failed one."""
+    for folder in {path.parent: None for path in trial.inputs}:
+        if failure := read_failure(folder):
+            return Failure(trial.phase, trial.arm, trial.seed, 0, f"its start {folder} failed: {failure.reason}")
+    return None
+
+
+def _device() -> str:
+    """Name the kind of device that trials will train on."""
+    if settings.backend() == "ray":
+        from phasegate.trials import cluster
+
+        return cluster.device()
+    return device().type
+
+
+def _results(trials: list[Trial], kept: dict[str, Path]) -> Iterator[Result]:
+    """Yield the result of each trial, in the order in which they end."""
+    if settings.backend() == "ray":
+        from phasegate.trials import cluster
+
+        here = Path("trial")  # in a folder of the call's own
+        return cluster.results([(partial(_run, trial, here), (*trial.inputs, *trial.reads)) for trial in trials])
+    warnings.filterwarnings("ignore", r"\d+ tasks (have been|which were) ")  # joblib's, when a run is stopped
+    parallel = joblib.Parallel(
+        n_jobs=settings.workers(),
+        return_as="generator_unordered",
+        backend="loky",
+        initializer=processes.start_worker,  # before a worker imports torch, which takes seconds
+        initargs=(os.getpid(),),
+    )
+    calls = (joblib.delayed(_run)(trial, store.unfinished_folder(kept[trial.name])) for trial in trials)
+    results: Iterator[Result] = parallel(calls)
+    return results
+
+
+def _run(trial: Trial, folder: Path) -> Result:
+    """Run a trial, if possible from the snapshot of an earlier run in `folder`, and return the files that it wrote."""
+    torch.set_num_threads(1)
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in folder.iterdir():
+        if path.name != resume.SNAPSHOT:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    start = time.perf_counter() - resume.seconds(folder)
+    try:
+        trial.run(folder, **trial.arguments)
+    except Diverged as error:
+        write_failure(folder, Failure(trial.phase, trial.arm, trial.seed, error.step, error.what))
+    (folder / SECONDS).write_text(f"{time.perf_counter() - start:.3f}\n")
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != resume.SNAPSHOT)
+    return trial.name, {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def _with_progress(results: Iterator[T], total: int, label: str) -> Iterator[T]:
+    """Pass results on and show the trials done and the time left: as a bar, or as lines without a terminal."""
+    bar, shown = sys.stderr.isatty(), settings.progress()
+    start = said = time.monotonic()
+    bars = tqdm(results, desc=label, total=total, unit="trial", smoothing=0.1, disable=not (bar and shown and total))
+    for done, result in enumerate(bars, start=1):
+        now = time.monotonic()
+        if shown and not bar and (now - said > SECONDS_BETWEEN_LINES or done == total):
+            left = (now - start) / done * (total - done)
+            print(f"{label}: {done} of {total} trials, about {left:.0f} s left", file=sys.stderr, flush=True)
+            said = now
+        yield result

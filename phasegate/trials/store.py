@@ -1,0 +1,94 @@
+"""Keep finished trials in `.phasegate/trials`, each under the fingerprint of everything that decides its result."""
+
+import hashlib
+import importlib.metadata
+import inspect
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import is_dataclass
+from pathlib import Path, PurePath
+
+from phasegate.base.errors import UserError
+from phasegate.base.files import sha256, write_atomic
+from phasegate.trials.code import code_hash
+from phasegate.trials.trial import Trial
+
+STORE = Path(".phasegate/trials")
+UNFINISHED = "unfinished"  # the folder beside the store for trials that run
+KEEP_DAYS = 30
+
+
+def kept_folders(trials: list[Trial], device: str) -> dict[str, Path]:
+    """Return the folder that keeps each trial once it is finished, by name; `device` is the kind that trials train on.
+
+    Raises `UserError` if an input file is missing.
+    """
+    try:
+        content = {path: sha256(path) for path in {path for trial in trials for path in trial.inputs}}
+    except FileNotFoundError as error:
+        raise UserError(f"{error.filename} is missing: `dvc repro` runs the stage that writes it") from None
+    shared = [importlib.metadata.version("torch"), device]
+    return {trial.name: STORE / _fingerprint(trial, content, shared) for trial in trials}
+
+
+def unfinished_folder(kept: Path) -> Path:
+    """Return the folder in which a trial runs that will be kept in `kept`."""
+    return kept.parent.with_name(UNFINISHED) / kept.name
+
+
+def keep(kept: Path, files: dict[str, bytes]) -> None:
+    """Write a trial's files. The folder gets its name only when it is complete."""
+    temporary = kept.with_suffix(".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    for path, content in files.items():
+        write_atomic(temporary / path, content)
+    temporary.replace(kept)
+    shutil.rmtree(unfinished_folder(kept), ignore_errors=True)
+
+
+def copy_kept(kept: Path, destination: Path) -> None:
+    """Copy a kept trial to a new folder, or raise `UserError` with the first file that can't be written."""
+    try:
+        shutil.copytree(kept, destination)
+    except shutil.Error as error:
+        _, path, reason = error.args[0][0]
+        raise UserError(f"{path} can't be written: {reason}") from None
+
+
+def forget_old(in_use: Iterable[Path]) -> None:
+    """Delete kept trials that were not `in_use` for a month, and what a killed run left half-written."""
+    for folder in filter(Path.exists, in_use):
+        os.utime(folder)
+    long_ago = time.time() - KEEP_DAYS * 86_400
+    for folder in (*STORE.glob("*"), *STORE.with_name(UNFINISHED).glob("*")):
+        if folder.suffix == ".tmp" or folder.stat().st_mtime < long_ago:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _fingerprint(trial: Trial, content: dict[Path, str], shared: list[str]) -> str:
+    """Hash a trial's function and arguments with their code, its input files, and what all trials share."""
+    sources: set[Callable[..., object]] = {trial.run}
+    arguments = _strip_paths(trial.arguments, sources)
+    code = code_hash(Path(inspect.getfile(inspect.unwrap(source))).resolve() for source in sources)
+    inputs = [content[path] for path in trial.inputs]
+    parts = [trial.run.__qualname__, repr(arguments), code, *inputs, *shared]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
+
+
+def _strip_paths(value: object, sources: set[Callable[..., object]]) -> object:
+    """Return an argument without its paths, whose files count by content, and add its dataclasses to `sources`.
+
+    Such a type brings code of its own: a policy builds the controllers of its arm.
+    """
+    if isinstance(value, PurePath):
+        return "path"
+    if isinstance(value, dict):
+        return {key: _strip_paths(value[key], sources) for key in sorted(value)}
+    if isinstance(value, tuple):
+        return tuple(_strip_paths(part, sources) for part in value)
+    if is_dataclass(value):
+        sources.add(type(value))
+        return type(value).__qualname__, _strip_paths(vars(value), sources)
+    return value

@@ -1,0 +1,1 @@
+"""Turn tables of trials into verdicts, summaries and sentences, without torch."""

@@ -1,0 +1,54 @@
+"""Build the leaderboards of the searches, with the reference models below the candidates."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import pandas as pd
+
+from phasegate.base.errors import UserError
+from phasegate.params.names import REFERENCES
+from phasegate.pretraining.ranking import n_failed, ranked
+from phasegate.records.tables import COSTS
+from phasegate.verdicts.statistics import interval_columns, mean_interval
+from phasegate.verdicts.wording import of_arm
+
+COLUMNS = ["candidate", "kind", "rank", "chosen", "n_seeds", "n_failed", "accuracy", "accuracy_lo", "accuracy_hi"]
+TEST = ["test_accuracy", "test_lo", "test_hi"]
+COLUMNS += [*TEST, "published_accuracy", *COSTS, "settings"]
+
+
+def leaderboard(
+    search: pd.DataFrame, chosen: str, confidence: float, references: Iterable[dict[str, Any]] = ()
+) -> pd.DataFrame:
+    """Return candidates by mean gate accuracy (percent), then the rows of the references.
+
+    A candidate with a failed trial has no rank: it comes after the others, with the means of its finished trials.
+    """
+    if chosen not in set(search["candidate"]):
+        raise UserError(f"the chosen candidate {chosen} isn't in the search")
+    rows = [
+        {"kind": "search", "rank": None if n_failed(runs) else rank, "chosen": name == chosen}
+        | _describe(name, runs, confidence)
+        for rank, (name, runs) in enumerate(ranked(search), start=1)
+    ]
+    table = pd.DataFrame([*rows, *references]).reindex(columns=COLUMNS)
+    return table.astype({"rank": "Int64", "published_accuracy": float})
+
+
+def reference_rows(
+    search: pd.DataFrame, trials: pd.DataFrame, published: Mapping[str, float | None], confidence: float
+) -> Iterator[dict[str, Any]]:
+    """Yield the reference models as rows, by mean gate accuracy, from `search`; test accuracies are from `trials`."""
+    for name, runs in ranked(search):
+        row = {"kind": "reference", "chosen": False, "published_accuracy": published.get(name)}
+        test = of_arm(trials, REFERENCES, name)["accuracy"]
+        measured = mean_interval(test, confidence) if len(test) else ()
+        yield row | _describe(name, runs, confidence) | dict(zip(TEST, measured, strict=False))
+
+
+def _describe(name: str, runs: pd.DataFrame, confidence: float) -> dict[str, Any]:
+    """Return a candidate's columns: means over the seeds that finished, blank if none did."""
+    done = runs[runs["failure"].isna()]
+    row = {"candidate": name, "n_seeds": len(done), "n_failed": n_failed(runs), "settings": runs["settings"].iloc[0]}
+    row |= {column: float(done[column].mean()) for column in COSTS}
+    return row | (interval_columns("accuracy", done["accuracy"], confidence) if len(done) else {})

@@ -1,0 +1,187 @@
+"""Summarise how good each signal is over all seeds, as a table and as text.
+
+Chance is 0 for rank correlations; for a regret it is the regret of as many experts drawn at random, seed by seed.
+Regrets are in nats.
+"""
+
+from typing import Any
+
+import pandas as pd
+
+from phasegate.params.names import MEASURED
+from phasegate.verdicts import wording
+from phasegate.verdicts.decisions import Decision, decision_rows
+from phasegate.verdicts.statistics import column_names, holm, interval_columns, margin_p_value, paired_difference
+from phasegate.verdicts.wording import measure, number, rows_of
+
+PHASE = "p7b4"
+CORRELATIONS = {  # with what a signal is correlated
+    "spearman_prune": "a removal does immediately",
+    "spearman_recovered": "a removal does after recovery",
+    "spearman_grow": "a split does after training",
+}
+GONE = (1, 2, 4)
+REGRETS = tuple(f"regret_{gone}" for gone in GONE)
+REGRET = REGRETS[-1]  # when the most experts are removed
+COLUMNS = ["signal", "n_seeds", "seconds"]
+COLUMNS += [name for kind in (*CORRELATIONS, *REGRETS, *(f"saved_{k}" for k in GONE)) for name in column_names(kind)]
+COLUMNS += [*(f"chance_{gone}" for gone in GONE), *(f"p_{name}" for name in (*CORRELATIONS, *REGRETS))]
+"""saved_k: by how much the regret lies below chance, paired by seed. p_*: of a two-sided t-test of no difference from
+chance, Holm-corrected over the signals that have this measure, the control among them. Blank: not measured."""
+
+
+def signal_summary(signals: pd.DataFrame, confidence: float) -> pd.DataFrame:
+    """Return a row per signal of `signals.csv`, in its order of signals."""
+    rows = []
+    for signal, runs in signals.groupby("signal", sort=False):
+        row: dict[str, Any] = {"signal": signal, "n_seeds": len(runs), "seconds": runs["seconds"].mean()}
+        for name in CORRELATIONS:
+            if runs[name].notna().all():
+                row |= interval_columns(name, runs[name], confidence) | {f"p_{name}": margin_p_value(runs[name], 0)}
+        for gone, name in zip(GONE, REGRETS, strict=True):
+            regret, chance = runs[name], runs[f"chance_{gone}"]
+            row[f"chance_{gone}"] = chance.mean()
+            if regret.notna().all():
+                less = paired_difference(chance, regret)
+                row |= interval_columns(name, regret, confidence) | {f"p_{name}": margin_p_value(less, 0)}
+                row |= interval_columns(f"saved_{gone}", less, confidence)
+        rows.append(row)
+    table = pd.DataFrame(rows, columns=COLUMNS)
+    for column in [f"p_{name}" for name in (*CORRELATIONS, *REGRETS)]:
+        known = table[column].notna()
+        table.loc[known, column] = holm(table.loc[known, column])
+    return table
+
+
+def beats_chance(row: Any, name: str, confidence: float) -> bool:
+    """Tell whether a signal's row is better than chance in a measure of `CORRELATIONS` or `REGRETS`."""
+    better = getattr(row, name.replace("regret", "saved")) > 0
+    return bool(better and getattr(row, f"p_{name}") < 1 - confidence)
+
+
+def words(signal: str) -> str:
+    """Return a signal's name as people read it."""
+    return signal.replace("_", " ")
+
+
+def signal_findings(
+    summary: pd.DataFrame, decisions: pd.DataFrame, surgeries: pd.DataFrame, confidence: float
+) -> list[str]:
+    """Return in a sentence each which signals beat chance, what each costs, and whether acting on ground truth pays."""
+    kinds = [_describe_kind(summary, name, confidence) for name in CORRELATIONS]
+    return [*kinds, _describe_regret(summary, confidence), *acting_findings(decisions, surgeries)]
+
+
+def _describe_kind(summary: pd.DataFrame, name: str, confidence: float) -> str:
+    better, rest = _divide(_rank(summary, name), name, confidence)
+    if not better:
+        text = f"no signal's rank correlation is shown to be better than chance: {_list(rest, name)}"
+    else:
+        text = f"rank correlation better than chance for {_list(better, name)}"
+        text += f"; not shown to be for {_list(rest, name)}" if rest else ""
+    if MEASURED in [row.signal for row in rest]:
+        text += "; measuring again is not shown to agree with what was measured, so this distinguishes no signals"
+    return f"What {CORRELATIONS[name]}: {text}."
+
+
+def _describe_regret(summary: pd.DataFrame, confidence: float) -> str:
+    rows = _rank(summary, REGRET)
+    if not rows:
+        return f"{regret_title(summary, confidence)}."
+    better, rest = _divide(rows, REGRET, confidence)
+    parts = [_list(better, REGRET)] if better else []
+    parts += [f"not shown to cost less than chance, {_list(rest, REGRET)}"] if rest else []
+    return (
+        "Letting a signal choose the 4 experts to remove costs, beyond the best choice, in nats: "
+        f"{'; '.join(parts)}; chance costs {number(rows[0].chance_4, 3)}."
+    )
+
+
+def correlation_finding(summary: pd.DataFrame, confidence: float) -> str:
+    """Return how many signals predict better than chance what a removal and a split would do."""
+    parts = []
+    for name, what in CORRELATIONS.items():
+        rows = _rank(summary[summary["signal"] != MEASURED], name)
+        better, _ = _divide(rows, name, confidence)
+        best = f", {words(better[0].signal)} best" if better else ""
+        parts.append(f"{len(better)} of {len(rows)} signals predict better than chance what {what}{best}")
+    return "; ".join(parts)
+
+
+def regret_title(summary: pd.DataFrame, confidence: float) -> str:
+    """Return which signal costs least when it chooses, measurement aside, beside chance."""
+    rows = _rank(summary[summary["signal"] != MEASURED], REGRET)
+    if not rows:
+        return "No signal could choose 4 experts to remove"
+    better, _ = _divide(rows, REGRET, confidence)
+    return (
+        f"When 4 experts are removed, {len(better)} of {len(rows)} signals choose better than chance; "
+        f"{words(rows[0].signal)} costs least, {_value(rows[0], REGRET)} nats beyond the best choice, where chance "
+        f"costs {number(rows[0].chance_4, 3)}"
+    )
+
+
+def acting_findings(decisions: pd.DataFrame, surgeries: pd.DataFrame) -> list[str]:
+    """Return how often each arm of 7b.4 operated, and whether it beat the fixed architecture at the same budget."""
+    control, sentences = wording.control_row(decisions), []
+    for row in decision_rows(decisions[decisions["phase"] == PHASE]):
+        who = f"{'Self-modification on ground truth' if row.primary else 'Arm'} `{row.arm}`"
+        if not row.n_seeds:
+            sentences.append(f"{who}: {wording.failed(row)}.")
+            continue
+        sentences.append(
+            f"{who} operated {_count(row, control, surgeries)} and {_compare(row)} the fixed architecture trained for "
+            f"as many steps: {measure(row, 'delta_pp', signed=True, unit='pp')}, at {row.train_seconds:.0f} s a trial "
+            f"instead of {control.train_seconds:.0f} s{'; ' if row.n_failed else ''}{wording.failed(row)}."
+        )
+    return sentences
+
+
+def signal_cells(summary: pd.DataFrame, confidence: float) -> wording.Cells:
+    """Return the signals as people read them; a star marks what beats chance."""
+    titles = {name: f"what {what}" for name, what in CORRELATIONS.items()}
+    titles |= {name: f"regret of {gone}, nats" for name, gone in zip(REGRETS, GONE, strict=True)}
+    return [
+        {"signal": words(row.signal), "seeds": str(row.n_seeds)}
+        | {titles[name]: f"{_value(row, name)}{' *' if beats_chance(row, name, confidence) else ''}" for name in titles}
+        | {"seconds": number(row.seconds, 3)}
+        for row in rows_of(summary)
+    ]
+
+
+def _rank(summary: pd.DataFrame, name: str) -> list[Any]:
+    """Return the rows that have a measure, best first."""
+    rows = rows_of(summary[summary[name].notna()])
+    return sorted(rows, key=lambda row: getattr(row, name) if name in REGRETS else -getattr(row, name))
+
+
+def _divide(rows: list[Any], name: str, confidence: float) -> tuple[list[Any], list[Any]]:
+    """Return the rows that are better than chance, and the rows not shown to be, each in their order."""
+    better = [row for row in rows if beats_chance(row, name, confidence)]
+    return better, [row for row in rows if row not in better]
+
+
+def _list(rows: list[Any], name: str) -> str:
+    return ", ".join(f"{words(row.signal)} {_value(row, name)}" for row in rows)
+
+
+def _value(row: Any, name: str) -> str:
+    return measure(row, name, 3 if name in REGRETS else 2)
+
+
+def _count(row: Decision, control: Decision, surgeries: pd.DataFrame) -> str:
+    """Return how often an arm operated. Seeds that the control failed are not among the seeds of the row."""
+    done = wording.of_arm(surgeries, PHASE, row.arm)
+    if done.empty:
+        return f"not once in {row.n_seeds} seeds"
+    kinds = ", ".join(f"{count} {wording.TIMES} {name}" for name, count in done["operation"].value_counts().items())
+    of = "" if control.n_failed else f" of {row.n_seeds}"
+    return f"{len(done)} times in {done['seed'].nunique()}{of} seeds ({kinds})"
+
+
+def _compare(row: Decision) -> str:
+    if row.delta_lo > 0:
+        return "beats"
+    if row.delta_hi < 0:
+        return "is worse than"
+    return "equals" if wording.changed_nothing(row) else "neither beats nor loses to"

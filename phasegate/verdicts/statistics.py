@@ -1,0 +1,98 @@
+"""Compute statistics over seeds: intervals, the paired test against the margin, Holm's correction, and power.
+
+All functions are pure and take one value per seed. They refuse NaN and infinities, and return no NaN. Too few seeds
+give values that decide nothing: one seed has the interval (-inf, inf) and the p-value 1.
+"""
+
+from bisect import bisect_left
+from math import inf, sqrt
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import stats
+
+from phasegate.base.errors import UserError
+from phasegate.records.tables import DECIMALS
+
+MOST_SEEDS = 100_000  # more seeds than this is no advice
+POWER = 0.8  # the probability with which the seeds that are needed decide
+
+
+def mean_interval(values: ArrayLike, confidence: float) -> tuple[float, float, float]:
+    """Return the mean of `values` (seeds,) and the bounds of Student's t interval; equal values are their bounds."""
+    x = _check(values)
+    mean, error = _mean_and_error(x)
+    if len(x) == 1:
+        return mean, -inf, inf
+    half = float(stats.t.ppf((1 + confidence) / 2, len(x) - 1)) * error
+    return mean, mean - half, mean + half
+
+
+def interval_columns(name: str, values: ArrayLike, confidence: float) -> dict[str, float]:
+    """Return the interval of `values` as three columns of a table; `delta_pp` has the bounds `delta_lo`, `delta_hi`."""
+    return dict(zip(column_names(name), mean_interval(values, confidence), strict=True))
+
+
+def column_names(name: str) -> tuple[str, str, str]:
+    """Return the columns of a mean and its bounds."""
+    return name, f"{name.removesuffix('_pp')}_lo", f"{name.removesuffix('_pp')}_hi"
+
+
+def paired_difference(a: ArrayLike, b: ArrayLike) -> NDArray[np.float64]:
+    """Return `a - b` seed by seed, (seeds,), without the rounding error of the subtraction."""
+    return np.asarray(np.round(_check(a) - _check(b), DECIMALS), dtype=np.float64)
+
+
+def margin_p_value(differences: ArrayLike, margin: float) -> float:
+    """Return the p-value of the two-sided paired t-test of H0: the mean of `differences` (seeds,) is `-margin`."""
+    x = _check(differences)
+    mean, error = _mean_and_error(x)
+    if len(x) == 1 or error == 0:  # without variance the answer is certain
+        return 1.0 if len(x) == 1 or mean == -margin else 0.0
+    return float(2 * stats.t.sf(abs(mean + margin) / error, len(x) - 1))
+
+
+def holm(p_values: ArrayLike) -> NDArray[np.float64]:
+    """Return p-values, in the order given, adjusted by Holm's (1979) step-down method for the number of tests."""
+    p = np.asarray(p_values, dtype=np.float64)
+    order = np.argsort(p)
+    adjusted = np.empty_like(p)
+    adjusted[order] = np.minimum(1, np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)))
+    return adjusted
+
+
+def seeds_needed(mean: float, sd: float, margin: float, confidence: float) -> int | None:
+    """Return the smallest number of seeds at which the t-test against `-margin` has the power `POWER`.
+
+    `mean` and `sd` of the paired differences are taken for the true values. None: more than `MOST_SEEDS` are needed.
+    """
+    distance = abs(mean + margin)
+    if distance == 0:
+        return None
+    effect = min(distance / sd, 1e3) if sd > 0 else 1e3  # beyond this two seeds suffice; keeps nct in its range
+
+    def power(n: int) -> float:
+        critical, shift = stats.t.ppf((1 + confidence) / 2, n - 1), effect * sqrt(n)
+        lower = np.nan_to_num(stats.nct.cdf(-critical, n - 1, shift))  # scipy says NaN where it is next to nothing
+        return float(stats.nct.sf(critical, n - 1, shift) + lower)
+
+    candidates = range(2, MOST_SEEDS + 1)  # power rises with the number of seeds
+    index = bisect_left(candidates, POWER, key=power)
+    return candidates[index] if index < len(candidates) else None
+
+
+def _mean_and_error(x: NDArray[np.float64]) -> tuple[float, float]:
+    """Return the mean and its standard error, exact for equal values (numpy's sum would leave rounding error)."""
+    if np.ptp(x) == 0:
+        return float(x[0]), 0.0
+    return float(x.mean()), float(x.std(ddof=1)) / sqrt(len(x))
+
+
+def _check(values: ArrayLike) -> NDArray[np.float64]:
+    x = np.asarray(values, dtype=np.float64)
+    if x.ndim != 1 or len(x) == 0:
+        raise UserError(f"statistics over seeds need one value per seed, got an array of shape {x.shape}")
+    if not np.isfinite(x).all():
+        index = int(np.flatnonzero(~np.isfinite(x))[0])
+        raise UserError(f"value {index} of {len(x)} is {x[index]}: statistics over seeds need finite numbers")
+    return x

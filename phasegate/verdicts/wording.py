@@ -1,0 +1,269 @@
+"""Write numbers as text: intervals, findings, and the tables of `reports/decisions.md` and the page.
+
+A finding is always made from the row that it describes, so no sentence or title can contradict the table.
+"""
+
+from collections.abc import Mapping, Sequence
+from math import isfinite, isnan
+from typing import Any
+
+import pandas as pd
+
+from phasegate.base.errors import UserError
+from phasegate.params.names import CONTROL, START
+from phasegate.records.tables import COSTS
+from phasegate.verdicts.decisions import Decision, decision_rows
+from phasegate.verdicts.statistics import column_names, mean_interval
+
+MINUS = "\N{MINUS SIGN}"
+TIMES = "\N{MULTIPLICATION SIGN}"
+Cells = list[dict[str, str]]
+"""A table as people read it: one dict of column title and text per row."""
+
+
+def phase_label(phase: str) -> str:
+    """Return the name that people use for a phase: `p7b1` is 7b.1, `p7a` is 7a; other names stay."""
+    if not phase.startswith("p7"):
+        return phase
+    return f"{phase[1:3]}.{phase[3:]}" if phase[3:] else phase[1:]
+
+
+def number(value: float, digits: int = 2, signed: bool = False) -> str:
+    """Return a number with a real minus sign and thousands separators; blank for a blank."""
+    if pd.isna(value):
+        return ""
+    text = f"{float(value):{'+' if signed else ''},.{digits}f}"
+    return text.replace("-", MINUS) if float(text.replace(",", "")) else text.lstrip("+-")
+
+
+def interval(mean: float, lo: float, hi: float, digits: int = 2, signed: bool = False, unit: str = "") -> str:
+    """Return `−0.42 [−0.91, +0.07]`, with a unit after the mean if given, or "no interval" of a single seed."""
+    if pd.isna(mean):
+        return ""
+    known = isfinite(lo) and isfinite(hi)
+    bounds = f"{number(lo, digits, signed)}, {number(hi, digits, signed)}" if known else "no interval"
+    return f"{number(mean, digits, signed)}{f' {unit}' if unit else ''} [{bounds}]"
+
+
+def measure(row: Any, name: str, digits: int = 2, signed: bool = False, unit: str = "") -> str:
+    """Return a measure of a row with its interval, from the columns of `statistics.column_names`."""
+    mean, lo, hi = (getattr(row, column) for column in column_names(name))
+    return interval(mean, lo, hi, digits, signed, unit)
+
+
+def p_text(p: float) -> str:
+    """Return a p-value with three decimals, `< 0.001` below them, blank for a blank."""
+    return "" if pd.isna(p) else "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def failed(row: Any) -> str:
+    """Return `1 of 10 trials failed`, for a row of the decisions or of a leaderboard; blank if none did."""
+    if not row.n_failed:
+        return ""
+    if row.n_seeds:
+        return f"{row.n_failed} of {row.n_seeds + row.n_failed} trials failed"
+    return f"all {row.n_failed} trials failed" if row.n_failed > 1 else "the one trial failed"
+
+
+def failure_list(failures: pd.DataFrame) -> list[str]:
+    """Return each failed trial with its step and reason; arms that failed alike share a phrase."""
+    alike = failures.groupby(["phase", "seed", "step", "reason"], sort=False)["arm"]
+    return [
+        f"{phase_label(str(phase))} {', '.join(arms)}, seed {seed}, step {step}: {reason}"
+        for (phase, seed, step, reason), arms in alike
+    ]
+
+
+def finding(row: Decision, margin_pp: float) -> str:
+    """Return what a row of the decisions says in a few words: verdict, arm, difference with interval, failures."""
+    if not row.n_seeds:
+        return f"{row.verdict}: {row.arm}, {failed(row)}"
+    text = f"{row.verdict}: {row.arm} {_compare(row, margin_pp)}"
+    if not row.n_failed:
+        return text
+    return f"{text}, {'but' if row.verdict == 'INCONCLUSIVE' else 'and'} {failed(row)}"
+
+
+def _compare(row: Decision, margin_pp: float) -> str:
+    """Return where the finished trials of an arm stand beside the control."""
+    margin, difference = f"{margin_pp:g} pp", measure(row, "delta_pp", signed=True, unit="pp")
+    within = row.verdict == "GO" or (row.verdict == "INCONCLUSIVE" and row.primary and row.delta_lo >= -margin_pp)
+    if row.verdict == "NO-GO":
+        return f"loses {interval(-row.delta_pp, -row.delta_hi, -row.delta_lo, unit='pp')} against {CONTROL}"
+    if changed_nothing(row):
+        return f"changed nothing and equals {CONTROL} in every seed{' that finished' if row.n_failed else ''}"
+    if within and row.delta_hi <= margin_pp:
+        return f"stays within {margin} of {CONTROL}, {difference}"
+    if row.verdict == "INCONCLUSIVE" and not within:
+        return f"may or may not stay within {margin} of {CONTROL}, {difference}"
+    return f"stands at {difference} against {CONTROL}"
+
+
+def changed_nothing(row: Decision) -> bool:
+    """Tell whether an arm equals the control in every seed, as an arm does that never operates."""
+    return row.delta_lo == row.delta_hi == 0
+
+
+def outcome(row: Decision, decisions: pd.DataFrame, margin_pp: float) -> str:
+    """Return the finding as a sentence, with the number of seeds, the number that would decide, and extra costs."""
+    if not row.n_seeds:
+        return f"{finding(row, margin_pp)}."
+    seeds = f"{row.n_seeds} seed{'s' if row.n_seeds != 1 else ''}"
+    if row.verdict == "INCONCLUSIVE":
+        if not isnan(row.seeds_needed):
+            seeds += f"; about {int(row.seeds_needed):,} would decide"
+        elif not row.n_failed:
+            seeds += "; no realistic number would decide" if row.n_seeds > 1 else "; one can't decide"
+    return f"{finding(row, margin_pp)} ({seeds}){spending(row, control_row(decisions))}."
+
+
+def spending(row: Decision, control: Decision) -> str:
+    """Return what an arm's model takes beyond the control's, `, with 65 % more parameters`; blank below one percent."""
+    more = {  # seconds are only in the tables: they depend on what else the machine did
+        "parameters": row.params_total / control.params_total,
+        "FLOPs per example": row.flops_per_example / control.flops_per_example,
+    }
+    said = [f"{100 * (ratio - 1):.0f} % more {what}" for what, ratio in more.items() if ratio >= 1.01]
+    return f", with {' and '.join(said)} than {CONTROL}" if said else ""
+
+
+def rows_of(table: pd.DataFrame) -> list[Any]:
+    """Return the rows of any table with columns as attributes (Any: the stubs take a cell for any scalar)."""
+    return list(table.itertuples(index=False))
+
+
+def of_arm(table: pd.DataFrame, phase: str, arm: str) -> pd.DataFrame:
+    """Return the rows of one arm, of any table that has phases and arms."""
+    return table[(table["phase"] == phase) & (table["arm"] == arm)]
+
+
+def headline_rows(decisions: pd.DataFrame) -> list[Decision]:
+    """Return the rows that decide a phase, in the table's order: the primary arms without the 7a baseline."""
+    return [row for row in decision_rows(decisions) if row.primary and row.phase != START]
+
+
+def control_row(decisions: pd.DataFrame) -> Decision:
+    """Return the row of the control arm."""
+    return decision_rows(of_arm(decisions, START, CONTROL))[0]
+
+
+def decision_cells(decisions: pd.DataFrame) -> Cells:
+    """Return the decisions as people read them."""
+    return [
+        {"phase": phase_label(row.phase), "arm": row.arm}
+        | {"verdict": f"{row.verdict}, {failed(row)}" if row.n_failed else row.verdict}
+        | {"accuracy, %": measure(row, "accuracy")}
+        | {"difference, pp": "" if row.verdict == "CONTROL" else measure(row, "delta_pp", signed=True)}
+        | {"p": p_text(row.p_value), "p (Holm)": p_text(row.p_holm)}
+        | {"seeds": str(row.n_seeds), "seeds needed": number(row.seeds_needed, 0)}
+        | {"experts": f"{row.n_routed_start:g} → {round(row.n_routed_end, 1):g}" if row.n_seeds else ""}
+        | _cost_cells(row)
+        for row in decision_rows(decisions)
+    ]
+
+
+def _cost_cells(row: Any) -> dict[str, str]:
+    """Return what the model of a row takes, of the decisions or of a leaderboard; blank if no trial finished."""
+    return {
+        "parameters (active)": f"{number(row.params_total, 0)} ({number(row.params_active, 0)})" if row.n_seeds else "",
+        "FLOPs/example": number(row.flops_per_example, 0),
+        "train, s": number(row.train_seconds, 0),
+    }
+
+
+def cost_cells(decisions: pd.DataFrame) -> Cells:
+    """Return what every arm takes, with its ratio to what the control takes."""
+    control = control_row(decisions)
+    titles = dict(zip(COSTS, ("parameters", "active", "FLOPs/example", "train, s"), strict=True))
+
+    def ratio(row: Decision, name: str) -> str:
+        value, digits = getattr(row, name), 1 if name == "train_seconds" else 0
+        return f"{number(value, digits)} ({TIMES} {number(value / getattr(control, name))})" if row.n_seeds else ""
+
+    return [
+        {"phase": phase_label(row.phase), "arm": row.arm, **{title: ratio(row, name) for name, title in titles.items()}}
+        for row in decision_rows(decisions)
+    ]
+
+
+def rule(margin_pp: float, confidence: float) -> str:
+    """Return in one paragraph what is compared with what, and what the verdicts mean."""
+    bound = f"{MINUS}{margin_pp:g} pp"
+    return (
+        f"Every arm is compared seed by seed with `{CONTROL}`: the same 7a checkpoints, trained for as many steps "
+        f"without control head or surgery. GO: the {100 * confidence:g} % interval of the difference lies at or above "
+        f"{bound} (the margin). NO-GO: it lies below. INCONCLUSIVE: neither. Only the primary arm decides its phase. "
+        "The other arms are exploratory: they also have to pass Holm's correction within their phase. An arm with a "
+        f"failed trial is never GO, and NO-GO if all its trials failed. A seed that `{CONTROL}` failed counts against "
+        "no arm."
+    )
+
+
+def decisions_markdown(
+    decisions: pd.DataFrame, failures: pd.DataFrame, hypotheses: Mapping[str, str], margin_pp: float, confidence: float
+) -> str:
+    """Return the text of `reports/decisions.md`: the rule, a line per phase, the decisions, and the failed trials."""
+    lines = ["# Decisions", "", rule(margin_pp, confidence), ""]
+    for row in headline_rows(decisions):
+        claim = hypothesis(hypotheses, row.phase)
+        lines.append(f"- **{phase_label(row.phase)}** {claim} **{outcome(row, decisions, margin_pp)}**")
+    lines += ["", "Primary arms in bold; intervals over seeds.", "", *markdown_rows(decisions)]
+    return "\n".join(lines + failed_lines(failures, "Failed trials")) + "\n"
+
+
+def markdown_rows(decisions: pd.DataFrame, columns: Sequence[str] = ()) -> list[str]:
+    """Return the decisions as a Markdown table, with all columns of `decision_cells` or some, primary arms in bold."""
+    cells = decision_cells(decisions)
+    for row, primary in zip(cells, decisions["primary"], strict=True):
+        bold = ("arm", "verdict", "difference, pp") if primary else ()
+        row |= {title: f"**{row[title]}**" for title in bold if row[title]}
+    return markdown_table([{title: row[title] for title in columns or row} for row in cells])
+
+
+def markdown_table(cells: Cells) -> list[str]:
+    """Return the lines of a Markdown table."""
+    lines = [list(cells[0]), ["---"] * len(cells[0]), *([escaped(text) for text in row.values()] for row in cells)]
+    return [f"| {' | '.join(line)} |" for line in lines]
+
+
+def failed_lines(failures: pd.DataFrame, title: str) -> list[str]:
+    """Return the failed trials as a Markdown list under its title; nothing if there are none."""
+    listed = [f"- {escaped(phrase)}" for phrase in failure_list(failures)]
+    return ["", f"{title}:", "", *listed] if listed else []
+
+
+def escaped(text: str) -> str:
+    """Return a text as part of a Markdown table or list."""
+    return text.replace("|", "\\|").replace("_", "\\_")
+
+
+def hypothesis(hypotheses: Mapping[str, str], phase: str) -> str:
+    """Return the phase's hypothesis, ending in a full stop; UserError if there is none."""
+    text = " ".join(hypotheses.get(phase, "").split())
+    if not text:
+        raise UserError(f"phase {phase} has no hypothesis: state one before the phase runs")
+    return text if text.endswith((".", "?", "!")) else f"{text}."
+
+
+def leaderboard_cells(table: pd.DataFrame) -> Cells:
+    """Return a leaderboard as people read it."""
+    return [
+        {"rank": number(row.rank, 0), "candidate": f"{row.candidate} (chosen)" if row.chosen else row.candidate}
+        | {"gate accuracy, %": measure(row, "accuracy")}
+        | {"test accuracy, %": interval(row.test_accuracy, row.test_lo, row.test_hi)}
+        | {"published, %": number(row.published_accuracy)}
+        | {"seeds": f"{row.n_seeds}, {row.n_failed} failed" if row.n_failed else str(row.n_seeds)}
+        | _cost_cells(row)
+        | {"settings": row.settings}
+        for row in rows_of(table)
+    ]
+
+
+def task_cells(tasks: pd.DataFrame, confidence: float) -> Cells:
+    """Return the accuracies of the further tasks by arm, over seeds."""
+    return [
+        {"phase": phase_label(str(phase)), "arm": str(arm), "task": str(task)}
+        | {"own head, %": interval(*mean_interval(rows["accuracy"], confidence))}
+        | {"derived, %": interval(*mean_interval(rows["derived"], confidence))}
+        for (phase, arm, task), rows in tasks.groupby(["phase", "arm", "task"])
+    ]

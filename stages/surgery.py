@@ -1,0 +1,45 @@
+"""Run the surgery study: planned operations at the same steps, done in each way that there is."""
+
+from functools import partial
+
+from phasegate.params import Params
+from phasegate.params.fields import override
+from phasegate.stage import run
+from phasegate.surgery.continuation import Arm, run_phase
+from phasegate.surgery.controllers import PlannedPolicy
+from phasegate.surgery.surgeon import Treatment
+
+
+def main(params: Params) -> None:
+    """Compare three kinds of growth, splits by other hyperplanes, and splits that are followed by pruning.
+
+    A merge can only take back a split, so its candidates are the halves; `remove` may take any expert.
+    """
+    operations = params.surgery.operations
+    half = operations // 2
+    grow = PlannedPolicy(operations)
+    by_usage, by_loss = PlannedPolicy(half, half, "usage"), PlannedPolicy(half, half, "loss")
+    changed = partial(override, params.p7b, where="p7b")
+    arms = {
+        "split": Arm(Treatment(grow)),
+        "clone": Arm(Treatment(grow, grow="clone")),
+        "reinit": Arm(Treatment(grow, grow="reinit")),
+        "remove_by_usage": Arm(Treatment(by_usage)),
+        "remove_by_loss": Arm(Treatment(by_loss)),
+        "merge": Arm(Treatment(by_loss, prune="merge")),
+        "split_principal": Arm(
+            Treatment(grow), schedule=changed({"split_direction": "principal", "hyperplanes": "fixed"})
+        ),
+        "split_loss": Arm(Treatment(grow), schedule=changed({"split_direction": "loss", "hyperplanes": "fixed"})),
+        "split_trained": Arm(
+            Treatment(grow), schedule=changed({"split_direction": "random", "hyperplanes": "trained"})
+        ),
+        "split_balanced": Arm(
+            Treatment(grow), schedule=changed({"split_direction": "random", "hyperplanes": "balanced"})
+        ),
+    }
+    run_phase("surgery", arms, params)
+
+
+if __name__ == "__main__":
+    run(main)

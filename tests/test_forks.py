@@ -1,0 +1,127 @@
+"""Forks measure what an operation changes and nothing else, with standard errors that can be believed."""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from phasegate.params.fields import override
+from phasegate.params.phases import Schedule
+from phasegate.signals.forks import Estimate, estimate, removals
+from phasegate.signals.oracle import losses_without_each
+from phasegate.surgery.operations import ExpertManager
+from phasegate.surgery.probe import Probe
+from phasegate.training.course import load_start
+from tests.models import Forks, draws, removed, seeds, unchanged
+
+Make = Callable[..., Forks]
+
+
+@given(st.integers(1, 4), st.integers(2, 5), seeds)
+def test_an_estimate_has_the_errors_of_two_crossed_samples(repeats: int, examples: int, seed: int) -> None:
+    changes = torch.randn(3, repeats, examples, generator=draws(seed)).double()
+    found = estimate(changes)
+    for p, table in enumerate(changes.tolist()):
+        mean = sum(map(sum, table)) / (repeats * examples)
+        of_example = [sum(column) / repeats for column in zip(*table, strict=True)]
+        of_repeat = [sum(row) / examples for row in table]
+        variance = sum((value - mean) ** 2 for value in of_example) / (examples - 1) / examples
+        if repeats > 1:
+            variance += sum((value - mean) ** 2 for value in of_repeat) / (repeats - 1) / repeats
+        assert found.change[p] == pytest.approx(mean) and found.error[p] == pytest.approx(variance**0.5)
+        assert estimate(changes[p]).change == found.change[p]
+
+
+@pytest.mark.parametrize("sizes", [(1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0), (0.1, 1.0, 0.5)])
+def test_the_standard_error_is_that_of_the_mean_or_a_little_more(sizes: tuple[float, float, float]) -> None:
+    repeats, examples, random = 3, 20, draws()
+    shapes = ((repeats, 1), (1, examples), (repeats, examples))
+    samples = [size * torch.randn(20_000, *shape, generator=random) for size, shape in zip(sizes, shapes, strict=True)]
+    found = estimate(0.3 + samples[0] + samples[1] + samples[2])
+    true, claimed = float(found.change.var()), float(found.error.square().mean())
+    counted_twice = sizes[2] ** 2 / (repeats * examples)
+    assert found.change.mean() == pytest.approx(0.3, abs=0.02)
+    assert claimed == pytest.approx(true + counted_twice, rel=0.05) and claimed > 0.95 * true
+
+
+@given(*[st.floats(-1, 1, width=32)] * 2, st.floats(0, 1, width=32))
+def test_a_certain_gain_pays_the_price_and_two_errors(change: float, price: float, error: float) -> None:
+    gain = Estimate(torch.tensor([change]), torch.tensor([error])).gain(price)
+    assert gain.tolist() == pytest.approx([-change - price - 2 * error], abs=1e-6)
+
+
+@pytest.fixture
+def forks(prepared: Path, baselines: Path, schedule: Schedule) -> Make:
+    """Makes forks of the baseline, in one layer of which an expert has been split."""
+    start, course = load_start(prepared, baselines / "seed-0", 0, override(schedule, {"max_experts": 9}, ""))
+    ExpertManager(start.model.layers[1], start.optimizer).split(1, torch.randn(16, generator=draws()), 0.1)
+    return functools.partial(Forks, start.model, start.optimizer, course)
+
+
+def nothing(manager: ExpertManager, draws: torch.Generator) -> None:
+    """The operation that does nothing."""
+
+
+def split(manager: ExpertManager, draws: torch.Generator) -> None:
+    manager.split(2, torch.randn(16, generator=draws), 0.1)
+
+
+def test_nothing_changes_nothing_and_all_else_changes_something(forks: Make) -> None:
+    for split_changes in forks(3, 2).measure(1, 4, [nothing, split, removed(2)]):
+        assert split_changes.shape[:2] == (3, 2) and not split_changes[0].any()
+        assert split_changes[1:].any(-1).all()
+    assert forks(3, 2).measure(0, 4, [])[1].shape == (0, 2, 200)
+
+
+def test_a_split_changes_nothing_immediately_and_a_removal_what_the_oracle_says(forks: Make) -> None:
+    made = forks(0, 1)
+    changes = made.measure(1, 4, [split, *map(removed, range(6))])
+    for found, examples in zip(changes, (made.course.signal, made.course.gate), strict=True):
+        torch.testing.assert_close(found[0, 0], torch.zeros(len(examples)), rtol=0, atol=1e-5)
+        probe = Probe(made.model, 1, examples)
+        torch.testing.assert_close(found[1:, 0], losses_without_each(probe) - probe.losses, rtol=0, atol=1e-5)
+        immediate = removals(probe)
+        torch.testing.assert_close(immediate.change, found[1:, 0].mean(1), rtol=0, atol=1e-5)
+        error = found[1:, 0].std(1) / len(examples) ** 0.5
+        torch.testing.assert_close(immediate.error, error, rtol=1e-3, atol=1e-6)
+
+
+def test_an_expert_that_can_not_go_costs_infinitely_much_for_certain(forks: Make) -> None:
+    made = forks(3, 2)
+    for expert in (0, 2, 3):
+        ExpertManager(made.model.layers[1], made.optimizer).remove(expert)
+    change, error = removals(Probe(made.model, 1, made.course.signal))  # family 4, and that of 1 and 5, are left
+    assert change.tolist() == [0, float("inf"), 0] and not error.any()  # a half that its twin can stand in for is free
+
+
+def test_training_goes_on_as_the_phase_would_from_that_step(forks: Make) -> None:
+    early, late, over = (forks(3, 1).measure(1, step, [removed(2)])[0] for step in (0, 57, 60))
+    immediate = forks(0, 1).measure(1, 0, [removed(2)])[0]
+    assert torch.equal(over, immediate)  # no step of the schedule is left
+    assert 0 < (late - immediate).norm() < 0.1 * (early - immediate).norm()  # its rate falls to zero
+
+
+def test_measuring_leaves_model_optimizer_and_gradients_as_they_were(forks: Make) -> None:
+    made = forks(3, 2)
+    for parameter in made.model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    with unchanged(made.model, made.optimizer, may_draw=True), torch.no_grad():  # as where controllers ask
+        assert made.measure(1, 4, [split, removed(2)])[0].all(-1).any()
+
+
+def test_the_same_question_has_the_same_answer_whatever_else_is_asked(forks: Make) -> None:
+    questions = ((3, [split, removed(2)]), (3, [split, removed(2)]), (3, [removed(2)]), (2, [split]))
+    first, again, alone, short = (forks(3, repeats).measure(1, 4, operations) for repeats, operations in questions)
+    for one, same, other, less in zip(first, again, alone, short, strict=True):
+        assert torch.equal(one, same) and torch.equal(one[1:], other) and torch.equal(one[:1, :2], less)
+
+
+def test_every_repeat_has_batches_and_draws_of_its_own(forks: Make) -> None:
+    heard: list[int] = []
+    changes = forks(3, 3).measure(1, 4, [removed(2), lambda manager, draws: heard.append(draws.initial_seed())])[1][0]
+    assert len(set(heard)) == 3
+    assert not any(torch.equal(changes[i], changes[j]) for i, j in ((0, 1), (0, 2), (1, 2)))
