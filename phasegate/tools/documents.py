@@ -114,8 +114,8 @@ def speed(bench: pd.DataFrame) -> list[str]:
             "threads": str(row.threads),
             "ours": f"{row.ours_ms:,.2f} ms" if row.ours_ms < 10_000 else f"{row.ours_ms / 1000:,.0f} s",
             "limit's time / ours": wording.number(row.ratio_to_limit),
-            "best peer's time / ours": f"{wording.number(row.ratio_to_best_peer)} ({row.best_peer})".removesuffix(
-                " (nan)"
+            "best peer's time / ours": f"{wording.number(row.ratio_to_best_peer)} ({row.best_peer})".replace(
+                " (nan)", ""
             ),
         }
         for row in wording.rows_of(bench)
