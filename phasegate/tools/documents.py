@@ -108,18 +108,17 @@ def flowchart(dag: str) -> str:
 
 def speed(bench: pd.DataFrame) -> list[str]:
     """Write what `make bench` measured as a Markdown table; a ratio above one means that ours takes less time."""
-    rows = [
-        {
-            "case": row.case,
-            "threads": str(row.threads),
-            "ours": f"{row.ours_ms:,.2f} ms" if row.ours_ms < 10_000 else f"{row.ours_ms / 1000:,.0f} s",
-            "limit's time / ours": wording.number(row.ratio_to_limit),
-            "best peer's time / ours": f"{wording.number(row.ratio_to_best_peer)} ({row.best_peer})".replace(
-                " (nan)", ""
-            ),
-        }
-        for row in wording.rows_of(bench)
-    ]
+    rows = []
+    for row in wording.rows_of(bench):
+        ours = f"{row.ours_ms:,.2f} ms" if row.ours_ms < 10_000 else f"{row.ours_ms / 1000:,.0f} s"
+        limit, peer = wording.number(row.ratio_to_limit), wording.number(row.ratio_to_best_peer)
+        peer += f" ({row.best_peer})" if peer else ""
+        values = (row.case, str(row.threads), ours, limit, peer)
+        rows.append(
+            dict(
+                zip(("case", "threads", "ours", "limit's time / ours", "best peer's time / ours"), values, strict=True)
+            )
+        )
     return wording.markdown_table(rows)
 
 
