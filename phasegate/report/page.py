@@ -25,7 +25,7 @@ def render(
     text = Path(__file__).with_name("page.html.j2").read_text()
     template = Template(text, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     page: str = template.render(
-        data=DATA_SETS[data],
+        data=DATA_SETS.get(data, data),
         seeds=int(decisions["n_seeds"].max()),
         phases=[
             {"label": wording.phase_label(row.phase), "verdict": row.verdict}
