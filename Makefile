@@ -45,7 +45,7 @@ docs: $(READY) ## the blocks of results in README.md and docs/, from the committ
 
 BASE ?= origin/main
 verdicts: ## what changed in the verdicts since BASE (origin/main), as Markdown
-	@echo '```diff'; git --no-pager diff $(BASE) -- reports/decisions.md reports/*/decisions.md; echo '```'
+	@echo '```diff' && git --no-pager diff $(BASE) -- reports/decisions.md reports/*/decisions.md && echo '```'
 
 test: lint ## all checks: format, lint, types, tests
 	pytest

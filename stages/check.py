@@ -3,19 +3,40 @@
 The schema changes with the code alone, so a changed parameter reruns this stage and the stages that use it.
 """
 
+import ast
 import json
+from pathlib import Path
 
+from phasegate.base.errors import UserError
 from phasegate.base.files import write_atomic
 from phasegate.base.paths import SCHEMA
 from phasegate.params import Params
 from phasegate.params.check import check
+from phasegate.params.fields import suggestion
 from phasegate.stage import run
 
 
 def main(params: Params) -> None:
-    """Check what the parameters need from outside: memory, and files in `plugins/`."""
+    """Check what the parameters need from outside: arms that stages define, memory, and files in `plugins/`."""
+    for phase, claim in params.decisions.phases.items():
+        defined = arms_of(phase)
+        for place, arm in enumerate(claim.arms):
+            if arm not in defined:
+                raise UserError(f"decisions.phases.{phase}.arms has {arm!r}: {suggestion(arm, defined)}")
+            if arm in claim.arms[:place]:
+                raise UserError(f"decisions.phases.{phase}.arms has {arm!r} twice: name each arm once")
     check(params)
     write_atomic(SCHEMA, schema())
+
+
+def arms_of(phase: str) -> list[str]:
+    """Return the names of the arms that the script of a phase defines, without running it: it imports torch."""
+    tree = ast.parse(Path(__file__).with_name(f"{phase}.py").read_bytes())
+    for node in ast.walk(tree):
+        match node:
+            case ast.Assign(targets=[ast.Name(id="arms")], value=ast.Dict(keys=keys)):
+                return [str(key.value) for key in keys if isinstance(key, ast.Constant)]
+    raise AssertionError(f"stages/{phase}.py defines no dictionary of arms")
 
 
 def schema() -> str:

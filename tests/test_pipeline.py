@@ -13,6 +13,7 @@ import yaml
 from dvc.utils.hydra import apply_overrides
 
 from phasegate.params import load_params
+from phasegate.params.names import PHASES
 from phasegate.trials.code import closure, package_of
 from tests.small_study import ROOT, Checkout
 
@@ -26,7 +27,8 @@ def test_a_stage_depends_on_its_script_and_the_packages_that_the_script_imports(
     assert re.match(rf"exec python -m stages\.{name}\b", stage["cmd"])
     code = [dep for dep in stage["deps"] if dep.startswith(("stages", "phasegate"))]
     packages = {package_of(path) for path in closure([ROOT / script])} - {"", "base"}
-    assert set(code) == {script, *(f"phasegate/{package}" for package in packages)} and len(code) <= 12
+    read = {f"stages/{phase}.py" for phase in PHASES if name == "check"}  # for the names of their arms
+    assert set(code) == {script, *read, *(f"phasegate/{package}" for package in packages)} and len(code) <= 12
 
 
 @pytest.mark.parametrize(
@@ -119,6 +121,7 @@ def test_a_wrong_parameter_stops_before_any_result_is_touched(checkout: Checkout
     for override, sentence in {
         "p7b1.head_lr=-1": "check: p7b1.head_lr is -1: input should be greater than 0",
         "q2.candidates.top_1.top_k=99": "check: q2.candidates.top_1: top_k is 99: it must be at most n_routed = 12",
+        "decisions.phases.p7b2.arms=[split,clonee]": "decisions.phases.p7b2.arms has 'clonee': did you mean clone?",
         "+p7b2.labels.growbelow=1": "check: p7b2.labels.growbelow is not a parameter; did you mean grow_below?",
     }.items():
         output = checkout.command("dvc", "exp", "run", "-S", override, ok=False)

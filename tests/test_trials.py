@@ -192,6 +192,24 @@ def test_other_words_for_people_retrain_nothing(edit: Edit, pattern: str, words:
     assert code.code_hash([name]) != before  # `load` catches this error
 
 
+def test_another_kind_of_error_counts_since_others_may_catch_it(edit: Edit) -> None:
+    name = ROOT / "phasegate/surgery/operations.py"
+    before = code.code_hash([name])
+    edit("surgery/operations", lambda text: text.replace("raise SurgeryRefused(", "raise UserError("))
+    assert code.code_hash([name]) != before
+
+
+def test_the_code_that_only_a_plugin_imports_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, edit: Edit
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text("from phasegate.signals.forks import removals\n")
+    trial = Trial("plugins", "mine", 0, continuation.run_arm, {}, (Path("mine.py"),))
+    before = store.kept_folders([trial], "cpu")
+    edit("signals/forks", lambda text: f"{text}\nEDITED = True\n")
+    assert store.kept_folders([trial], "cpu") != before
+
+
 def test_imports_inside_functions_count_but_not_those_for_type_checkers() -> None:
     found = {str(path.relative_to(ROOT)) for path in code.closure([ROOT / "phasegate/trials/run.py"])}
     assert {"phasegate/trials/cluster.py", "phasegate/__init__.py", "phasegate/trials/__init__.py"} < found

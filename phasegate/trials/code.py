@@ -85,5 +85,5 @@ class _Meaning(ast.NodeTransformer):
     def visit_Raise(self, node: ast.Raise) -> ast.Raise:
         match node.exc:
             case ast.Call(func=ast.Name(id="UserError" | "SurgeryRefused")):
-                node.exc = None
+                node.exc = node.exc.func
         return node

@@ -71,17 +71,16 @@ def _fingerprint(trial: Trial, content: dict[Path, str], shared: list[str]) -> s
     """Hash a trial's function and arguments with their code, its input files, and what all trials share."""
     sources: set[Callable[..., object]] = {trial.run}
     arguments = _strip_paths(trial.arguments, sources)
-    code = code_hash(Path(inspect.getfile(inspect.unwrap(source))).resolve() for source in sources)
+    scripts = [Path(inspect.getfile(inspect.unwrap(source))) for source in sources]
+    plugins = [path for path in trial.inputs if path.suffix == ".py"]  # which may import more than the trial does
+    code = code_hash(path.resolve() for path in (*scripts, *plugins))
     inputs = [content[path] for path in trial.inputs]
     parts = [trial.run.__qualname__, repr(arguments), code, *inputs, *shared]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
 
 
 def _strip_paths(value: object, sources: set[Callable[..., object]]) -> object:
-    """Return an argument without its paths, whose files count by content, and add its dataclasses to `sources`.
-
-    Such a type brings code of its own: a policy builds the controllers of its arm.
-    """
+    """Return an argument without its paths, whose files count by content, and add its dataclasses to `sources`."""
     if isinstance(value, PurePath):
         return "path"
     if isinstance(value, dict):
@@ -89,6 +88,6 @@ def _strip_paths(value: object, sources: set[Callable[..., object]]) -> object:
     if isinstance(value, tuple):
         return tuple(_strip_paths(part, sources) for part in value)
     if is_dataclass(value):
-        sources.add(type(value))
+        sources.add(type(value))  # a policy builds the controllers of its arm, so its code counts
         return type(value).__qualname__, _strip_paths(vars(value), sources)
     return value
