@@ -21,6 +21,7 @@ from phasegate.tools.command import output
 from phasegate.verdicts import attribution, signal_summary, surgery_summary, wording
 
 DOCUMENTS = ("README.md", "docs/study.md", "docs/architecture.md")
+SPEED = ("case", "threads", "ours", "limit's time / ours", "best peer's time / ours")
 NEEDED = ("decisions", "attribution", "surgery_summary", "signal_summary", "surgeries", "failures")
 Tables = Mapping[str, pd.DataFrame]
 """The tables of a study, by name; or the decisions of several studies, by data set."""
@@ -114,11 +115,7 @@ def speed(bench: pd.DataFrame) -> list[str]:
         limit, peer = wording.number(row.ratio_to_limit), wording.number(row.ratio_to_best_peer)
         peer += f" ({row.best_peer})" if peer else ""
         values = (row.case, str(row.threads), ours, limit, peer)
-        rows.append(
-            dict(
-                zip(("case", "threads", "ours", "limit's time / ours", "best peer's time / ours"), values, strict=True)
-            )
-        )
+        rows.append(dict(zip(SPEED, values, strict=True)))
     return wording.markdown_table(rows)
 
 
