@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import phasegate
 from phasegate.base import processes
 from phasegate.base.errors import UserError
 from phasegate.params import Params, load_params
@@ -16,6 +17,8 @@ def run(main: Callable[[Params], None]) -> None:
     processes.on_stop(signal.default_int_handler)  # which ends what is half done, and then `run`
     os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")  # loky's, of a run that was stopped
     try:
+        if phasegate.UNPINNED:
+            raise UserError(phasegate.UNPINNED)
         params = load_params()
         with processes.alone():
             main(params)

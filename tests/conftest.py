@@ -6,6 +6,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import phasegate  # before numpy and torch
+
+# isort: split
 import pytest
 import torch
 from filelock import FileLock
@@ -23,6 +26,7 @@ from tests.models import ARCHITECTURE
 from tests.small_study import Checkout
 from tests.tiny_data import TRAINING, write_tiny_data
 
+assert not phasegate.UNPINNED, phasegate.UNPINNED
 torch.set_num_threads(1)
 settings.register_profile("phasegate", deadline=None)  # a test may wait for a busy core
 settings.load_profile("phasegate")

@@ -21,7 +21,6 @@ def in_a_row(prepared: Path, start: Path, seed: int, operation: str, count: int)
     Columns: seed, operation, done, output_change (by all operations so far, relative, on the probe batch), accuracy
     (gate, percent).
     """
-    torch.set_num_threads(1)  # the same bits on any machine
     _, signal, gate = batches.load_examples(prepared, device())
     model = checkpoint.load(start, gate, gate.x.device).model
     assert isinstance(model, Model), "not a 7a checkpoint"

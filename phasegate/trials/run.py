@@ -19,6 +19,7 @@ import torch
 from joblib.externals.loky.process_executor import BrokenProcessPool
 from tqdm import tqdm
 
+import phasegate
 from phasegate.base import processes, settings
 from phasegate.base.errors import Diverged, UserError
 from phasegate.records.trial_folder import SECONDS, Failure, read_failure, write_failure
@@ -112,6 +113,8 @@ def _results(trials: list[Trial], kept: dict[str, Path]) -> Iterator[Result]:
 
 def _run(trial: Trial, folder: Path) -> Result:
     """Run a trial, if possible from the snapshot of an earlier run in `folder`, and return the files that it wrote."""
+    if phasegate.UNPINNED:
+        raise UserError(phasegate.UNPINNED)
     torch.set_num_threads(1)
     folder.mkdir(parents=True, exist_ok=True)
     for path in folder.iterdir():
