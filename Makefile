@@ -7,7 +7,7 @@ VENV := .venv
 READY := $(VENV)/.ready
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: help repro plan report study phases bench docs verdicts test test-cluster test-chaos lint lock clean
+.PHONY: help repro plan report study phases bench docs verdicts test test-bits test-cluster test-chaos lint lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-14s%s\n", $$1, $$2 }' Makefile
@@ -49,6 +49,9 @@ verdicts: ## what changed in the verdicts since BASE (origin/main), as Markdown
 
 test: lint ## all checks: format, lint, types, tests
 	pytest
+
+test-bits: $(READY) ## every kind of training as on an EPYC, a Haswell and a Skylake, emulated: the same bits (half an hour)
+	python -m tests.bits --emulate EPYC-v1 Haswell-v1 Skylake-Server-v1
 
 test-cluster: $(READY) ## trials on a Ray cluster that loses a machine (installs Ray into the environment)
 	pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable '.[cluster]'

@@ -3,6 +3,7 @@
 Shapes: B examples, C classes of a task, S tokens per example, E experts of a block, K chosen, G gates.
 """
 
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+import phasegate
 from phasegate.base.errors import UserError, one_line
 from phasegate.base.paths import PREPARED
 from phasegate.model.classifier import Network, Output
@@ -35,6 +37,8 @@ def load(folder: Path | str, dataset: Path | str | None = STUDY, device: torch.d
             above `folder`. None if inputs are standardised already.
         device: where the model computes.
     """
+    if phasegate.UNPINNED:
+        warnings.warn(phasegate.UNPINNED, stacklevel=2)
     folder, device = Path(folder), _check_device(device)
     trial, meta = checkpoint.load(folder, None, device), None
     if dataset is not None:

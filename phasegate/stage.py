@@ -3,11 +3,13 @@
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
-from phasegate.base import processes
-from phasegate.base.errors import report_user_errors
+import phasegate
+from phasegate.base import processes, processor, settings, timings
+from phasegate.base.errors import UserError, report_user_errors
 from phasegate.params import Params, load_params
 
 
@@ -17,8 +19,20 @@ def run(main: Callable[[Params], None]) -> None:
     os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")  # loky's, of a run that was stopped
     try:
         with report_user_errors(Path(sys.argv[0]).stem):
+            if phasegate.UNPINNED:
+                raise UserError(phasegate.UNPINNED)
             params = load_params()
             with processes.alone():
+                begun = time.perf_counter()
                 main(params)
+                _tell(time.perf_counter() - begun)
     except KeyboardInterrupt:
         processes.say_stopped()
+
+
+def _tell(seconds: float) -> None:
+    """Tell the terminal and `reports/timings.csv` how long the stage took."""
+    stage, machine = os.environ.get("DVC_STAGE") or Path(sys.argv[0]).stem, processor.name()
+    timings.record(stage, {"": (seconds, machine)})
+    if settings.progress():
+        print(f"{stage}: {seconds:,.1f} s on {machine}", file=sys.stderr)

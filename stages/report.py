@@ -1,11 +1,7 @@
 """Draw the figures and write the page, from the tables of `reports/tables/` alone."""
 
 import json
-import os
-import platform
-import re
 from importlib.metadata import version
-from pathlib import Path
 
 import pandas as pd
 
@@ -39,27 +35,14 @@ def main(params: Params) -> None:
 
 
 def provenance(params: Params) -> dict[str, object]:
-    """Return what the results came from: data hashes, parameters, versions, and the machine."""
+    """Return what the results came from: data hashes, parameters and versions."""
     meta = load_meta(PREPARED)
     return {
         "command": "dvc repro",
         "data": {"name": meta.name, "sha256": {name: array.sha256 for name, array in meta.arrays.items()}},
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in LIBRARIES},
-        "machine": {
-            "system": platform.platform(terse=True),
-            "processor": processor(),
-            "cores": os.cpu_count(),
-            "threads_per_trial": 1,
-        },
+        "versions": {name: version(name).partition("+")[0] for name in LIBRARIES},  # torch adds where it came from
         "parameters": json.loads(params.model_dump_json(exclude={"headline"})),
     }
-
-
-def processor() -> str:
-    """Return the name of this machine's processor."""
-    listed = Path("/proc/cpuinfo")  # Linux
-    names = re.findall(r"model name\s*: (.+)", listed.read_text()) if listed.exists() else []
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

@@ -6,16 +6,19 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import phasegate  # before numpy and torch
+
+# isort: split
 import pytest
 import torch
 from filelock import FileLock
 from hypothesis import settings
 
+from phasegate.base import timings
 from phasegate.model.classifier import ModelSpec
 from phasegate.params.phases import GroundTruth, Schedule, UsageLabels
 from phasegate.params.pretraining import Architecture, Training
 from phasegate.pretraining.pretrain import pretrain
-from phasegate.records.trial_folder import SECONDS
 from phasegate.signals.predictor import SURVEY, learn
 from phasegate.signals.survey import survey
 from phasegate.training.batches import Examples, load_examples
@@ -23,6 +26,7 @@ from tests.models import ARCHITECTURE
 from tests.small_study import Checkout
 from tests.tiny_data import TRAINING, write_tiny_data
 
+assert not phasegate.UNPINNED, phasegate.UNPINNED
 torch.set_num_threads(1)
 settings.register_profile("phasegate", deadline=None)  # a test may wait for a busy core
 settings.load_profile("phasegate")
@@ -50,6 +54,14 @@ def small_study(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def checkout(small_study: Path, tmp_path_factory: pytest.TempPathFactory) -> Checkout:
     """A copy of the small study, for the tests of one file."""
     return Checkout(tmp_path_factory.mktemp("study") / "checkout", of=small_study)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_timings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A file for what trials of tests take, in place of this checkout's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(timings, "TIMINGS", path := tmp_path_factory.mktemp("timings") / "timings.csv")
+        yield path
 
 
 @pytest.fixture(scope="session")
@@ -100,7 +112,6 @@ def baselines(prepared: Path, spec: ModelSpec, training: Training, tmp_path_fact
     folder.mkdir()
     pretrain(folder, prepared=prepared, phase="p7a", arm="baseline", seed=0, spec=spec, training=training,
              keep_optimizer=True)  # fmt: skip
-    (folder / SECONDS).write_text("1.5\n")
     return folder.parent
 
 

@@ -1,6 +1,5 @@
 """The study in small: a checkout to run it in, and what it leaves."""
 
-import hashlib
 import os
 import re
 import shutil
@@ -12,7 +11,7 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from phasegate.records.trial_folder import SECONDS
+from phasegate.base.files import sha256
 from phasegate.training.killed_trials import SNAPSHOT
 
 REPLACED = ("candidates", "arms", "mnist1d")
@@ -78,13 +77,6 @@ def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def content(folder: Path) -> dict[str, str]:
-    """The files below a folder by name, snapshots apart: tables without their columns of seconds, all else by hash."""
-    found = {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in (SECONDS, SNAPSHOT)):
-        if path.suffix == ".csv":
-            table = pd.read_csv(path, dtype=str, keep_default_na=False)
-            text = table.loc[:, ~table.columns.str.contains("seconds")].to_csv(index=False)
-        else:
-            text = hashlib.sha256(path.read_bytes()).hexdigest()
-        found[str(path.relative_to(folder))] = text
-    return found
+    """The sha256 of every file below a folder, by name, snapshots apart."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != SNAPSHOT)
+    return {str(path.relative_to(folder)): sha256(path) for path in files}

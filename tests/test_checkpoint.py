@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -20,11 +21,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.optim import AdamW
 
+import phasegate
 from phasegate.base.errors import UserError
 from phasegate.base.files import sha256
 from phasegate.model.classifier import Model, cost
 from phasegate.model.references import Reference, ReferenceSpec
 from phasegate.surgery.operations import ExpertManager
+from phasegate.training import checkpoint
 from phasegate.training.batches import Batches, Examples
 from phasegate.training.checkpoint import RECORD, WEIGHTS, Checkpoint, load, save, summary
 from phasegate.training.loop import fit
@@ -209,6 +212,26 @@ def test_moments_that_do_not_fit_are_named(folder: Path, many: Examples) -> None
     (folder / RECORD).write_text(json.dumps(record))
     with pytest.raises(UserError, match=r"optimizer: heads.0.weight.step should have shape \(\), and has None"):
         load(folder, many)
+
+
+def test_logits_must_be_the_same_and_where_nothing_is_promised_the_count_but_for_ti(
+    folder: Path, many: Examples, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = json.loads((folder / RECORD).read_text())
+    right = record["gate"]["correct"]
+    record["gate"]["logits"] = "0" * 64
+    (folder / RECORD).write_text(json.dumps(record))
+    if phasegate.PROMISED:
+        with pytest.raises(UserError, match=rf"expected {right:,} of 2,000 correct, got {right:,} of 2,000, by other"):
+            load(folder, many)
+    monkeypatch.setattr(phasegate, "PROMISED", False)
+    load(folder, many)
+    record["gate"]["correct"] -= 1
+    (folder / RECORD).write_text(json.dumps(record))
+    with pytest.raises(UserError, match=rf"expected {right - 1:,} of 2,000 correct, got {right:,} of 2,000$"):
+        load(folder, many)
+    monkeypatch.setattr(checkpoint, "NEAR", math.inf)  # then all examples are ties
+    load(folder, many)
 
 
 def test_another_data_set_is_refused(saved: Path, gate: Examples) -> None:

@@ -24,7 +24,7 @@ CONTROL = np.array([67.0, 66.4, 67.9, 68.2])
 DOUBTFUL = [-0.55, 0.35, -0.3, 0.35]  # p = 0.025 against the margin: a GO alone, not as one of four
 KEYS = ["phase", "arm", "seed"]
 CANDIDATES = {"c": 70, "b": 70, "a": 70, "z": 60}
-SIZES = dict(zip(AVERAGED, (12, 14, 9000, 2000, 4000, 2.5), strict=True))
+SIZES = dict(zip(AVERAGED, (12, 14, 9000, 2000, 4000), strict=True))
 
 
 def trials_of(arms: Mapping[str, Iterable[float]]) -> pd.DataFrame:
@@ -143,7 +143,7 @@ def test_missing_seeds_and_wrong_numbers_are_named() -> None:
         (STUDY[~(control & (STUDY["seed"] == 2))], "arm continue has no trial for seed 2, but phase p7.*has one"),
         (STUDY.assign(accuracy=STUDY["accuracy"].mask(lacking)), "accuracy of phase p7b2, arm split, seed 3 is nan"),
         (STUDY.assign(accuracy=STUDY["accuracy"].mask(control, inf)), "phase p7a, arm continue, seed 0 is inf"),
-        (STUDY.assign(train_seconds=np.nan), "train_seconds of phase p7a, arm continue, seed 0 is nan"),
+        (STUDY.assign(params_active=np.nan), "params_active of phase p7a, arm continue, seed 0 is nan"),
         (STUDY.drop(columns="params_total"), "the table lacks the column params_total"),
         (STUDY[~control], "no control arm: phase p7a, arm continue"),
         (pd.concat([STUDY, STUDY.tail(1)]), "twice"),

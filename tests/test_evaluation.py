@@ -19,7 +19,7 @@ from phasegate.model.classifier import Model, ModelSpec, cost
 from phasegate.model.references import Reference, ReferenceSpec
 from phasegate.params.fields import override
 from phasegate.params.phases import Schedule
-from phasegate.records.trial_folder import FAILURE_COLUMNS, LAST_GOOD, SECONDS, SURGERY_COLUMNS, Failure, write_failure
+from phasegate.records.trial_folder import FAILURE_COLUMNS, LAST_GOOD, SURGERY_COLUMNS, Failure, write_failure
 from phasegate.surgery import continuation, controllers, surgeon
 from phasegate.surgery.operations import ExpertManager
 from phasegate.surgery.tasks import add_tasks
@@ -123,7 +123,7 @@ def test_a_phase_is_evaluated_on_test_and_an_empty_one_refused(baselines: Path, 
     (tmp_path / "p7a/baseline").symlink_to(baselines, target_is_directory=True)
     evaluate_phase(tmp_path / "p7a", prepared, tmp_path / "out")
     trials, routing = (pd.read_csv(tmp_path / f"out/{name}.csv") for name in ("trials", "routing"))
-    assert trials[["phase", "arm", "seed", "train_seconds"]].values.tolist() == [["p7a", "baseline", 0, 1.5]]
+    assert trials[["phase", "arm", "seed"]].values.tolist() == [["p7a", "baseline", 0]]
     assert routing["tokens"].sum() == 100 * 2 * 2
     assert len(pd.read_csv(tmp_path / "out/curves.csv")) == 21
     assert pd.read_csv(tmp_path / "out/split_halves.csv").empty
@@ -157,7 +157,6 @@ def test_halves_of_splits_arrive(baselines: Path, prepared: Path, schedule: Sche
     for trial in continuation.continuations(prepared, baselines, "surgery", arms, 1, short):
         (folder := tmp_path / "models" / trial.name).mkdir(parents=True)
         trial.run(folder, **trial.arguments)
-        (folder / SECONDS).write_text("1.5\n")
     evaluate_phase(tmp_path / "models", prepared, tmp_path / "out")
     halves, log = (pd.read_csv(tmp_path / f"out/{name}.csv") for name in ("split_halves", "surgeries"))
     splits, names = log[log["arm"] == "split"], ["block", "expert", "parent", "step"]

@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 import yaml
 
+from phasegate.base import processor
 from phasegate.base.errors import UserError
 from phasegate.base.paths import EVALUATED, MODELS, PREPARED, REPORTS, TABLES
 from phasegate.model.classifier import ModelSpec
@@ -94,7 +95,8 @@ def test_every_verdict_row_states_its_failures(study: Path) -> None:
 
 def test_the_page_lists_failed_trials_and_takes_no_blank_for_a_number(study: Path) -> None:
     page = (study / REPORTS / "report.html").read_text()
-    assert all(recorded in page for recorded in ("versions.torch", "machine.processor", "machine.threads_per_trial"))
+    assert all(recorded in page for recorded in ("versions.torch", "data.sha256.train_x", "parameters.p7a.n_routed"))
+    assert processor.name().partition(",")[0] not in page
     assert '<span class="verdict no-go">NO-GO, all 9 trials failed</span>' in page
     listed = re.findall("<li>(.*)</li>", page[page.index("<h3>Failed trials") : page.index("<h2>What broke it")])
     assert len(listed) == 7 + 1 + 9 and listed[0] == "7a baseline, seed 0, step 900: the loss is nan"

@@ -16,7 +16,6 @@ from phasegate.model.references import ReferenceSpec, Spec
 from phasegate.params.pretraining import Architecture, Training
 from phasegate.pretraining.pretrain import pretrain
 from phasegate.records.prepared import FIT, load_meta, load_splits
-from phasegate.records.trial_folder import SECONDS
 from phasegate.training.batches import augment, load_examples
 
 UNITS = 10.0 ** np.arange(-3, 4)  # of seven features
@@ -54,7 +53,6 @@ def test_every_model_learns_is_evaluated_loads_and_is_exported(
     prepared, folder = table / "data/prepared", tmp_path / "models/arm/seed-0"
     folder.mkdir(parents=True)
     pretrain(folder, prepared=prepared, phase="p7a", arm="arm", seed=0, spec=spec, training=training)
-    (folder / SECONDS).write_text("1.5\n")
     evaluate_phase(tmp_path / "models", prepared, tmp_path / "evaluated")
     accuracy = pd.read_csv(tmp_path / "evaluated/trials.csv")["accuracy"].item()
     assert accuracy > 90

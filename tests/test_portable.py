@@ -22,7 +22,7 @@ HOOKS = [hook for repo in HOOKED for hook in repo["hooks"]]
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "PATH": PATH, "PHASEGATE_PROGRESS": "1"}
 LINUX_ONLY = re.compile(r"/proc/|/sys/|prctl|sched_getaffinity|PR_SET_PDEATHSIG|epoll|inotify|os\.fork\b")
 GUARDED = {
-    "stages/report.py": "listed.read_text()) if listed.exists() else",
+    "phasegate/base/processor.py": "if LISTED.exists() else",
     "phasegate/base/memory.py": "except (OSError, ValueError):",
     "tests/damage.py": '"/proc/self/mem")',  # elsewhere it leads nowhere, which is damage too
     "tests/test_portable.py": "LINUX_ONLY",

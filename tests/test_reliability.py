@@ -16,7 +16,7 @@ import yaml
 
 from phasegate.base import processes
 from phasegate.base.errors import Diverged, UserError
-from phasegate.records.trial_folder import FAILURE, SECONDS, Failure, read_failure, write_failure
+from phasegate.records.trial_folder import FAILURE, Failure, read_failure, write_failure
 from phasegate.training.killed_trials import SNAPSHOT
 from phasegate.trials import store
 from phasegate.trials.run import run_trials
@@ -116,7 +116,7 @@ def test_a_trial_that_diverges_fails_alone_and_is_not_tried_again(
 ) -> None:
     run_trials(wanted(tmp_path, harm="diverges", at=1), tmp_path / "out")
     assert read_failure(tmp_path / "out/arm/seed-1") == Failure("p", "arm", 1, 210, "the loss is nan")
-    assert (tmp_path / "out/arm/seed-1" / SECONDS).exists() and not (tmp_path / "out/arm/seed-1/result.txt").exists()
+    assert not (tmp_path / "out/arm/seed-1/result.txt").exists()
     assert [(tmp_path / f"out/arm/seed-{seed}/result.txt").exists() for seed in range(3)] == [True, False, True]
     said = capfd.readouterr().err
     assert said.endswith("out: 1 of 3 trials failed, the first: p, arm, seed 1, step 210: the loss is nan\n")
@@ -129,7 +129,7 @@ def test_what_an_earlier_run_left_is_not_mixed_with_a_later_result(tmp_path: Pat
         run_trials(wanted(tmp_path, harm=harm, at=1), tmp_path / "out")
         for seed in range(3):
             files = {path.name for path in (tmp_path / f"out/arm/seed-{seed}").iterdir()}
-            assert files == {"begun.txt", SECONDS, FAILURE if seed in seeds else "result.txt"}
+            assert files == {"begun.txt", FAILURE if seed in seeds else "result.txt"}
 
 
 def test_a_trial_whose_start_failed_fails_too_and_does_not_begin(tmp_path: Path) -> None:

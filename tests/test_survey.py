@@ -17,8 +17,6 @@ from phasegate.surgery.probe import Probe
 from phasegate.training.course import load_start
 from tests.models import Forks, losses_after_removal, removed
 
-CLOCKS = ["removal_seconds", "fork_seconds"]
-
 
 def surveyed(folder: Path, prepared: Path, baselines: Path, schedule: Schedule, truth: GroundTruth) -> pd.DataFrame:
     (trial,) = survey.surveys(prepared, baselines, 1, schedule, truth)
@@ -45,19 +43,19 @@ def test_every_expert_has_a_row_in_every_survey(table: pd.DataFrame) -> None:
     assert list(surveys.groups) == [(0, 0), (0, 1), (8, 0), (8, 1)]
     assert surveys.apply(lambda experts: experts.is_unique).all() and surveys.size().between(4, 7).all()
     assert surveys.apply(list)[0].tolist() == [[0, 1, 2, 3, 4]] * 2
-    assert table[[*FEATURES, *CLOCKS[:1]]].notna().all(axis=None)
+    assert table[[*FEATURES]].notna().all(axis=None)
 
 
 def test_the_first_survey_measures_all_experts_and_later_ones_a_few(table: pd.DataFrame) -> None:
     first, later = table[table["step"] == 0], table[table["step"] == 8]
-    labels = [column for column in survey.SURVEY_COLUMNS if column.startswith(CHANGES)] + CLOCKS
+    labels = [column for column in survey.SURVEY_COLUMNS if column.startswith(CHANGES)]
     assert first[labels].notna().all(axis=None) and later[["prune", "prune_gate"]].notna().all(axis=None)
-    assert (first[[f"{change}_error" for change in CHANGES]] > 0).all(axis=None) and (first[CLOCKS] > 0).all(axis=None)
+    assert (first[[f"{change}_error" for change in CHANGES]] > 0).all(axis=None)
     for change in ("recovered", "grow"):
         measured = later[later[change].notna()]
         assert measured.groupby("block").size().tolist() == [1, 1]
         columns = [f"{change}{part}" for part in ("_error", "_gate", "_part", "_gate_rest")]
-        assert measured[[*columns, "fork_seconds"]].notna().all(axis=None)
+        assert measured[columns].notna().all(axis=None)
 
 
 def test_surgery_goes_on_between_surveys_and_ages_tell(table: pd.DataFrame) -> None:
@@ -101,7 +99,7 @@ def test_the_same_seed_gives_the_same_bits_and_what_may_not_be_done_has_no_label
     table: pd.DataFrame, tmp_path: Path, prepared: Path, baselines: Path, schedule: Schedule, truth: GroundTruth
 ) -> None:
     again = surveyed(tmp_path, prepared, baselines, schedule, truth)
-    assert again.drop(columns=CLOCKS).equals(table.drop(columns=CLOCKS))
+    assert again.equals(table)
     full = override(schedule, {"min_experts": 4, "max_experts": 5}, "p7b")
     once = surveyed(tmp_path, prepared, baselines, full, override(truth, {"surveys": 1}, "p7b4"))
     assert len(once) == 10 and once["grow"].isna().all() and once["recovered"].notna().all()

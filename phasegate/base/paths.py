@@ -12,3 +12,4 @@ HEADS = MODELS / "heads"
 REPORTS = Path("reports")
 TABLES = REPORTS / "tables"
 FIGURES = REPORTS / "figures"
+TIMINGS = REPORTS / "timings.csv"

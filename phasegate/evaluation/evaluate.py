@@ -29,7 +29,7 @@ from phasegate.training.predictions import predict
 CALIBRATION_BINS = 15
 KEY = ["phase", "arm", "seed"]  # the name of a trial in every table
 TRIALS = ["accuracy", "nll", "calibration_error", "routing_entropy", "dead_experts", "mutual_information"]
-TRIALS += ["n_routed_start", "n_routed_end", *Cost.model_fields, "train_seconds"]
+TRIALS += ["n_routed_start", "n_routed_end", *Cost.model_fields]
 TABLES = {  # the tables of a phase, with their further columns
     "trials": TRIALS,
     "routing": ["block", "expert", "class", "tokens"],
@@ -67,8 +67,7 @@ def evaluate_phase(models: Path, prepared: Path, output: Path, may_be_empty: boo
         left = {name: _read_left(folder / file, TABLES[name]) for name, file in FILES.items()}
         result = evaluate(checkpoint.load(folder, gate, device()), test, tasks, left["surgeries"])
         predictions[f"{result.trial['arm']}/seed-{result.trial['seed']}"] = result.predictions
-        row = pd.DataFrame([result.trial | {"train_seconds": trial_folder.seconds(folder)}])
-        for name, table in {"trials": row, **result.tables, **left}.items():
+        for name, table in {"trials": pd.DataFrame([result.trial]), **result.tables, **left}.items():
             parts[name].append(table.assign(**{key: result.trial[key] for key in KEY}))
     failures = [astuple(failure) for failure in map(trial_folder.read_failure, failed) if failure]
     write_table(output / "failures.csv", pd.DataFrame(failures, columns=trial_folder.FAILURE_COLUMNS), digits=None)

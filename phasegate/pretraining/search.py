@@ -12,11 +12,11 @@ from phasegate.params.fields import Scalar, SectionT, override
 from phasegate.params.pretraining import BASE, Search, Training
 from phasegate.pretraining.pretrain import pretraining
 from phasegate.records.tables import write_table
-from phasegate.records.trial_folder import read_failure, seconds
+from phasegate.records.trial_folder import read_failure
 from phasegate.training import checkpoint
 from phasegate.trials.run import run_trials
 
-COLUMNS = ["candidate", "seed", "accuracy", *Cost.model_fields, "train_seconds", "settings", "failure"]
+COLUMNS = ["candidate", "seed", "accuracy", *Cost.model_fields, "settings", "failure"]
 
 
 def variants(base: SectionT, search: Search, where: str) -> dict[str, SectionT]:
@@ -35,8 +35,8 @@ def run_search(
 ) -> pd.DataFrame:
     """Train every candidate with every seed below `folder`; write, as `folder`.csv, and return a row per trial.
 
-    Columns: candidate, seed, accuracy (gate split, percent), the fields of `Cost`, train_seconds, settings, and
-    failure: why the trial did not finish. Failed trials leave the measured columns blank, finished trials leave
+    Columns: candidate, seed, accuracy (gate split, percent), the fields of `Cost`, settings, and failure:
+    why the trial did not finish. Failed trials leave the measured columns blank, finished trials leave
     `failure` blank.
     """
     trials = [
@@ -59,4 +59,4 @@ def _read_result(folder: Path) -> dict[str, Any]:
     if failure := read_failure(folder):
         return {"failure": str(failure)}
     _, accuracy, cost = checkpoint.summary(folder)
-    return {"accuracy": accuracy, **cost.model_dump(), "train_seconds": seconds(folder)}
+    return {"accuracy": accuracy, **cost.model_dump()}

@@ -14,7 +14,8 @@ from phasegate.base.errors import UserError, first_finding
 from phasegate.base.files import read_bounded, write_atomic
 
 FAILURE, LAST_GOOD = "failure.json", "last_good"
-CURVE, SURGERIES, LOADS, SECONDS = "curve.csv", "surgeries.csv", "loads.csv", "seconds.txt"
+CURVE, SURGERIES, LOADS = "curve.csv", "surgeries.csv", "loads.csv"
+SECONDS, MACHINE = "seconds.txt", "machine.txt"  # of the training: kept beside the result, and never a part of it
 SURGERY_COLUMNS = ["step", "block", "operation", "expert", "parent", "n_routed_before", "n_routed_after"]
 SURGERY_COLUMNS += ["output_change", "accuracy_before", "accuracy_after", "routing_kl", "recovery_steps"]
 LOAD_COLUMNS = ["step", "block", "expert", "share"]
@@ -58,8 +59,3 @@ def finished(folders: Iterable[Path]) -> list[Path]:
     if all(failures.values()):
         raise UserError(f"all {len(failures)} trials failed; the first: {next(iter(failures.values()))}")
     return [folder for folder, failure in failures.items() if failure is None]
-
-
-def seconds(folder: Path) -> float:
-    """Return how long the trial that filled a folder took, in seconds."""
-    return float((folder / SECONDS).read_text())

@@ -8,11 +8,11 @@ from pathlib import Path
 from textwrap import fill
 from typing import Any, NamedTuple
 
-import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.style import context
 
 from phasegate.base.files import write_atomic
 from phasegate.verdicts.statistics import column_names, mean_interval
@@ -21,7 +21,7 @@ Tables = Mapping[str, pd.DataFrame]  # the tables of `reports/tables/`, by name
 
 BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"  # Okabe and Ito's colours
 BLUE, VERMILION, PURPLE, GREY = "#0072B2", "#D55E00", "#CC79A7", "#767676"
-STYLE: dict[Any, Any] = {
+STYLE = {
     "font.size": 10,
     "axes.titlesize": 10,
     "axes.titlelocation": "left",
@@ -31,6 +31,8 @@ STYLE: dict[Any, Any] = {
     "svg.fonttype": "path",  # the same look in every browser, whatever fonts it has
     "svg.hashsalt": "phasegate",
 }
+styled = context(["default", STYLE])
+"""Decorate what draws: whatever style the user has set, only this one counts, with the fonts of matplotlib."""
 
 
 class DotStyle(NamedTuple):
@@ -42,7 +44,7 @@ class DotStyle(NamedTuple):
     fill: str | None = None  # if it is not the colour
 
 
-@mpl.rc_context(STYLE)
+@styled
 def save(figure: Figure, path: Path) -> None:
     """Write the figure as `path`.svg and `path`.png, without dates and versions."""
     svg, png = BytesIO(), BytesIO()

@@ -4,12 +4,11 @@ from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
-import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from phasegate.params import Params
 from phasegate.report import signal_plots, surgery_plots, training_plots, verdict_plots
-from phasegate.report.drawing import STYLE, Tables
+from phasegate.report.drawing import Tables, styled
 
 
 class Entry(NamedTuple):
@@ -36,7 +35,7 @@ FIGURES = {
 }
 
 
-@mpl.rc_context(STYLE)
+@styled
 def draw(name: str, tables: Tables, params: Params) -> Figure:
     """Return the figure of this name."""
     return FIGURES[name].function(tables, params)

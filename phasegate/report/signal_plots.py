@@ -8,7 +8,7 @@ from phasegate.params import Params
 from phasegate.report import drawing
 from phasegate.report.drawing import DotStyle, Tables, name_rows
 from phasegate.verdicts.signal_summary import CORRELATIONS, GONE, beats_chance, correlation_finding, regret_title, words
-from phasegate.verdicts.wording import number, rows_of
+from phasegate.verdicts.wording import rows_of
 
 BETTER, CHANCE = DotStyle(drawing.BLUE), DotStyle(drawing.GREY, "D")  # signals that beat chance, and all others
 
@@ -31,9 +31,6 @@ def regret(tables: Tables, params: Params) -> Figure:
     for axes, gone in zip(panels, GONE, strict=True):
         axes.set_xlim(left=min(0, axes.get_xlim()[0]))
         axes.set_xlabel(f"regret when {gone} expert{'s are' if gone > 1 else ' is'} removed, nats\n(dashed: chance)")
-    for y, row in enumerate(rows_of(summary)):
-        drawing.note(panels[-1], y, f"{number(row.seconds, 3 if row.seconds < 1 else 0)} s", 1.02, 8)
-    panels[-1].annotate("cost", (1.02, 1.01), xycoords="axes fraction", va="bottom", size=8)
     figure.suptitle(drawing.wrapped(regret_title(summary, confidence), 130), x=0.01, ha="left")
     return figure
 

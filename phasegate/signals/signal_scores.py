@@ -7,7 +7,6 @@ and batches. If it predicts the other half badly, the measurement is mostly nois
 upper bound: a perfect signal predicts either half better than they predict each other.
 """
 
-import time
 from functools import partial
 from pathlib import Path
 
@@ -35,7 +34,7 @@ from phasegate.trials.trial import Trial
 GONE = (1, 2, 4)  # experts that go, for the regret
 SCORES = "signals.csv"
 SCORE_COLUMNS = ["signal", "seed", "spearman_prune", "spearman_recovered", "spearman_grow"]
-SCORE_COLUMNS += ["regret_1", "regret_2", "regret_4", "seconds", "chance_1", "chance_2", "chance_4"]
+SCORE_COLUMNS += ["regret_1", "regret_2", "regret_4", "chance_1", "chance_2", "chance_4"]
 """Regrets are in nats; chance is the mean regret of all sets of that many experts. Blank: the signal says nothing."""
 Plugins = tuple[Plugin, ...]
 
@@ -69,13 +68,10 @@ def score_signals(
         removals, truth = Removals(Probe(model, block, course.gate)), _measured(measured, "_gate")
         signals[PREDICTED] = partial(_predicted, predictor, torch.tensor(measured["age"].to_numpy()).exp())
         for name, signal in signals.items():
-            draws, begun = generator(seed, name, block), time.perf_counter()
-            scores = signal(Probe(model, block, course.signal), draws)  # with all the passes that it needs
-            row = {"signal": name, "seed": seed, "seconds": time.perf_counter() - begun}
-            rows.append(row | _judge(scores, truth, removals))
-        seconds = float(measured["removal_seconds"].sum() + 2 * measured["fork_seconds"].sum())
+            scores = signal(Probe(model, block, course.signal), generator(seed, name, block))
+            rows.append({"signal": name, "seed": seed} | _judge(scores, truth, removals))
         judged = _judge(_measured(measured, "_part"), _measured(measured, "_gate_rest"), removals)
-        rows.append({"signal": MEASURED, "seed": seed, "seconds": seconds} | judged)
+        rows.append({"signal": MEASURED, "seed": seed} | judged)
     table = pd.DataFrame(rows, columns=SCORE_COLUMNS).groupby(["signal", "seed"], sort=False).mean().reset_index()
     write_table(folder / SCORES, table, digits=None)
 

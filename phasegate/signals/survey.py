@@ -5,7 +5,6 @@ checkpoint itself. The others follow while random but exact surgery continues, s
 with and without siblings.
 """
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,6 @@ PARTS = ("", "_error", "_gate", "_part", "_gate_rest")
 and, to judge measurement itself, the label by the first half of the repeats and the gate's change by the others."""
 SURVEY_COLUMNS = ["seed", "block", "step", "expert", *FEATURES]
 SURVEY_COLUMNS += [f"{change}{part}" for change in CHANGES for part in PARTS]
-SURVEY_COLUMNS += ["removal_seconds", "fork_seconds"]  # what measuring took, per expert of the survey
 
 Row = dict[str, Any]
 
@@ -95,14 +93,12 @@ def _survey(surgeon: Surgeon, step: int, truth: GroundTruth) -> list[Row]:
         draws = randomness.generator(surgeon.course.seed, "survey", step, block)
         signal, gate = (Probe(surgeon.model, block, split) for split in (surgeon.course.signal, surgeon.course.gate))
         situation = surgeon.situation(signal, step, draws)
-        begun = time.perf_counter()
         removed, removed_gate = removals(signal), removals(gate).change.tolist()
-        seconds = (time.perf_counter() - begun) / 2 / layer.n_routed
         table: list[Row] = []
         features, experts = situation_features(situation, surgeon.course).tolist(), layer.expert_id.tolist()
         for e, (change, error) in enumerate(zip(*(part.tolist() for part in removed), strict=True)):
             table.append(dict(zip(FEATURES, features[e], strict=True)))
-            table[e] |= {"block": block, "step": step, "expert": experts[e], "removal_seconds": seconds}
+            table[e] |= {"block": block, "step": step, "expert": experts[e]}
             if change < float("inf"):  # else the removal was refused; nothing is repeated, so its parts are the splits
                 table[e] |= _label(Change.PRUNE, change, error, removed_gate[e], change, removed_gate[e])
         for proposal, label in _fork(surgeon, situation, truth, everything=step == 0).items():
@@ -120,14 +116,13 @@ def _fork(surgeon: Surgeon, situation: Situation, truth: GroundTruth, everything
             order = torch.randperm(len(allowed), generator=situation.draws).tolist()
             allowed = [allowed[place] for place in order[: truth.surveyed]]
         proposals += allowed
-    steps, repeats, begun = truth.recovery_steps, truth.repeats, time.perf_counter()
+    steps, repeats = truth.recovery_steps, truth.repeats
     forked = fork_proposals(proposals, situation, surgeon.optimizer, surgeon.course, steps, repeats)
-    seconds = (time.perf_counter() - begun) / max(len(proposals), 1)
     labels, half = {}, repeats // 2
     for proposal, signal, gate in zip(proposals, *forked, strict=True):
         change, label = Change.GROW if proposal.action == Action.GROW else Change.RECOVERED, estimate(signal)
         values = (label.change, label.error, gate.mean(), signal[:half].mean(), gate[half:].mean())
-        labels[proposal] = _label(change, *map(float, values)) | {"fork_seconds": seconds}
+        labels[proposal] = _label(change, *map(float, values))
     return labels
 
 

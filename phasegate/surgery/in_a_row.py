@@ -21,7 +21,6 @@ def in_a_row(prepared: Path, start: Path, seed: int, operation: str, count: int)
     Columns: seed, operation, done, output_change (by all operations so far, relative, on the probe batch), accuracy
     (gate, percent).
     """
-    torch.set_num_threads(1)  # the same bits on any machine
     _, signal, gate = batches.load_examples(prepared, device())
     model = load_baseline(start, gate)[0]
     moe, draws = model.layers[0], randomness.generator(seed, "in a row")

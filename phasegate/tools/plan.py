@@ -1,9 +1,14 @@
-"""Print what `dvc repro` would run and why, as `dvc status` and `dvc params diff` tell: `make plan`. Nothing is run."""
+"""Print what `dvc repro` would run and why, as `dvc status` and `dvc params diff` tell: `make plan`. Nothing is run.
+
+How long each stage will take is guessed from `reports/timings.csv`: as long as it took here before.
+"""
 
 import json
 import sys
 
+from phasegate.base import settings, timings
 from phasegate.base.errors import UserError, report_user_errors
+from phasegate.base.paths import TIMINGS
 from phasegate.tools.command import output
 
 
@@ -31,11 +36,22 @@ def refuse_stale() -> None:
             raise UserError(f"reports/ has tables of other parameters or code ({changed_input}): run `dvc repro`")
 
 
+def estimate(stage: str, known: dict[str, dict[str, timings.Taken]]) -> str:
+    """Tell how long a stage took: at least its trials, were all of them run by the workers that there are now."""
+    if stage not in known:
+        return "time unknown"
+    trained = sum(seconds for trial, (seconds, _) in known[stage].items() if trial)
+    return f"about {max(trained / settings.workers(), known[stage].get('', (0.0, ''))[0]):,.0f} s"
+
+
 if __name__ == "__main__":
     with report_user_errors("report" if sys.argv[1:] else "plan"):
         if sys.argv[1:] == ["--refuse-stale"]:
             refuse_stale()
-        elif lines := [f"  {stage}: {', '.join(names)}" for stage, names in stale().items()]:
+        elif found := stale():
+            known = timings.read()
+            lines = [f"  {stage} ({estimate(stage, known)}): {', '.join(names)}" for stage, names in found.items()]
+            lines += [] if known else [f"There is no {TIMINGS}, which would tell how long stages take."]
             print("Would run, and all after them:", *lines, "", output("dvc", "params", "diff"), sep="\n", end="")
         else:
             print("Nothing changed: `dvc repro` would only make data and models that are absent.")

@@ -1,8 +1,9 @@
 """Save and load checkpoints: folders with `weights.safetensors` and `checkpoint.json`, which need nothing else.
 
 The JSON file is written last and atomically, so a folder without it is no checkpoint. Loading verifies: the weights
-must have the recorded hash, and the model must get exactly the recorded number of gate examples right. A trained model
-that is used without data is verified by its hash and its structure alone.
+must have the recorded hash, and the model's logits on the gate split too. Where rounding may differ, on a GPU, with
+another torch, or on a processor without AVX2, the model must get the recorded number of gate examples right, give or
+take those that are nearly a tie. A model that is used without data is verified by its hash and its structure alone.
 """
 
 import json
@@ -19,6 +20,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
+import phasegate
 from phasegate.base.errors import UserError, one_line
 from phasegate.base.files import read_json, refuse_special, sha256, write_atomic
 from phasegate.base.memory import memory
@@ -28,10 +30,12 @@ from phasegate.params.fields import Count, Index, Section, parse
 from phasegate.params.pretraining import Architecture, Training
 from phasegate.training.batches import Examples
 from phasegate.training.loop import make_optimizer
-from phasegate.training.predictions import correct
+from phasegate.training.predictions import first_task_logits
 
-FORMAT = 2
+FORMAT = 3
 WEIGHTS, RECORD = "weights.safetensors", "checkpoint.json"
+NEAR = 1e-3  # logits that differ by less may trade places where rounding differs
+Hash = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 NONSENSE = (ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, RuntimeError, StopIteration)
 """Besides TypeError and ValueError, what building a model raises for values that make no sense together."""
 T = TypeVar("T")
@@ -60,17 +64,19 @@ class Checkpoint:
 class _Gate(Section):
     correct: Index
     total: Count
+    logits: Hash  # the sha256 of the first task's logits (N, C)
+    rounding: Annotated[str, Field(max_length=100)]  # what decides it; blank where nothing is promised
 
 
 class _Weights(Section):
-    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    sha256: Hash
     optimizer: bool
 
 
 class _Content(Section):
     """Define the content of `checkpoint.json`."""
 
-    format: Literal[2]
+    format: Literal[3]
     model: dict[str, Any]  # a specification, and its kind
     trial: Record
     gate: _Gate
@@ -92,7 +98,7 @@ def save(folder: Path, model: Network, optimizer: AdamW | None, record: Record, 
         "format": FORMAT,
         "model": {"kind": "moe" if model.architecture else "reference"} | spec,
         "trial": record.model_dump(),
-        "gate": {"correct": correct(model, gate), "total": len(gate)},
+        "gate": _judge(first_task_logits(model, gate.x), gate).model_dump(),
         "cost": cost(model).model_dump(),
         "weights": {"sha256": sha256(weights), "optimizer": optimizer is not None},
     }
@@ -109,7 +115,7 @@ def summary(folder: Path) -> tuple[Record, float, Cost]:
 def load(folder: Path, gate: Examples | None, device: torch.device | str = "cpu") -> Checkpoint:
     """Rebuild a checkpoint from its files and verify it on the gate split, or without one on an example of zeros.
 
-    A file that is missing or damaged raises `UserError`, and so does an accuracy that differs by a single example.
+    A file that is missing or damaged raises `UserError`, and so do logits that differ in a single bit.
     """
     content, tensors = _read_record(folder / RECORD), _read_weights(folder / WEIGHTS)
     try:
@@ -118,17 +124,14 @@ def load(folder: Path, gate: Examples | None, device: torch.device | str = "cpu"
             raise ValueError(f"its examples have shape {model.spec.input_shape}, not {tuple(gate.x.shape[1:])}")
         fill(model, below(tensors, "model."), str(folder / WEIGHTS))
         model.to(device)
-        got = correct(model, _zeros(model, device) if gate is None else gate)
+        logits = first_task_logits(model, (_zeros(model, device) if gate is None else gate).x)
     except UserError:
         raise
     except (TypeError, ValueError, *NONSENSE) as error:
         runs = "runs" if gate is None else "runs on this data"
         raise UserError(f"{folder} does not describe a model that {runs}: {one_line(error)}") from None
-    if gate is not None and (got, len(gate)) != (content.gate.correct, content.gate.total):
-        raise UserError(
-            f"{folder} does not hold the model that was saved: expected {content.gate.correct:,} of "
-            f"{content.gate.total:,} correct, got {got:,} of {len(gate):,}"
-        )
+    if gate is not None:
+        _verify(folder, content.gate, logits, gate)
     if sha256(folder / WEIGHTS) != content.weights.sha256:
         raise UserError(f"{folder / WEIGHTS} was altered: its sha256 is not the recorded {content.weights.sha256}")
     optimizer = None
@@ -160,6 +163,33 @@ def fill(model: Network, state: dict[str, Tensor], source: str, optimizer: Optim
 def below(state: Mapping[str, T], prefix: str) -> dict[str, T]:
     """Return what stands under a prefix in a flat mapping, without the prefix."""
     return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
+
+def _judge(logits: Tensor, gate: Examples) -> _Gate:
+    """Return what a checkpoint records of the logits (N, C) on the gate split."""
+    promised = phasegate.PROMISED and not phasegate.UNPINNED and logits.device.type == "cpu"
+    return _Gate(
+        correct=int((logits.argmax(-1) == gate.y).sum()),
+        total=len(gate),
+        logits=sha256(logits.cpu().contiguous().numpy().data),
+        rounding=f"x86-64 with AVX2, torch {torch.__version__.partition('+')[0]}" if promised else "",
+    )
+
+
+def _verify(folder: Path, expected: _Gate, logits: Tensor, gate: Examples) -> None:
+    """Raise `UserError` if the logits (N, C) on the gate split are not those that a checkpoint recorded."""
+    got = _judge(logits, gate)
+    if got.rounding and got.rounding == expected.rounding:
+        same = got == expected
+    else:
+        ties = int(((logits >= logits.amax(-1, keepdim=True) - NEAR).sum(-1) > 1).sum())
+        same = got.total == expected.total and abs(got.correct - expected.correct) <= ties
+    if not same:
+        other = ", by other logits" if got.correct == expected.correct else ""
+        raise UserError(
+            f"{folder} does not hold the model that was saved: expected {expected.correct:,} of {expected.total:,} "
+            f"correct, got {got.correct:,} of {got.total:,}{other}"
+        )
 
 
 def _build(values: dict[str, Any], parts_at_most: int) -> Network:

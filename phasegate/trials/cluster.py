@@ -40,7 +40,8 @@ def connect() -> None:
             socket.create_connection((port[1], int(port[2])), SECONDS_TO_ANSWER).close()  # Ray would try for minutes
     except OSError:
         raise UserError(f"no Ray cluster answers at RAY_ADDRESS={address}") from None
-    code = {"py_modules": [str(Path(phasegate.__file__).parent)]}
+    pinned = phasegate.PINNED if phasegate.PROMISED else {}  # a task may import numpy before phasegate
+    code = {"py_modules": [str(Path(phasegate.__file__).parent)], "env_vars": pinned}
     try:
         ray.init(runtime_env=code, logging_level=logging.ERROR, log_to_driver=False)
     except (ConnectionError, ValueError):

@@ -19,9 +19,10 @@ import torch
 from joblib.externals.loky.process_executor import BrokenProcessPool
 from tqdm import tqdm
 
-from phasegate.base import processes, settings
+import phasegate
+from phasegate.base import processes, processor, settings, timings
 from phasegate.base.errors import Diverged, UserError
-from phasegate.records.trial_folder import SECONDS, Failure, read_failure, write_failure
+from phasegate.records.trial_folder import MACHINE, SECONDS, Failure, read_failure, write_failure
 from phasegate.training import killed_trials
 from phasegate.training.device import device
 from phasegate.trials import store
@@ -35,6 +36,8 @@ Result = tuple[str, dict[str, bytes]]
 
 def run_trials(trials: list[Trial], output: Path) -> None:
     """Run all trials that are not kept yet, then copy the folder of every trial below `output`.
+
+    What trials took, also those kept from earlier runs, goes to `reports/timings.csv`.
 
     A trial whose numbers stop being finite fails, and so does every trial that starts from it: their folders hold a
     `trial_folder.Failure`. The other trials continue.
@@ -66,6 +69,7 @@ def run_trials(trials: list[Trial], output: Path) -> None:
             store.copy_kept(kept[trial.name], folder)
         if failure := read_failure(folder):
             failures[trial.name] = failure
+    timings.record(label, {name: store.taken(folder) for name, folder in kept.items()})
     if failures:
         n_failed, first = len(failures), next(iter(failures.values()))
         if n_failed == len(trials):
@@ -112,6 +116,8 @@ def _results(trials: list[Trial], kept: dict[str, Path]) -> Iterator[Result]:
 
 def _run(trial: Trial, folder: Path) -> Result:
     """Run a trial, if possible from the snapshot of an earlier run in `folder`, and return the files that it wrote."""
+    if phasegate.UNPINNED:
+        raise UserError(phasegate.UNPINNED)
     torch.set_num_threads(1)
     folder.mkdir(parents=True, exist_ok=True)
     for path in folder.iterdir():
@@ -123,7 +129,8 @@ def _run(trial: Trial, folder: Path) -> Result:
     except Diverged as error:
         write_failure(folder, Failure(trial.phase, trial.arm, trial.seed, error.step, error.what))
     (folder / SECONDS).write_text(f"{time.perf_counter() - start:.3f}\n")
-    files = (path for path in folder.rglob("*") if path.is_file() and path.name != killed_trials.SNAPSHOT)
+    (folder / MACHINE).write_text(f"{processor.name()}\n")
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != killed_trials.SNAPSHOT)
     return trial.name, {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 

@@ -12,6 +12,8 @@ from pathlib import Path, PurePath
 
 from phasegate.base.errors import UserError
 from phasegate.base.files import sha256, write_atomic
+from phasegate.base.timings import Taken
+from phasegate.records.trial_folder import MACHINE, SECONDS
 from phasegate.trials.code import code_hash
 from phasegate.trials.trial import Trial
 
@@ -49,12 +51,17 @@ def keep(kept: Path, files: dict[str, bytes]) -> None:
 
 
 def copy_kept(kept: Path, destination: Path) -> None:
-    """Copy a kept trial to a new folder, or raise `UserError` with the first file that can't be written."""
+    """Copy a kept trial's result to a new folder, or raise `UserError` with the first file that can't be written."""
     try:
-        shutil.copytree(kept, destination)
+        shutil.copytree(kept, destination, ignore=shutil.ignore_patterns(SECONDS, MACHINE))
     except shutil.Error as error:
         _, path, reason = error.args[0][0]
         raise UserError(f"{path} can't be written: {reason}") from None
+
+
+def taken(kept: Path) -> Taken:
+    """Return how many seconds a kept trial took, and on which machine."""
+    return float((kept / SECONDS).read_text()), (kept / MACHINE).read_text().strip()
 
 
 def forget_old(in_use: Iterable[Path]) -> None:

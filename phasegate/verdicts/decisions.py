@@ -37,7 +37,6 @@ class Decision(NamedTuple):
     params_total: float = nan
     params_active: float = nan
     flops_per_example: float = nan
-    train_seconds: float = nan
     p_holm: float = nan
     delta_sd: float = nan
 

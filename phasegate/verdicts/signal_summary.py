@@ -23,7 +23,7 @@ CORRELATIONS = {  # with what a signal is correlated
 GONE = (1, 2, 4)
 REGRETS = tuple(f"regret_{gone}" for gone in GONE)
 REGRET = REGRETS[-1]  # when the most experts are removed
-COLUMNS = ["signal", "n_seeds", "seconds"]
+COLUMNS = ["signal", "n_seeds"]
 COLUMNS += [name for kind in (*CORRELATIONS, *REGRETS, *(f"saved_{k}" for k in GONE)) for name in column_names(kind)]
 COLUMNS += [*(f"chance_{gone}" for gone in GONE), *(f"p_{name}" for name in (*CORRELATIONS, *REGRETS))]
 """saved_k: by how much the regret lies below chance, paired by seed. p_*: of a two-sided t-test of no difference from
@@ -34,7 +34,7 @@ def signal_summary(signals: pd.DataFrame, confidence: float) -> pd.DataFrame:
     """Return a row per signal of `signals.csv`, in its order of signals."""
     rows = []
     for signal, runs in signals.groupby("signal", sort=False):
-        row: dict[str, Any] = {"signal": signal, "n_seeds": len(runs), "seconds": runs["seconds"].mean()}
+        row: dict[str, Any] = {"signal": signal, "n_seeds": len(runs)}
         for name in CORRELATIONS:
             if runs[name].notna().all():
                 row |= interval_columns(name, runs[name], confidence) | {f"p_{name}": margin_p_value(runs[name], 0)}
@@ -131,8 +131,8 @@ def acting_findings(decisions: pd.DataFrame, surgeries: pd.DataFrame) -> list[st
             continue
         sentences.append(
             f"{who} operated {_count(row, control, surgeries)} and {_compare(row)} the fixed architecture trained for "
-            f"as many steps: {measure(row, 'delta_pp', signed=True, unit='pp')}, at {row.train_seconds:.0f} s a trial "
-            f"instead of {control.train_seconds:.0f} s{'; ' if row.n_failed else ''}{wording.failed(row)}."
+            f"as many steps: {measure(row, 'delta_pp', signed=True, unit='pp')}"
+            f"{'; ' if row.n_failed else ''}{wording.failed(row)}."
         )
     return sentences
 
@@ -144,7 +144,6 @@ def signal_cells(summary: pd.DataFrame, confidence: float) -> wording.Cells:
     return [
         {"signal": words(row.signal), "seeds": str(row.n_seeds)}
         | {titles[name]: f"{_value(row, name)}{' *' if beats_chance(row, name, confidence) else ''}" for name in titles}
-        | {"seconds": number(row.seconds, 3)}
         for row in rows_of(summary)
     ]
 

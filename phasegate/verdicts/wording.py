@@ -119,7 +119,7 @@ def outcome(row: Decision, decisions: pd.DataFrame, margin_pp: float) -> str:
 
 def spending(row: Decision, control: Decision) -> str:
     """Return what an arm's model takes beyond the control's, `, with 65 % more parameters`; blank below one percent."""
-    more = {  # seconds are only in the tables: they depend on what else the machine did
+    more = {
         "parameters": row.params_total / control.params_total,
         "FLOPs per example": row.flops_per_example / control.flops_per_example,
     }
@@ -167,18 +167,17 @@ def _cost_cells(row: Any) -> dict[str, str]:
     return {
         "parameters (active)": f"{number(row.params_total, 0)} ({number(row.params_active, 0)})" if row.n_seeds else "",
         "FLOPs/example": number(row.flops_per_example, 0),
-        "train, s": number(row.train_seconds, 0),
     }
 
 
 def cost_cells(decisions: pd.DataFrame) -> Cells:
     """Return what every arm takes, with its ratio to what the control takes."""
     control = control_row(decisions)
-    titles = dict(zip(COSTS, ("parameters", "active", "FLOPs/example", "train, s"), strict=True))
+    titles = dict(zip(COSTS, ("parameters", "active", "FLOPs/example"), strict=True))
 
     def ratio(row: Decision, name: str) -> str:
-        value, digits = getattr(row, name), 1 if name == "train_seconds" else 0
-        return f"{number(value, digits)} ({TIMES} {number(value / getattr(control, name))})" if row.n_seeds else ""
+        value = getattr(row, name)
+        return f"{number(value, 0)} ({TIMES} {number(value / getattr(control, name))})" if row.n_seeds else ""
 
     return [
         {"phase": phase_label(row.phase), "arm": row.arm, **{title: ratio(row, name) for name, title in titles.items()}}
