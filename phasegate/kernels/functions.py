@@ -4,6 +4,8 @@ Each can be differentiated once. Elsewhere, for other types, and while a program
 them: `suit` tells which.
 """
 
+from array import array
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -61,6 +63,19 @@ class Product(torch.autograd.Function):
             d_b = multiply(a.T, slope) if b.stride(1) == 1 else multiply(slope.T, a).T
         d_start = multiply(slope.new_ones(1, len(slope)), slope)[0] if needs_start else None
         return d_a, d_b if needs_b else None, d_start
+
+
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    """Tell whether every number of some tensors is finite."""
+    addresses, found = array("q"), array("q", [-1])
+    for tensor in tensors:
+        if not (suit(tensor) and tensor.is_contiguous()):
+            if not tensor.isfinite().all():
+                return False
+        else:
+            addresses.extend((tensor.data_ptr(), tensor.numel()))
+    kernels().find_not_finite(addresses.buffer_info()[0], found.buffer_info()[0], len(addresses) // 2)
+    return found[0] < 0
 
 
 def sort_slots(experts: Tensor, n_experts: int) -> tuple[Tensor, ...]:

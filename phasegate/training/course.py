@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from torch.optim import AdamW
+from torch.optim import Optimizer
 
 from phasegate.model.classifier import Model
 from phasegate.params.phases import Schedule
@@ -48,7 +48,7 @@ class Start:
     """Hold a verified 7a checkpoint: a mixture of experts with its optimizer."""
 
     model: Model
-    optimizer: AdamW
+    optimizer: Optimizer
 
 
 def start_files(prepared: Path, baseline: Path) -> tuple[Path, ...]:
