@@ -18,13 +18,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.optim import AdamW
 
 from phasegate.base.errors import UserError
 from phasegate.base.files import sha256
 from phasegate.model.classifier import Model, cost
 from phasegate.model.references import Reference, ReferenceSpec
 from phasegate.surgery.operations import ExpertManager
+from phasegate.training.adamw import AdamW
 from phasegate.training.batches import Batches, Examples
 from phasegate.training.checkpoint import RECORD, WEIGHTS, Checkpoint, load, save, summary
 from phasegate.training.loop import fit

@@ -25,8 +25,8 @@ from phasegate.surgery.continuation import Arm, run_arm
 from phasegate.surgery.controllers import HeadPolicy, LabelPolicy, PlannedPolicy
 from phasegate.surgery.surgeon import Treatment
 from phasegate.surgery.tasks import Tasks
-from phasegate.training.adamw import AdamW
 from phasegate.training import checkpoint, loop, resume
+from phasegate.training.adamw import AdamW
 from phasegate.training.batches import Examples
 from phasegate.training.loop import fit
 from phasegate.training.resume import SNAPSHOT, Snapshots

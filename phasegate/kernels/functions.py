@@ -78,81 +78,117 @@ def all_finite(tensors: Iterable[Tensor]) -> bool:
     return found[0] < 0
 
 
-def sort_slots(experts: Tensor, n_experts: int) -> tuple[Tensor, ...]:
-    """Return what `Sorted` in phasegate/model/experts.py holds, for the expert of each slot (M,)."""
-    experts = experts.contiguous()
-    made = (torch.empty_like(experts), torch.empty_like(experts), *experts.new_empty(2, n_experts))
-    kernels().sort_slots(*[tensor.data_ptr() for tensor in (experts, *made)], len(experts), n_experts)
-    return made
+def run_experts(x: Tensor, experts: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
+    """Return what the experts (N, K) of tokens x (N, D) put out, without gates or gradient -> (N, K, D)."""
+    (n, top_k), (n_experts, width, inside) = experts.shape, w_in.shape
+    slots, experts = n * top_k, experts.contiguous()
+    slot, place, ends, counts = *torch.empty(2, slots, dtype=torch.int64), *torch.empty(2, n_experts, dtype=torch.int64)
+    sorting = (experts, slot, place, ends, counts)
+    kernels().sort_slots(*[tensor.data_ptr() for tensor in sorting], slots, n_experts)
+    rows, y, hidden, out = *x.new_empty(2, slots, width), x.new_empty(slots, inside), x.new_empty(n, width)
+    tensors = (x.contiguous(), x.new_ones(slots), w_in, w_out, slot, place, ends, rows, hidden, y, out, ZEROS, PANEL)
+    kernels().mixture(*[tensor.data_ptr() for tensor in tensors], n, top_k, n_experts, width, inside)
+    return y[place].view(n, top_k, width)
 
 
-class Mixture(torch.autograd.Function):
-    """Sum what the experts of each token put out, weighted by gates."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, gates: Tensor, w_in: Tensor, w_out: Tensor, slot: Tensor, place: Tensor, ends: Tensor
-    ) -> Tensor:
-        (n, width), (n_experts, _, inside), top_k = x.shape, w_in.shape, gates.shape[1]
-        x, gates, w_in, w_out = x.contiguous(), gates.contiguous(), w_in.contiguous(), w_out.contiguous()
-        rows, hidden, y, out = (
-            x.new_empty(n * top_k, width), x.new_empty(n * top_k, inside), x.new_empty(n * top_k, width),
-            torch.empty_like(x),
-        )  # fmt: skip
-        inputs = (x, gates, w_in, w_out, slot, place, ends, rows, hidden, y, out, ZEROS, PANEL)
-        kernels().mixture(*[tensor.data_ptr() for tensor in inputs], n, top_k, n_experts, width, inside)
-        ctx.save_for_backward(gates, w_in, w_out, rows, hidden, y, slot, place, ends)
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
-        gates, w_in, w_out, rows, hidden, y, slot, place, ends = ctx.saved_tensors
-        slope = slope.contiguous()
-        (n, top_k), (n_experts, width, inside) = gates.shape, w_in.shape
-        made = [torch.empty_like(tensor) for tensor in (slope, gates, w_in, w_out, rows, hidden, rows)]
-        ones = slope.new_ones(n * top_k)
-        inputs = (slope, gates, w_in, w_out, rows, hidden, y, slot, place, ends, *made, ones, ZEROS, PANEL)
-        kernels().mixture_gradient(*[tensor.data_ptr() for tensor in inputs], n, top_k, n_experts, width, inside)
-        return (*made[:4], None, None, None)
-
-
-class Route(torch.autograd.Function):
-    """Choose and weigh the experts of tokens."""
+class Layer(torch.autograd.Function):
+    """Route tokens x (G, N, D) to experts, and sum what these put out, weighted by gates."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, router: Tensor, bias: Tensor, node_weight: Tensor, node_offset: Tensor, root: Tensor,
-        child: Tensor, top_k: int,
+        child: Tensor, w_in: Tensor, w_out: Tensor, top_k: int,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         (n_gates, n, width), n_families, n_nodes = x.shape, router.shape[1], len(node_weight)
-        n_experts, tokens = len(child) - n_nodes, n_gates * n
-        x, router = x.contiguous(), router.contiguous()
-        logits, gates = x.new_empty(n_gates, n, n_families), x.new_empty(n_gates, n, top_k)
-        families, experts = (torch.empty(n_gates, n, top_k, dtype=torch.int64) for _ in range(2))
-        slot, place = (torch.empty(tokens * top_k, dtype=torch.int64) for _ in range(2))
-        ends, counts = torch.empty(2, n_experts, dtype=torch.int64)
-        margins = x.new_empty(tokens, n_nodes)
-        tensors = (
+        n_experts, _, inside = w_in.shape
+        tokens, slots, x, router = n_gates * n, n_gates * n * top_k, x.contiguous(), router.contiguous()
+        logits, gates, y = x.new_empty(n_gates, n, n_families), x.new_empty(n_gates, n, top_k), torch.empty_like(x)
+        families, experts = torch.empty(2, n_gates, n, top_k, dtype=torch.int64).unbind()
+        margins, slot = x.new_empty(tokens, n_nodes), torch.empty(slots, dtype=torch.int64)
+        place, counts, ends = torch.empty_like(slot), root.new_empty(n_experts), root.new_empty(n_experts)
+        routing = (
             x, router, bias, node_weight, node_offset, root, child, logits, gates, families, experts, margins,
             ZEROS, PANEL, slot, place, ends, counts,
         )  # fmt: skip
         sizes = (n_gates, n, n_families, width, top_k, n_nodes, n_experts)
-        kernels().route(*[tensor.data_ptr() for tensor in tensors], *sizes)
-        ctx.mark_non_differentiable(families, experts, slot, place, ends, counts)
+        kernels().route(*[tensor.data_ptr() for tensor in routing], *sizes)
+        rows, outputs, hidden = x.new_empty(slots, width), x.new_empty(slots, width), x.new_empty(slots, inside)
+        mixing = (x, gates, w_in, w_out, slot, place, ends, rows, hidden, outputs, y, ZEROS, PANEL)
+        kernels().mixture(*[tensor.data_ptr() for tensor in mixing], tokens, top_k, n_experts, width, inside)
+        ctx.mark_non_differentiable(families, experts, counts)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, router, logits, families, gates)
-        return logits, gates, families, experts, slot, place, ends, counts
+        ctx.save_for_backward(
+            x, router, logits, families, gates, margins, root, child, node_weight, w_in, w_out,
+            rows, hidden, outputs, slot, place, ends,
+        )  # fmt: skip
+        return y, logits, gates, families, experts, counts
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_logits: Tensor | None, d_gates: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        x, router, logits, families, gates = ctx.saved_tensors
-        (n_gates, n, width), n_families, top_k = x.shape, router.shape[1], gates.shape[2]
-        d_logits = torch.zeros_like(logits) if d_logits is None else d_logits.clone(memory_format=torch.contiguous_format)
-        d_gates = torch.zeros_like(gates) if d_gates is None else d_gates.contiguous()
-        d_x, d_router = torch.empty_like(x), torch.empty_like(router)
-        tensors = (d_gates, x, router, logits, families, gates, d_logits, d_x, d_router, ZEROS, PANEL)
-        sizes = (n_gates, n, n_families, width, top_k, ctx.needs_input_grad[0])
-        kernels().route_gradient(*[tensor.data_ptr() for tensor in tensors], *sizes)
-        return d_x, d_router, None, None, None, None, None, None
+    def backward(
+        ctx: Any, slope: Tensor | None, d_logits: Tensor | None, d_gates: Tensor | None, *_: None
+    ) -> tuple[Tensor | None, ...]:
+        (
+            x, router, logits, families, gates, margins, root, child, node_weight, w_in, w_out,
+            rows, hidden, outputs, slot, place, ends,
+        ) = ctx.saved_tensors  # fmt: skip
+        (n_gates, n, width), n_families, top_k, (n_experts, _, inside) = (
+            x.shape,
+            router.shape[1],
+            gates.shape[2],
+            w_in.shape,
+        )
+        slope = torch.zeros_like(x) if slope is None else slope.contiguous()
+        d_logits = (
+            torch.zeros_like(logits) if d_logits is None else d_logits.clone(memory_format=torch.contiguous_format)
+        )
+        d_gates = torch.zeros_like(gates) if d_gates is None else d_gates.clone(memory_format=torch.contiguous_format)
+        d_x, d_mixed, d_w_in, d_w_out, d_router = map(torch.empty_like, (x, gates, w_in, w_out, router))
+        scratch = (torch.empty_like(rows), torch.empty_like(hidden), torch.empty_like(rows), gates.new_ones(len(slot)))
+        mixing = (
+            slope, gates, w_in, w_out, rows, hidden, outputs, slot, place, ends, d_x, d_mixed, d_w_in, d_w_out,
+            *scratch, ZEROS, PANEL,
+        )  # fmt: skip
+        kernels().mixture_gradient(
+            *[tensor.data_ptr() for tensor in mixing], n_gates * n, top_k, n_experts, width, inside
+        )
+        teaches = ctx.needs_input_grad[3] and len(node_weight)
+        d_margins = torch.zeros_like(margins) if teaches else margins
+        routing = (
+            x, router, logits, families, gates, d_gates, d_mixed, margins, root, child, d_logits, d_margins, d_x,
+            d_router, ZEROS, PANEL,
+        )  # fmt: skip
+        sizes = (n_gates, n, n_families, width, top_k, len(node_weight) if teaches else 0)
+        kernels().route_gradient(*[tensor.data_ptr() for tensor in routing], *sizes)
+        d_weight = d_offset = None
+        if teaches:
+            d_x += multiply(d_margins, node_weight).view_as(d_x)
+            d_weight = multiply(d_margins.T, x.flatten(0, 1))
+            d_offset = multiply(d_margins.new_ones(1, len(d_margins)), d_margins)[0]
+        return d_x, d_router, None, d_weight, d_offset, None, None, d_w_in, d_w_out, None
+
+
+class Balance(torch.autograd.Function):
+    """Compute Switch's balancing loss of logits (G, N, F) and the chosen families (G, N, K), the mean over gates."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, families: Tensor) -> Tensor:
+        (n_gates, n, n_families), top_k = logits.shape, families.shape[2]
+        logits, families, value, slopes = (
+            logits.contiguous(),
+            families.contiguous(),
+            logits.new_zeros(()),
+            torch.empty_like(logits),
+        )
+        shares = logits.new_empty(n_families)
+        for g in range(n_gates):
+            tensors = (logits[g], shares, families[g], value, slopes[g])
+            kernels().balance(*[tensor.data_ptr() for tensor in tensors], n, n_families, top_k)
+        ctx.save_for_backward(slopes)
+        return value / n_gates if n_gates > 1 else value
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
+        (slopes,) = ctx.saved_tensors
+        return slopes * (slope / len(slopes)), None

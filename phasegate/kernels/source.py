@@ -24,6 +24,7 @@ from phasegate.kernels.tile import (
     floats_at,
     fma,
     narrow_tile,
+    transpose,
     wide_tile,
 )
 
@@ -61,7 +62,10 @@ def compile_all() -> tuple[dict[str, tuple[str, list[str]]], bytes]:
     for function in whole.functions:
         if function.name not in wanted and not function.is_declaration:
             function.linkage = "internal"  # numba's wrappers for Python, which call what is not there without numba
-    passes, builder = llvm.create_new_module_pass_manager(), llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options())
+    passes, builder = (
+        llvm.create_new_module_pass_manager(),
+        llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options()),
+    )
     passes.add_global_dead_code_eliminate_pass()
     passes.run(whole, builder)
     return functions, machine.emit_object(whole)
@@ -69,17 +73,19 @@ def compile_all() -> tuple[dict[str, tuple[str, list[str]]], bytes]:
 
 @inner
 def pack(b, ldb, kb, panel, k, columns):
-    """Copy b (k, columns) to rows of `SPAN` floats."""
+    """Copy b (k, columns), of which one stride is 1, to rows of `SPAN` floats."""
     if kb == 1:
         for p in range(k):
             source, to = at(b, p * ldb), at(panel, p * SPAN)
             for j in range(columns):
                 to[j] = source[j]
     else:
+        for j in range(0, columns - 7, 8):
+            for p in range(0, k - 7, 8):
+                transpose(at(b, j * kb + p), kb, at(panel, p * SPAN + j), SPAN)
         for j in range(columns):
-            source = at(b, j * kb)
-            for p in range(k):
-                panel[p * SPAN + j] = source[p * ldb]
+            for p in range(k & ~7 if j < columns & ~7 else 0, k):
+                panel[p * SPAN + j] = b[j * kb + p]
 
 
 @inner
@@ -161,7 +167,12 @@ def mixture(
     """Gather the tokens of each expert, run it on them, and sum what each token gets."""
     begin = 0
     for e in range(n_experts):
-        m, some, active, made = ends[e] - begin, at(rows, begin * width), at(hidden, begin * inside), at(y, begin * width)
+        m, some, active, made = (
+            ends[e] - begin,
+            at(rows, begin * width),
+            at(hidden, begin * inside),
+            at(y, begin * width),
+        )
         for r in range(m):
             source, to = at(x, slot[begin + r] // top_k * width), at(some, r * width)
             for j in range(width):
@@ -276,36 +287,91 @@ def route(
     sort_slots(experts, slot, place, ends, counts, tokens * top_k, n_experts)
 
 
-@entry(*[FLOATS] * 4, INTS, *[FLOATS] * 6, *[INT] * 6)
+@inner
+def soften(slope, logits, families, gates, d_logits, n_families, top_k):
+    """Add to d_logits what comes through a token's gates, given the gates' `slope`."""
+    if top_k == 1:
+        chosen, greatest = families[0], logits[0]
+        for f in range(1, n_families):
+            greatest = logits[f] if logits[f] > greatest else greatest
+        total = exp(logits[chosen] - greatest) / gates[0]
+        for f in range(n_families):
+            d_logits[f] -= slope[0] * gates[0] * (exp(logits[f] - greatest) / total)
+        d_logits[chosen] += slope[0] * gates[0]
+    else:
+        mean = np.float32(0)
+        for k in range(top_k):
+            mean = fma(gates[k], slope[k], mean)
+        for k in range(top_k):
+            d_logits[families[k]] += gates[k] * (slope[k] - mean)
+
+
+@inner
+def teach(slope, families, gates, margins, root, child, d_margins, n_nodes, top_k):
+    """Add to d_margins the gradient of a factor of value one: r / stop_gradient(r) of each chosen expert.
+
+    r is the product of sigmoid(signed margin) along the path to the expert.
+    """
+    for k in range(top_k):
+        node = root[families[k]]
+        while node < n_nodes:
+            margin = margins[node]
+            below = exp(-abs(margin))
+            pull = slope[k] * gates[k] * (below / (np.float32(1) + below))
+            if margin > 0:
+                d_margins[node] += pull
+            elif margin < 0:
+                d_margins[node] -= pull
+            node = child[2 * node + (1 if margin > 0 else 0)]
+
+
+@entry(*[FLOATS] * 3, INTS, *[FLOATS] * 4, *[INTS] * 2, *[FLOATS] * 6, *[INT] * 6)
 def route_gradient(
-    d_gates, x, router, logits, families, gates, d_logits, d_x, d_router, zeros, panel,
-    n_gates, n, n_families, width, top_k, needs_x,
+    x, router, logits, families, gates, d_gates, d_mixed, margins, root, child, d_logits, d_margins, d_x, d_router,
+    zeros, panel, n_gates, n, n_families, width, top_k, n_nodes,
 ):  # fmt: skip
-    """Add to d_logits what comes through the gates, and take the gradient on to the tokens and the router."""
+    """Take the gradients of logits, of gates and of the mixture's weights on to d_router, and add to d_x and d_margins.
+
+    The mixture's weights are the gates, but they also teach the hyperplanes, unless `n_nodes` is zero.
+    """
     for i in range(n_gates * n):
-        scores, slopes = at(logits, i * n_families), at(d_logits, i * n_families)
-        if top_k == 1:
-            chosen, gate, slope = families[i], gates[i], d_gates[i]
-            greatest = scores[0]
-            for f in range(1, n_families):
-                greatest = scores[f] if scores[f] > greatest else greatest
-            through = exp(scores[chosen] - greatest)
-            for f in range(n_families):  # through / gate is the sum of the exponentials
-                slopes[f] -= slope * gate * (exp(scores[f] - greatest) / (through / gate))
-            slopes[chosen] += slope * gate
-        else:
-            mean = np.float32(0)
-            for k in range(i * top_k, (i + 1) * top_k):
-                mean = fma(gates[k], d_gates[k], mean)
-            for k in range(i * top_k, (i + 1) * top_k):
-                slopes[families[k]] += gates[k] * (d_gates[k] - mean)
+        s, m, scores = i * top_k, i * n_nodes, i * n_families
+        chosen, gate, slope, mixed = at(families, s), at(gates, s), at(d_gates, s), at(d_mixed, s)
+        if n_nodes:
+            teach(mixed, chosen, gate, at(margins, m), root, child, at(d_margins, m), n_nodes, top_k)
+        for k in range(top_k):
+            slope[k] += mixed[k]
+        soften(slope, at(logits, scores), chosen, gate, at(d_logits, scores), n_families, top_k)
     for g in range(n_gates):
         slopes, right = at(d_logits, g * n * n_families), at(router, g * n_families * width)
-        left, to = at(x, g * n * width), at(d_router, g * n_families * width)
+        left, to, back = at(x, g * n * width), at(d_router, g * n_families * width), at(d_x, g * n * width)
         matmul(slopes, 1, n_families, left, width, 1, to, width, zeros, 0, n_families, width, n, panel)
-        if needs_x:
-            to = at(d_x, g * n * width)
-            matmul(slopes, n_families, 1, right, width, 1, to, width, zeros, 0, n, width, n_families, panel)
+        matmul(slopes, n_families, 1, right, width, 1, back, width, back, width, n, width, n_families, panel)
+
+
+@entry(*[FLOATS] * 2, INTS, *[FLOATS] * 2, *[INT] * 3)
+def balance(logits, shares, families, value, d_logits, n, n_families, top_k):
+    """Compute Switch's balancing loss of one gate's tokens, and its gradient."""
+    for f in range(n_families):
+        shares[f] = 0
+    for s in range(n * top_k):
+        shares[families[s]] += np.float32(1)
+    total, scale = np.float32(0), np.float32(n_families / (np.float64(n) * n * top_k))
+    for i in range(n):
+        scores, slopes = at(logits, i * n_families), at(d_logits, i * n_families)
+        greatest, whole, mean = scores[0], np.float32(0), np.float32(0)
+        for f in range(1, n_families):
+            greatest = scores[f] if scores[f] > greatest else greatest
+        for f in range(n_families):
+            slopes[f] = exp(scores[f] - greatest)
+            whole += slopes[f]
+        for f in range(n_families):
+            slopes[f] = slopes[f] / whole
+            mean = fma(slopes[f], shares[f], mean)
+        for f in range(n_families):
+            slopes[f] *= scale * (shares[f] - mean)
+        total += mean
+    value[0] += total * scale
 
 
 @entry(INTS, types.CPointer(DOUBLE), INT)
@@ -315,7 +381,13 @@ def adamw(table, rates, n_tensors):
         value, slope = floats_at(table[6 * t]), floats_at(table[6 * t + 1])
         first, second, step = floats_at(table[6 * t + 2]), floats_at(table[6 * t + 3]), floats_at(table[6 * t + 4])
         step[0] += np.float32(1)
-        lr, beta1, beta2, eps, decay = rates[5 * t], rates[5 * t + 1], rates[5 * t + 2], rates[5 * t + 3], rates[5 * t + 4]
+        lr, beta1, beta2, eps, decay = (
+            rates[5 * t],
+            rates[5 * t + 1],
+            rates[5 * t + 2],
+            rates[5 * t + 3],
+            rates[5 * t + 4],
+        )
         bias1, bias2 = 1 - power(beta1, np.int64(step[0])), 1 - power(beta2, np.int64(step[0]))
         shrink, rate, root = np.float32(1 - lr * decay), np.float32(lr / bias1), np.float32(1 / math.sqrt(bias2))
         kept1, kept2, new1, new2 = np.float32(beta1), np.float32(beta2), np.float32(1 - beta1), np.float32(1 - beta2)

@@ -197,6 +197,29 @@ def dot(typing: Any, x: Any, y: Any, n: Any) -> Any:
     return types.float32(FLOATS, FLOATS, types.int64), generate
 
 
+@intrinsic
+def transpose(typing: Any, source: Any, stride: Any, to: Any, step: Any) -> Any:
+    """Copy 8 rows of 8 floats, `stride` apart, to columns: to[j, i] = source[i, j], rows of `to` being `step` apart."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        source, stride, to, step = arguments
+        row = Row(builder, 8)
+        rows = [row.load(builder.gep(source, [offset(builder, i, stride)])) for i in range(8)]
+        for distance in (1, 2, 4):  # swap the blocks of this size that lie off the diagonal
+            low = [j if not j & distance else 8 + j - distance for j in range(8)]
+            high = [j + distance if not j & distance else 8 + j for j in range(8)]
+            for i in (i for i in range(8) if not i & distance):
+                pair = rows[i], rows[i + distance]
+                for place, lanes in ((i, low), (i + distance, high)):
+                    mask = ir.Constant(ir.VectorType(INT, 8), lanes)
+                    rows[place] = builder.shuffle_vector(*pair, mask)
+        for j, column in enumerate(rows):
+            row.store(column, builder.gep(to, [offset(builder, j, step)]))
+        return context.get_dummy_value()
+
+    return types.void(FLOATS, types.int64, FLOATS, types.int64), generate
+
+
 def reinterpret(source: Any, result: Any) -> Any:
     """Return an intrinsic that reads the bits of a number or an address as another type."""
 

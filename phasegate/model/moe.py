@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from phasegate.kernels.functions import product
@@ -152,25 +151,13 @@ class MoE(nn.Module):
         if n_gates < len(router):
             router, bias = router[:n_gates], bias[:n_gates]
         hyperplanes = (self.node_weight, self.node_offset, self._root, self._child)
-        logits, gates, families, chosen, rows = experts.route(x, router, bias, hyperplanes, self.top_k)
+        routed = experts.layer(x, router, bias, hyperplanes, self.w_in, self.w_out, self.top_k)
+        y, logits, gates, families, chosen, counts = routed
         if self.training:
-            self.load += rows.counts
-        weights = gates
-        if self.node_weight.requires_grad and self.path.shape[1]:
-            weights = gates * self._teaching(x, chosen)
-        y = experts.mixture(x.flatten(0, 1), weights.flatten(0, 1), self.w_in, self.w_out, rows).view_as(x)
+            self.load += counts
         if self.n_shared:
             y = y + product(product(x, self.shared_in).relu(), self.shared_out)
         return y, Routing(x, logits, families, gates, chosen)
-
-    def _teaching(self, x: Tensor, chosen: Tensor) -> Tensor:
-        """Return for each chosen expert (G, N, K) a factor of value one whose gradient trains its hyperplanes.
-
-        The factor is r / stop_gradient(r). r is the product of sigmoid(signed margin) along the path.
-        """
-        log_r = F.logsigmoid(self.margins(x).abs()).unsqueeze(2)  # (G, N, 1, L): a token is on its own side
-        log_r = torch.where(self.path[chosen] != 0, log_r, 0).sum(-1)
-        return (log_r - log_r.detach()).exp()
 
     def margins(self, x: Tensor) -> Tensor:
         """Return the signed margins of tokens x (G, N, D) at every inner node (G, N, L)."""
@@ -186,9 +173,8 @@ class MoE(nn.Module):
 
     def outputs(self, x: Tensor, chosen: Tensor) -> Tensor:
         """Return the ungated outputs of the chosen experts: x (G, N, D), chosen (G, N, K) -> (G, N, K, D)."""
-        each, n_slots = x.flatten(0, 1).repeat_interleave(chosen.shape[2], 0), chosen.numel()
-        rows = experts.sort(chosen.view(n_slots, 1), self.n_routed)
-        return experts.mixture(each, x.new_ones(n_slots, 1), self.w_in, self.w_out, rows).view(*chosen.shape, x.shape[-1])
+        outputs = experts.run(x.flatten(0, 1), chosen.flatten(0, 1), self.w_in, self.w_out)
+        return outputs.view(*chosen.shape, x.shape[-1])
 
 
 def routing_entropy(probs: Tensor) -> Tensor:

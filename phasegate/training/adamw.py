@@ -40,7 +40,6 @@ class AdamW(Optimizer):
                     state |= {"step": torch.zeros(()), **blank}
                 gradients.append(parameter.grad.contiguous())
                 tensors = (parameter, gradients[-1], state["exp_avg"], state["exp_avg_sq"], state["step"])
-                addresses.extend(tensor.data_ptr() for tensor in tensors)
-                addresses.append(parameter.numel())
+                addresses.extend([*[tensor.data_ptr() for tensor in tensors], parameter.numel()])
                 rates.extend(numbers)
         kernels().adamw(addresses.buffer_info()[0], rates.buffer_info()[0], len(gradients))
