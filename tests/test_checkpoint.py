@@ -19,7 +19,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.optim import AdamW
 
 import phasegate
 from phasegate.base.errors import UserError
@@ -28,6 +27,7 @@ from phasegate.model.classifier import Model, cost
 from phasegate.model.references import Reference, ReferenceSpec
 from phasegate.surgery.operations import ExpertManager
 from phasegate.training import checkpoint
+from phasegate.training.adamw import AdamW
 from phasegate.training.batches import Batches, Examples
 from phasegate.training.checkpoint import RECORD, WEIGHTS, Checkpoint, load, save, summary
 from phasegate.training.loop import fit

@@ -26,6 +26,7 @@ from phasegate.surgery.controllers import HeadPolicy, LabelPolicy, PlannedPolicy
 from phasegate.surgery.surgeon import Treatment
 from phasegate.surgery.tasks import Tasks
 from phasegate.training import checkpoint, killed_trials, loop
+from phasegate.training.adamw import AdamW
 from phasegate.training.batches import Examples
 from phasegate.training.killed_trials import SNAPSHOT, Snapshots
 from phasegate.training.loop import fit
@@ -186,9 +187,9 @@ def test_a_damaged_snapshot_is_not_used(
 
 def poison(monkeypatch: pytest.MonkeyPatch, what: str, at: int, done: int) -> None:
     """From step `at` on, after `done` of another process, make the loss, a gradient or a weight infinite or NaN."""
-    step, count = torch.optim.AdamW.step, [done]
+    step, count = AdamW.step, [done]
 
-    def poisoned(self: torch.optim.AdamW, *arguments: Any) -> None:
+    def poisoned(self: AdamW, *arguments: Any) -> None:
         count[0] += 1
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         victim = next(p for p in parameters if p.dim() == 3 and p.grad is not None)
@@ -198,7 +199,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, what: str, at: int, done: int) -> No
         if count[0] >= at and what == "value":
             victim.data.view(-1)[0] = float("-inf")
 
-    monkeypatch.setattr(torch.optim.AdamW, "step", poisoned)
+    monkeypatch.setattr(AdamW, "step", poisoned)
     change_fit(monkeypatch, factor=lambda step: math.nan if step >= at and what == "loss" else 1.0)
 
 

@@ -15,6 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from phasegate.model.dense import Conv1d, Conv2d, Linear
 from phasegate.model.moe import MoE, Routing
 from phasegate.params.fields import Section
 from phasegate.params.pretraining import Architecture
@@ -83,7 +84,7 @@ class Model(Network):
         self.stem = stem(spec.input_shape, arch.width)
         self.blocks = nn.ModuleList(Block(arch, spec.n_gates) for _ in range(arch.blocks))
         self.norm = nn.LayerNorm(arch.width)
-        self.heads = nn.ModuleList(nn.Linear(arch.width, classes) for classes in spec.heads)
+        self.heads = nn.ModuleList(Linear(arch.width, classes) for classes in spec.heads)
 
     @property
     def layers(self) -> list[MoE]:
@@ -147,7 +148,7 @@ def cost(model: Network) -> Cost:
 
 def mlp_stem(input_shape: tuple[int, ...], width: int) -> nn.Module:
     """Build a stem that makes the whole input one token: (B, ...) -> (B, D, 1)."""
-    return nn.Sequential(nn.Flatten(), nn.Linear(prod(input_shape), width), nn.ReLU(), nn.Unflatten(1, (width, 1)))
+    return nn.Sequential(nn.Flatten(), Linear(prod(input_shape), width), nn.ReLU(), nn.Unflatten(1, (width, 1)))
 
 
 def conv_stem(input_shape: tuple[int, ...], width: int) -> nn.Module:
@@ -157,6 +158,6 @@ def conv_stem(input_shape: tuple[int, ...], width: int) -> nn.Module:
     return nn.Sequential(first, nn.ReLU(), conv(width, width, 3, stride=2, padding=1), nn.ReLU())
 
 
-def convolution(input_shape: tuple[int, ...]) -> type[nn.Conv1d] | type[nn.Conv2d]:
+def convolution(input_shape: tuple[int, ...]) -> type[Conv1d] | type[Conv2d]:
     """Return the convolution for sequences (channels, length) or images (channels, height, width)."""
-    return nn.Conv1d if len(input_shape) == 2 else nn.Conv2d
+    return Conv1d if len(input_shape) == 2 else Conv2d

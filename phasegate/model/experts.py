@@ -1,106 +1,78 @@
-"""Run experts on tokens. Tokens are sorted by expert, so that each expert is one contiguous matrix product.
+"""Route tokens to experts and run these: by the compiled kernels where they suit, else in plain torch.
 
-Shapes: N tokens, K experts of each token, M = N * K rows (pairs of a token and one of its experts), D model width,
-H expert width, E experts.
-
-`torch.export` can trace neither `bincount`, whose length depends on the data, nor the grouped product in float32.
-Plain operations replace both during an export; on a CPU the exported program gives the same bits.
+Shapes: G gates, N tokens, K experts of each token, D model width, H expert width, E experts, F families, L inner nodes.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from phasegate.kernels.functions import Layer, run_experts, suit
+
+Hyperplanes = tuple[Tensor, Tensor, Tensor, Tensor]
+"""Weights (L, D) and offsets (L,) of the inner nodes, and the tables that `MoE.refresh` derives from the paths."""
 
 
-class Sorted(NamedTuple):
-    """Hold the order of rows by expert."""
+class Routed(NamedTuple):
+    """Hold what a layer puts out, and how it got there."""
 
-    token: Tensor  # (M,) the token of each row
-    place: Tensor  # (N, K) the row of each token and expert
-    ends: Tensor  # (E,) int32, the end of each expert's rows
-
-
-def count(experts: Tensor, n_experts: int) -> Tensor:
-    """Count how often `experts` (any shape) holds each expert -> (E,)."""
-    if torch.compiler.is_exporting():
-        ones = torch.ones_like(experts.flatten())
-        return torch.zeros(n_experts, dtype=ones.dtype, device=ones.device).scatter_add(0, experts.flatten(), ones)
-    return torch.bincount(experts.flatten(), minlength=n_experts)
+    y: Tensor  # (G, N, D) the mixture
+    logits: Tensor  # (G, N, F)
+    gates: Tensor  # (G, N, K)
+    families: Tensor  # (G, N, K)
+    experts: Tensor  # (G, N, K)
+    counts: Tensor  # (E,) how many slots run each expert
 
 
-def sort(experts: Tensor, counts: Tensor) -> Sorted:
-    """Sort the rows of tokens that run `experts` (N, K), of which `counts` (E,) are the numbers of rows."""
-    order = experts.flatten().argsort(stable=True)
-    place = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
-    return Sorted(order // experts.shape[1], place.view_as(experts), counts.cumsum(0, dtype=torch.int32))
+def layer(
+    x: Tensor, router: Tensor, bias: Tensor, hyperplanes: Hyperplanes, w_in: Tensor, w_out: Tensor, top_k: int
+) -> Routed:
+    """Route tokens x (G, N, D), run their experts, and sum the outputs by rank, weighted by gates.
 
-
-def outputs(x: Tensor, w_in: Tensor, w_out: Tensor, rows: Sorted) -> Tensor:
-    """Return the ungated output of each expert of each token x (N, D) -> (N, K, D)."""
-    hidden = grouped_mm(x.index_select(0, rows.token), w_in, rows.ends).relu()
-    return F.embedding(rows.place, grouped_mm(hidden, w_out, rows.ends))
-
-
-def mixture(x: Tensor, gates: Tensor, w_in: Tensor, w_out: Tensor, rows: Sorted) -> Tensor:
-    """Return for each token x (N, D) the sum of the outputs of its experts, weighted by gates (N, K) -> (N, D).
-
-    Weights are (E, D, H) and (E, H, D). The sum can be differentiated once, by everything but `rows`.
+    The families with the greatest logit + bias (G, F) are chosen, of equal ones the lower index. Their gates are the
+    softmax of their logits; a lone gate keeps its probability among all families, for the router's gradient (arXiv
+    2101.03961). Router (G, F, D), weights (E, D, H) and (E, H, D). The kernel can be differentiated once, by mixture,
+    logits and gates. Through the mixture the hyperplanes learn if they need a gradient: see `_teaching`.
     """
-    mixed: Tensor = _Mixture.apply(x, gates, w_in, w_out, *rows)  # type: ignore[no-untyped-call]
-    return mixed
+    if suit(x):
+        return Routed(*Layer.apply(x, router, bias, *hyperplanes, w_in, w_out, top_k))  # type: ignore[no-untyped-call]
+    logits = x @ router.transpose(1, 2)
+    families = (logits.detach() + bias[:, None]).argsort(dim=-1, descending=True, stable=True)[..., :top_k]
+    gates = logits.softmax(-1).gather(-1, families) if top_k == 1 else logits.gather(-1, families).softmax(-1)
+    experts, teaching = _descend(x, families, *hyperplanes)
+    outputs = run(x.flatten(0, 1), experts.flatten(0, 1), w_in, w_out)
+    y = (outputs * (gates * teaching).flatten(0, 1).unsqueeze(-1)).sum(1)
+    ones = torch.ones_like(experts).flatten()  # an export can't trace `bincount`
+    counts = ones.new_zeros(len(w_in)).scatter_add(0, experts.flatten(), ones)
+    return Routed(y.view_as(x), logits, gates, families, experts, counts)
 
 
-class _Mixture(torch.autograd.Function):
-    """Compute `mixture` and its gradient, without autograd's copies and with half of its small operations."""
+def _descend(
+    x: Tensor, families: Tensor, weight: Tensor, offset: Tensor, root: Tensor, child: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Find the expert that each chosen family runs (G, N, K), and a factor of value one that trains hyperplanes.
 
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, gates: Tensor, w_in: Tensor, w_out: Tensor, token: Tensor, place: Tensor, ends: Tensor
-    ) -> Tensor:
-        x = x.index_select(0, token)  # (M, D)
-        hidden = grouped_mm(x, w_in, ends).relu_()
-        y = grouped_mm(hidden, w_out, ends)
-        ctx.save_for_backward(x, hidden, y, gates, w_in, w_out, token, place, ends)
-        return F.embedding_bag(place, y, per_sample_weights=gates, mode="sum")
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
-        x, hidden, y, gates, w_in, w_out, token, place, ends = ctx.saved_tensors
-        slope = slope.index_select(0, token)  # (M, D)
-        d_gates = torch.linalg.vecdot(slope, y).take(place)
-        gate = torch.empty_like(gates).view(-1).scatter_(0, place.view(-1), gates.reshape(-1))  # (M,)
-        slope = slope.mul_(gate.unsqueeze(1))
-        d_w_out = grouped_outer(hidden, slope, ends)
-        d_hidden = grouped_mm(slope, w_out.transpose(1, 2), ends)
-        d_hidden = torch.ops.aten.threshold_backward(d_hidden, hidden, 0)  # the gradient of relu
-        d_w_in = grouped_outer(x, d_hidden, ends)
-        d_x = F.embedding_bag(place, grouped_mm(d_hidden, w_in.transpose(1, 2), ends), mode="sum")
-        return d_x, d_gates, d_w_in, d_w_out, None, None, None
+    The factor is r / stop_gradient(r). r is the product of sigmoid(signed margin) along the path.
+    """
+    slots, n_nodes, log_r = root.take(families), len(weight), x.new_zeros(families.shape)
+    margins = x @ weight.T + offset
+    for _ in range(n_nodes):  # experts lead to themselves
+        margin = margins.gather(-1, slots.clamp(max=n_nodes - 1))
+        log_r = log_r + torch.where(slots < n_nodes, F.logsigmoid(margin.abs()), 0)
+        slots = child.take(2 * slots + (margin > 0))
+    return slots - n_nodes, (log_r - log_r.detach()).exp()
 
 
-def grouped_mm(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
-    """Multiply rows x (M, A), grouped by expert up to `ends` (E,), by their expert's weights (E, A, B) -> (M, B)."""
-    if can_group(x, *weights.shape[1:]):
-        return F.grouped_mm(x, weights, offs=ends)
-    return torch.cat([rows @ weight for rows, weight in zip(_split(x, ends), weights, strict=True)])
-
-
-def grouped_outer(x: Tensor, y: Tensor, ends: Tensor) -> Tensor:
-    """Sum the outer products of rows x (M, A) and y (M, B) in each group up to `ends` (E,) -> (E, A, B)."""
-    if can_group(x, x.shape[1], y.shape[1]):
-        return F.grouped_mm(x.t(), y, offs=ends)
-    return torch.stack([left.T @ right for left, right in zip(_split(x, ends), _split(y, ends), strict=True)])
-
-
-def can_group(x: Tensor, *sizes: int) -> bool:
-    """Tell whether `torch.nn.functional.grouped_mm` can run: float32 on a CPU, rows of 16 bytes, no export."""
-    possible = x.dtype == torch.float32 and not x.is_cuda and all(size % 4 == 0 for size in sizes)
-    return possible and not torch.compiler.is_exporting()
-
-
-def _split(x: Tensor, ends: Tensor) -> tuple[Tensor, ...]:
-    return torch.split(x, ends.diff(prepend=ends.new_zeros(1)).tolist())
+def run(x: Tensor, experts: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
+    """Return the ungated outputs of the experts (N, K) of tokens x (N, D) -> (N, K, D); no gradient from the kernel."""
+    if suit(x):
+        return run_experts(x, experts, w_in, w_out)
+    order = experts.flatten().argsort(stable=True)
+    ones = torch.ones_like(order)
+    counts = ones.new_zeros(len(w_in)).scatter_add(0, experts.flatten(), ones).tolist()
+    groups = torch.split(x[order // experts.shape[1]], counts)
+    y = torch.cat([(rows @ first).relu() @ last for rows, first, last in zip(groups, w_in, w_out, strict=True)])
+    place = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
+    return y[place].view(*experts.shape, x.shape[1])

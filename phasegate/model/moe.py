@@ -14,9 +14,9 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from phasegate.kernels.functions import product
 from phasegate.model import experts
 
 AXES: dict[str, tuple[str | None, ...]] = {
@@ -127,64 +127,41 @@ class MoE(nn.Module):
         n_nodes, path, family_of = self.path.shape[1], self.path.tolist(), self.family_of.tolist()
         child = [[0, 0] for _ in range(n_nodes)] + [[n_nodes + e] * 2 for e in range(self.n_routed)]
 
-        def descend(leaves: list[int]) -> tuple[int, int]:
-            """Return the slot that joins these leaves, and the depth below it."""
+        def descend(leaves: list[int]) -> int:
+            """Return the slot that joins these leaves."""
             if len(leaves) == 1:
-                return n_nodes + leaves[0], 0
+                return n_nodes + leaves[0]
             node = next(n for n in range(n_nodes) if {path[leaf][n] for leaf in leaves} == {-1, 1})
             sides = [[leaf for leaf in leaves if path[leaf][node] == side] for side in (-1, 1)]
-            (child[node][0], left), (child[node][1], right) = descend(sides[0]), descend(sides[1])
-            return node, 1 + max(left, right)
+            child[node] = [descend(side) for side in sides]
+            return node
 
         roots = [descend([e for e, family in enumerate(family_of) if family == f]) for f in range(self.n_families)]
         device = self.path.device
-        self._root = torch.tensor([slot for slot, _ in roots], device=device)
+        self._root = torch.tensor(roots, device=device)
         self._child = torch.tensor(child, device=device)
-        self._depth = max(depth for _, depth in roots)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
         """Route tokens x (G, N, D), gate g's tokens by router g, and return the mixture (G, N, D).
 
         Selection compares scores, not probabilities. So it does not depend on the other families.
         """
-        n_gates = x.shape[0]
-        logits = x @ self.router[:n_gates].transpose(1, 2)  # (G, N, F)
-        families = (logits.detach() + self.selection_bias[:n_gates, None]).topk(self.top_k).indices  # (G, N, K)
-        lone = self.top_k == 1  # a lone gate keeps its probability, for the router's gradient (arXiv 2101.03961)
-        gates = logits.softmax(-1).gather(-1, families) if lone else logits.gather(-1, families).softmax(-1)
-        chosen, teaching = self._descend(x, families)
-        counts = experts.count(chosen, self.n_routed)
+        n_gates = len(x)
+        router, bias = self.router, self.selection_bias
+        if n_gates < len(router):
+            router, bias = router[:n_gates], bias[:n_gates]
+        hyperplanes = (self.node_weight, self.node_offset, self._root, self._child)
+        routed = experts.layer(x, router, bias, hyperplanes, self.w_in, self.w_out, self.top_k)
+        y, logits, gates, families, chosen, counts = routed
         if self.training:
             self.load += counts
-        rows = experts.sort(chosen.flatten(0, 1), counts)
-        weights = gates if teaching is None else gates * teaching
-        y = experts.mixture(x.flatten(0, 1), weights.flatten(0, 1), self.w_in, self.w_out, rows).view_as(x)
         if self.n_shared:
-            y = y + (x @ self.shared_in).relu() @ self.shared_out
+            y = y + product(product(x, self.shared_in).relu(), self.shared_out)
         return y, Routing(x, logits, families, gates, chosen)
-
-    def _descend(self, x: Tensor, families: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Find the expert that each chosen family runs (G, N, K), and a factor of value one that trains hyperplanes.
-
-        The factor is r / stop_gradient(r). r is the product of sigmoid(signed margin) along the path.
-        """
-        n_nodes = self.path.shape[1]
-        slots = self._root.take(families)
-        if not n_nodes:
-            return slots, None
-        margins = self.margins(x)
-        trained = self.node_weight.requires_grad
-        log_r = torch.zeros_like(slots, dtype=x.dtype) if trained else None
-        for _ in range(self._depth):
-            margin = margins.gather(-1, slots.clamp(max=n_nodes - 1))
-            if log_r is not None:
-                log_r = log_r + torch.where(slots < n_nodes, F.logsigmoid(margin.abs()), 0)
-            slots = self._child.take(2 * slots + (margin > 0))
-        return slots - n_nodes, None if log_r is None else (log_r - log_r.detach()).exp()
 
     def margins(self, x: Tensor) -> Tensor:
         """Return the signed margins of tokens x (G, N, D) at every inner node (G, N, L)."""
-        return x @ self.node_weight.T + self.node_offset
+        return product(x, self.node_weight.T, self.node_offset)
 
     def weights(self, e: int) -> Tensor:
         """Return all weights of expert index e, (2 * D * H,)."""
@@ -192,12 +169,12 @@ class MoE(nn.Module):
 
     def run(self, e: int, x: Tensor) -> Tensor:
         """Return the ungated output of expert index e for tokens x (M, D) -> (M, D)."""
-        return (x @ self.w_in[e]).relu() @ self.w_out[e]
+        return product(product(x, self.w_in[e]).relu(), self.w_out[e])
 
     def outputs(self, x: Tensor, chosen: Tensor) -> Tensor:
         """Return the ungated outputs of the chosen experts: x (G, N, D), chosen (G, N, K) -> (G, N, K, D)."""
-        rows = experts.sort(chosen.flatten(0, 1), experts.count(chosen, self.n_routed))
-        return experts.outputs(x.flatten(0, 1), self.w_in, self.w_out, rows).view(*chosen.shape, -1)
+        outputs = experts.run(x.flatten(0, 1), chosen.flatten(0, 1), self.w_in, self.w_out)
+        return outputs.view(*chosen.shape, x.shape[-1])
 
 
 def routing_entropy(probs: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from phasegate.model.classifier import Model, ModelSpec, Network, Output, convolution
+from phasegate.model.dense import Linear
 
 
 @dataclass(frozen=True)
@@ -39,13 +40,13 @@ class Reference(Network):
         self.spec = spec
         if spec.channels is None:
             widths = pairwise((prod(spec.input_shape), *(spec.hidden or ())))
-            layers = [layer for fan_in, width in widths for layer in (nn.Linear(fan_in, width), nn.ReLU())]
+            layers = [layer for fan_in, width in widths for layer in (Linear(fan_in, width), nn.ReLU())]
             self.trunk = nn.Sequential(nn.Flatten(), *layers)
         else:
             self.trunk = nn.Sequential(*convolutions(spec.input_shape, spec.channels), nn.Flatten())
         with torch.no_grad():
             width = self.trunk(torch.zeros(1, *spec.input_shape)).shape[1]
-        self.head = nn.Linear(width, spec.classes)
+        self.head = Linear(width, spec.classes)
 
     def forward(self, x: Tensor, n_tasks: int = 1) -> Output:
         features = self.trunk(x)

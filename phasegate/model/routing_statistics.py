@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from phasegate.kernels.functions import product
 from phasegate.model.moe import Routing, routing_entropy
 
 N_SCALARS = 3  # features of an expert besides its mean token
@@ -35,8 +36,8 @@ def expert_signals(routing: Routing, n_routed: int) -> ExpertSignals:
     return ExpertSignals(
         load=count / experts.numel(),
         gate=weights.sum(0) / safe,
-        entropy=visits.T @ entropy / safe,
-        token=visits.T @ tokens / safe[:, None],
+        entropy=product(visits.T, entropy[:, None])[:, 0] / safe,
+        token=product(visits.T, tokens) / safe[:, None],
         batch_entropy=entropy.mean(),
     )
 

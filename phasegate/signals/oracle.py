@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from phasegate.kernels.functions import product
 from phasegate.surgery.operations import ExpertManager, SurgeryRefused
 from phasegate.surgery.probe import Probe
 
@@ -103,7 +104,7 @@ class _Choosing:
         self.outputs = by_expert.gather(1, order[:, :, None].expand_as(by_expert))  # (N, E, D) by rank
         self.stream = probe.stream[0]  # (N, D)
         if moe.n_shared:
-            self.stream = self.stream + (tokens @ moe.shared_in).relu() @ moe.shared_out
+            self.stream = self.stream + product(product(tokens, moe.shared_in).relu(), moe.shared_out)
 
     def losses(self) -> Tensor:
         """Return the loss of each token under each choice of K ranks, and infinity last: (N, P + 1)."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from phasegate.model.classifier import Model
+from phasegate.model.dense import Linear
 from phasegate.model.routing_statistics import N_SCALARS, ExpertSignals, features
 from phasegate.params.phases import EntropyLabels, RandomLabels, UsageLabels
 from phasegate.surgery.operations import ExpertManager, Surgery
@@ -155,7 +156,7 @@ class HeadController(Controller):
     def __init__(self, policy: "HeadPolicy", model: Model, optimizer: Optimizer, course: Course) -> None:
         super().__init__(policy, model, optimizer, course)
         inputs = model.spec.architecture.width + N_SCALARS
-        self.head = nn.Sequential(nn.Linear(inputs, 32), nn.ReLU(), nn.Linear(32, 3)).to(course.gate.x.device)
+        self.head = nn.Sequential(Linear(inputs, 32), nn.ReLU(), Linear(32, 3)).to(course.gate.x.device)
         factor = policy.labels.head_lr / (course.schedule.lr_scale * course.training.lr)
         optimizer.add_param_group({"params": self.head.parameters(), "lr_factor": factor, "weight_decay": 0.0})
 

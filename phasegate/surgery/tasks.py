@@ -3,10 +3,11 @@
 from dataclasses import dataclass, replace
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from phasegate.model.classifier import Model, Output
+from phasegate.model.dense import Linear
 from phasegate.surgery.moments import rebuild
 
 
@@ -26,7 +27,7 @@ def add_tasks(model: Model, optimizer: Optimizer, classes: list[int], own_gates:
     exactly what it was. Source of the gates: MMoE (Ma et al., KDD 2018).
     """
     device = model.norm.weight.device
-    heads = [nn.Linear(model.spec.architecture.width, count, device=device) for count in classes]
+    heads = [Linear(model.spec.architecture.width, count, device=device) for count in classes]
     model.heads.extend(heads)
     decay = optimizer.param_groups[0]["weight_decay"]
     optimizer.add_param_group({"params": [head.weight for head in heads], "weight_decay": decay})

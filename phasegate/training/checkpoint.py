@@ -18,7 +18,7 @@ import torch
 from pydantic import Field
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
 
 import phasegate
 from phasegate.base.errors import UserError, one_line
@@ -56,7 +56,7 @@ class Checkpoint:
     """Hold a verified model, its optimizer if that was kept, the record, and the model's cost when it was saved."""
 
     model: Network
-    optimizer: AdamW | None
+    optimizer: Optimizer | None
     record: Record
     cost: Cost
 
@@ -84,7 +84,7 @@ class _Content(Section):
     weights: _Weights
 
 
-def save(folder: Path, model: Network, optimizer: AdamW | None, record: Record, gate: Examples) -> None:
+def save(folder: Path, model: Network, optimizer: Optimizer | None, record: Record, gate: Examples) -> None:
     """Write a checkpoint, with the optimizer if training is to continue from it."""
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     for name, parameter in model.named_parameters():
@@ -217,7 +217,7 @@ def _zeros(model: Network, device: torch.device | str) -> Examples:
     return Examples(torch.zeros(shape, device=device), torch.zeros(1, dtype=torch.int64, device=device))
 
 
-def _restore(model: nn.Module, training: Training, state: dict[str, Tensor], source: str) -> AdamW:
+def _restore(model: nn.Module, training: Training, state: dict[str, Tensor], source: str) -> Optimizer:
     """Rebuild the optimizer of a checkpoint."""
     optimizer, wanted = make_optimizer(model.parameters(), training), dict[str, Tensor]()
     for name, parameter in model.named_parameters():

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from torch.optim import AdamW
+from torch.optim import Optimizer
 
 from phasegate.base.errors import UserError
 from phasegate.model.classifier import Model
@@ -49,14 +49,14 @@ def start_files(prepared: Path, baseline: Path) -> tuple[Path, ...]:
     return prepared / FIT, baseline / checkpoint.WEIGHTS, baseline / checkpoint.RECORD
 
 
-def load_start(prepared: Path, baseline: Path, seed: int, schedule: Schedule) -> tuple[Model, AdamW, Course]:
+def load_start(prepared: Path, baseline: Path, seed: int, schedule: Schedule) -> tuple[Model, Optimizer, Course]:
     """Load a 7a checkpoint with its optimizer, and the course that begins at it; `UserError` if it is damaged."""
     train, signal, gate = load_examples(prepared, device())
     model, optimizer, training = load_baseline(baseline, gate)
     return model, optimizer, Course(train, signal, gate, training, schedule, seed)
 
 
-def load_baseline(folder: Path, gate: Examples) -> tuple[Model, AdamW, Training]:
+def load_baseline(folder: Path, gate: Examples) -> tuple[Model, Optimizer, Training]:
     """Load a 7a checkpoint with its optimizer and configuration; `UserError` if it is damaged or another model's."""
     loaded = checkpoint.load(folder, gate, gate.x.device)
     if not isinstance(loaded.model, Model) or loaded.optimizer is None:

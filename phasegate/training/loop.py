@@ -8,23 +8,27 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parameters_to_vector
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
 
 from phasegate.base.errors import Diverged
+from phasegate.kernels.functions import all_finite, suit
 from phasegate.params.pretraining import Training
+from phasegate.training.adamw import AdamW
 from phasegate.training.batches import Batches
 from phasegate.training.losses import Objective
 from phasegate.training.randomness import derived_seed, seed_default_generators
 
 
-def make_optimizer(parameters: Iterable[nn.Parameter], training: Training) -> AdamW:
+def make_optimizer(parameters: Iterable[nn.Parameter], training: Training) -> Optimizer:
     """Build AdamW, with weight decay on matrices only. Frozen hyperplanes get no gradient, and so no update."""
     matrices, others = list[nn.Parameter](), list[nn.Parameter]()
     for parameter in parameters:
         (matrices if parameter.dim() > 1 else others).append(parameter)
     decay, none = {"weight_decay": training.weight_decay}, {"weight_decay": 0.0}
-    return AdamW([{"params": matrices, **decay}, {"params": others, **none}], lr=training.lr, fused=True)
+    groups = [{"params": matrices, **decay}, {"params": others, **none}]
+    if all(map(suit, matrices + others)):
+        return AdamW(groups, training.lr)
+    return torch.optim.AdamW(groups, lr=training.lr, fused=True)
 
 
 def cosine(peak: float, steps: int, warmup: int = 0) -> list[float]:
@@ -62,10 +66,8 @@ def fit(
             parameter.grad = None
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
-        with torch.no_grad():  # a gradient that is not finite leaves parameters that are not finite
-            total = parameters_to_vector(trained).sum() + loss
-        if not math.isfinite(total.item()):
-            raise Diverged(_find_not_finite(model, trained, loss.item()), step)
+        if not (math.isfinite(value := loss.item()) and all_finite(trained)):  # else the gradients were finite, too
+            raise Diverged(_find_not_finite(model, trained, value), step)
         after_step(step, loss.detach())
 
 
@@ -74,9 +76,6 @@ def _find_not_finite(model: nn.Module, trained: list[nn.Parameter], loss: float)
     if not math.isfinite(loss):
         return f"the loss is {loss}"
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    for what in ("gradient", "value"):
-        for parameter in trained:
-            numbers = parameter.grad if what == "gradient" else parameter
-            if numbers is not None and not numbers.isfinite().all():
-                return f"the {what} of {names.get(id(parameter), 'a control head')} is not finite"
-    return "the sum of all parameters is not finite"
+    bad = [parameter for parameter in trained if parameter.grad is not None and not parameter.grad.isfinite().all()]
+    what, victim = ("gradient", bad[0]) if bad else ("value", next(p for p in trained if not p.isfinite().all()))
+    return f"the {what} of {names.get(id(victim), 'a control head')} is not finite"

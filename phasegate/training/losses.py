@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from phasegate.kernels.functions import Balance, suit
 from phasegate.model.classifier import Network, Output
 from phasegate.model.moe import Routing
 
@@ -15,6 +16,9 @@ Objective = Callable[[Tensor, Tensor, int], Tensor]
 
 def load_balance(routing: Routing) -> Tensor:
     """Return Switch's loss: F * sum over families of (share of slots) * (mean probability); one if even."""
+    if suit(routing.logits):
+        loss: Tensor = Balance.apply(routing.logits, routing.families)  # type: ignore[no-untyped-call]
+        return loss
     families, tokens = routing.logits.shape[-1], routing.logits.shape[1]
     return (routing.probs @ shares(routing).unsqueeze(-1)).sum() * (families / tokens / len(routing.logits))
 

@@ -1,0 +1,194 @@
+"""Make the kernels differentiable functions of float32 tensors on the CPU.
+
+Each can be differentiated once. Elsewhere, for other types, and while a program is exported, plain torch stands in for
+them: `suit` tells which.
+"""
+
+from array import array
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from phasegate.kernels.compiled import kernels
+
+ZEROS = torch.zeros(1 << 16)
+PANEL = torch.empty(1 << 14)
+CPU = torch.device("cpu")
+
+
+def suit(x: Tensor) -> bool:
+    """Tell whether the kernels run for a tensor."""
+    return x.dtype == torch.float32 and x.device == CPU and not torch.compiler.is_exporting()
+
+
+def multiply(a: Tensor, b: Tensor, start: Tensor | None = None) -> Tensor:
+    """Return start + a @ b without a gradient: a (M, K), b (K, N) of any strides, start (N,)."""
+    (m, k), n = a.shape, b.shape[1]
+    if b.stride(1) != 1 and b.stride(0) != 1:
+        b = b.contiguous()
+    c = a.new_empty(m, n)
+    begin = ZEROS if start is None else start
+    kernels().product(
+        a.data_ptr(), a.stride(0), a.stride(1), b.data_ptr(), b.stride(0), b.stride(1), c.data_ptr(), n,
+        begin.data_ptr(), 0, m, n, k, PANEL.data_ptr(),
+    )  # fmt: skip
+    return c
+
+
+def product(a: Tensor, b: Tensor, start: Tensor | None = None) -> Tensor:
+    """Return start + a @ b for a (..., K), b (K, N) and start (N,); each element is a chain in the order of k."""
+    if not suit(a):
+        return a @ b if start is None else a @ b + start
+    c: Tensor = Product.apply(a.flatten(0, -2), b, start)  # type: ignore[no-untyped-call]
+    return c.view(*a.shape[:-1], b.shape[1])
+
+
+class Product(torch.autograd.Function):
+    """Multiply matrices, and leave out the gradients that nobody needs."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor, start: Tensor | None) -> Tensor:
+        ctx.save_for_backward(a, b)
+        return multiply(a, b, start)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
+        (a, b), (needs_a, needs_b, needs_start), slope = ctx.saved_tensors, ctx.needs_input_grad, slope.contiguous()
+        d_a = multiply(slope, b.T) if needs_a else None
+        if needs_b:  # laid out as b is
+            d_b = multiply(a.T, slope) if b.stride(1) == 1 else multiply(slope.T, a).T
+        d_start = multiply(slope.new_ones(1, len(slope)), slope)[0] if needs_start else None
+        return d_a, d_b if needs_b else None, d_start
+
+
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    """Tell whether every number of some tensors is finite."""
+    addresses, found = array("q"), array("q", [-1])
+    for tensor in tensors:
+        if not (suit(tensor) and tensor.is_contiguous()):
+            if not tensor.isfinite().all():
+                return False
+        else:
+            addresses.extend((tensor.data_ptr(), tensor.numel()))
+    kernels().find_not_finite(addresses.buffer_info()[0], found.buffer_info()[0], len(addresses) // 2)
+    return found[0] < 0
+
+
+def run_experts(x: Tensor, experts: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
+    """Return what the experts (N, K) of tokens x (N, D) put out, without gates or gradient -> (N, K, D)."""
+    (n, top_k), (n_experts, width, inside) = experts.shape, w_in.shape
+    slots, experts = n * top_k, experts.contiguous()
+    slot, place, ends, counts = *torch.empty(2, slots, dtype=torch.int64), *torch.empty(2, n_experts, dtype=torch.int64)
+    sorting = (experts, slot, place, ends, counts)
+    kernels().sort_slots(*[tensor.data_ptr() for tensor in sorting], slots, n_experts)
+    rows, y, hidden, out = *x.new_empty(2, slots, width), x.new_empty(slots, inside), x.new_empty(n, width)
+    tensors = (x.contiguous(), x.new_ones(slots), w_in, w_out, slot, place, ends, rows, hidden, y, out, ZEROS, PANEL)
+    kernels().mixture(*[tensor.data_ptr() for tensor in tensors], n, top_k, n_experts, width, inside)
+    return y[place].view(n, top_k, width)
+
+
+class Layer(torch.autograd.Function):
+    """Route tokens x (G, N, D) to experts, and sum what these put out, weighted by gates."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, router: Tensor, bias: Tensor, node_weight: Tensor, node_offset: Tensor, root: Tensor,
+        child: Tensor, w_in: Tensor, w_out: Tensor, top_k: int,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        (n_gates, n, width), n_families, n_nodes = x.shape, router.shape[1], len(node_weight)
+        n_experts, _, inside = w_in.shape
+        tokens, slots, x, router = n_gates * n, n_gates * n * top_k, x.contiguous(), router.contiguous()
+        logits, gates, y = x.new_empty(n_gates, n, n_families), x.new_empty(n_gates, n, top_k), torch.empty_like(x)
+        families, experts = torch.empty(2, n_gates, n, top_k, dtype=torch.int64).unbind()
+        margins, slot = x.new_empty(tokens, n_nodes), torch.empty(slots, dtype=torch.int64)
+        place, counts, ends = torch.empty_like(slot), root.new_empty(n_experts), root.new_empty(n_experts)
+        routing = (
+            x, router, bias, node_weight, node_offset, root, child, logits, gates, families, experts, margins,
+            ZEROS, PANEL, slot, place, ends, counts,
+        )  # fmt: skip
+        sizes = (n_gates, n, n_families, width, top_k, n_nodes, n_experts)
+        kernels().route(*[tensor.data_ptr() for tensor in routing], *sizes)
+        rows, outputs, hidden = x.new_empty(slots, width), x.new_empty(slots, width), x.new_empty(slots, inside)
+        mixing = (x, gates, w_in, w_out, slot, place, ends, rows, hidden, outputs, y, ZEROS, PANEL)
+        kernels().mixture(*[tensor.data_ptr() for tensor in mixing], tokens, top_k, n_experts, width, inside)
+        ctx.mark_non_differentiable(families, experts, counts)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(
+            x, router, logits, families, gates, margins, root, child, node_weight, w_in, w_out,
+            rows, hidden, outputs, slot, place, ends,
+        )  # fmt: skip
+        return y, logits, gates, families, experts, counts
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, slope: Tensor | None, d_logits: Tensor | None, d_gates: Tensor | None, *_: None
+    ) -> tuple[Tensor | None, ...]:
+        (
+            x, router, logits, families, gates, margins, root, child, node_weight, w_in, w_out,
+            rows, hidden, outputs, slot, place, ends,
+        ) = ctx.saved_tensors  # fmt: skip
+        (n_gates, n, width), n_families, top_k, (n_experts, _, inside) = (
+            x.shape,
+            router.shape[1],
+            gates.shape[2],
+            w_in.shape,
+        )
+        slope = torch.zeros_like(x) if slope is None else slope.contiguous()
+        d_logits = (
+            torch.zeros_like(logits) if d_logits is None else d_logits.clone(memory_format=torch.contiguous_format)
+        )
+        d_gates = torch.zeros_like(gates) if d_gates is None else d_gates.clone(memory_format=torch.contiguous_format)
+        d_x, d_mixed, d_w_in, d_w_out, d_router = map(torch.empty_like, (x, gates, w_in, w_out, router))
+        scratch = (torch.empty_like(rows), torch.empty_like(hidden), torch.empty_like(rows), gates.new_ones(len(slot)))
+        mixing = (
+            slope, gates, w_in, w_out, rows, hidden, outputs, slot, place, ends, d_x, d_mixed, d_w_in, d_w_out,
+            *scratch, ZEROS, PANEL,
+        )  # fmt: skip
+        kernels().mixture_gradient(
+            *[tensor.data_ptr() for tensor in mixing], n_gates * n, top_k, n_experts, width, inside
+        )
+        teaches = ctx.needs_input_grad[3] and len(node_weight)
+        d_margins = torch.zeros_like(margins) if teaches else margins
+        routing = (
+            x, router, logits, families, gates, d_gates, d_mixed, margins, root, child, d_logits, d_margins, d_x,
+            d_router, ZEROS, PANEL,
+        )  # fmt: skip
+        sizes = (n_gates, n, n_families, width, top_k, len(node_weight) if teaches else 0)
+        kernels().route_gradient(*[tensor.data_ptr() for tensor in routing], *sizes)
+        d_weight = d_offset = None
+        if teaches:
+            d_x += multiply(d_margins, node_weight).view_as(d_x)
+            d_weight = multiply(d_margins.T, x.flatten(0, 1))
+            d_offset = multiply(d_margins.new_ones(1, len(d_margins)), d_margins)[0]
+        return d_x, d_router, None, d_weight, d_offset, None, None, d_w_in, d_w_out, None
+
+
+class Balance(torch.autograd.Function):
+    """Compute Switch's balancing loss of logits (G, N, F) and the chosen families (G, N, K), the mean over gates."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, families: Tensor) -> Tensor:
+        (n_gates, n, n_families), top_k = logits.shape, families.shape[2]
+        logits, families, value, slopes = (
+            logits.contiguous(),
+            families.contiguous(),
+            logits.new_zeros(()),
+            torch.empty_like(logits),
+        )
+        shares = logits.new_empty(n_families)
+        for g in range(n_gates):
+            tensors = (logits[g], shares, families[g], value, slopes[g])
+            kernels().balance(*[tensor.data_ptr() for tensor in tensors], n, n_families, top_k)
+        ctx.save_for_backward(slopes)
+        return value / n_gates if n_gates > 1 else value
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
+        (slopes,) = ctx.saved_tensors
+        return slopes * (slope / len(slopes)), None
