@@ -10,7 +10,7 @@ x86-64 processor with AVX2 gives the same bits. Elsewhere nothing is set, and no
 import importlib
 import os
 import sys
-import warnings
+from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from phasegate.base import processor
@@ -19,14 +19,16 @@ if TYPE_CHECKING:
     from phasegate.inference import Classifier as Classifier
     from phasegate.inference import load as load
 
+NUMPY = tuple(map(int, version("numpy").split(".")[:2]))
 PROMISED = processor.has_avx2()
 PINNED = {
     "MKL_CBWR": "COMPATIBLE",  # torch's products, and what solves equations
     "ATEN_CPU_CAPABILITY": "avx2",  # its other functions
     "ONEDNN_MAX_CPU_ISA": "AVX2",  # its convolutions
     "OPENBLAS_CORETYPE": "Haswell",  # products of numpy and scipy
-    "NPY_DISABLE_CPU_FEATURES": "X86_V4 AVX512_ICL AVX512_SPR"  # numpy's functions; before 2.4 the names were others:
-    " AVX512F AVX512CD AVX512_KNL AVX512_KNM AVX512_SKX AVX512_CLX AVX512_CNL",
+    "NPY_DISABLE_CPU_FEATURES": "X86_V4 AVX512_ICL AVX512_SPR"  # numpy's functions
+    if NUMPY >= (2, 4)
+    else "AVX512F AVX512CD AVX512_SKX AVX512_CLX AVX512_CNL AVX512_ICL AVX512_SPR",  # it warns of unknown names
 }
 
 
@@ -35,7 +37,6 @@ def _pin() -> str:
     early = [name for name in ("numpy", "torch") if name in sys.modules]
     unset = [name for name, value in PINNED.items() if os.environ.get(name) != value]
     os.environ.update(PINNED)
-    warnings.filterwarnings("ignore", "During parsing environment variable", ImportWarning)  # of names it doesn't know
     if not (early and unset):
         return ""
     return f"{' and '.join(early)} came before phasegate, so bits may differ between processors: import phasegate first"
