@@ -58,7 +58,7 @@ class Ours(nn.Module):
             manager.split(expert, torch.randn(size.width), 0.0)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.moe(x[None])[0][0]  # type: ignore[no-any-return]
+        return self.moe(x[None])[0].squeeze(0)  # type: ignore[no-any-return]
 
 
 def forward_backward(layer: nn.Module, size: Size) -> Case:

@@ -25,7 +25,7 @@ class First(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         result = self.layer(x[None])
         output: Tensor = result if isinstance(result, Tensor) else result[0]
-        return output[0]
+        return output.squeeze(0)
 
 
 def layers(size: "Size") -> dict[str, Callable[[], nn.Module]]:
