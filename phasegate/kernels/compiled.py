@@ -25,7 +25,7 @@ from phasegate.base.files import write_atomic
 HERE = Path(__file__).parent
 PLACE = HERE / "__pycache__"
 DIGEST = hashlib.sha256().digest_size  # bytes at the beginning of the file
-C_TYPES = {"int64": ctypes.c_int64, "float64": ctypes.c_double}  # all else is an address
+C_TYPES: dict[str, Any] = {"int64": ctypes.c_int64, "float64": ctypes.c_double}  # all else is an address
 Kernel = Callable[..., None]
 
 
@@ -100,9 +100,9 @@ def _unpack(content: bytes) -> tuple[dict[str, tuple[str, list[str]]], bytes]:
 
 
 def _compile(processor: str, features: str) -> tuple[dict[str, tuple[str, list[str]]], bytes]:
-    import numba.core.config
+    from numba import config
 
-    numba.core.config.CPU_NAME, numba.core.config.CPU_FEATURES = processor, features
+    config.CPU_NAME, config.CPU_FEATURES = processor, features  # type: ignore[attr-defined]
     from phasegate.kernels.source import compile_all
 
     return compile_all()

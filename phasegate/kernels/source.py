@@ -125,6 +125,7 @@ def matmul(a, lda, ka, b, ldb, kb, c, ldc, start, lds, m, n, k, panel):
 
 @entry(FLOATS, INT, INT, FLOATS, INT, INT, FLOATS, INT, FLOATS, INT, INT, INT, INT, FLOATS)
 def product(a, lda, ka, b, ldb, kb, c, ldc, start, lds, m, n, k, panel):
+    """See `matmul`."""
     matmul(a, lda, ka, b, ldb, kb, c, ldc, start, lds, m, n, k, panel)
 
 
@@ -191,6 +192,7 @@ def mixture_gradient(
     slope, gates, w_in, w_out, rows, hidden, y, slot, place, ends, d_x, d_gates, d_w_in, d_w_out,
     some, d_hidden, d_rows, one, zeros, panel, n, top_k, n_experts, width, inside,
 ):  # fmt: skip
+    """Take the gradient of `mixture` to tokens, gates and weights; `some`, `d_hidden` and `d_rows` are scratch."""
     begin = 0
     for e in range(n_experts):
         m, size = ends[e] - begin, width * inside
@@ -375,7 +377,7 @@ def balance(logits, shares, families, value, d_logits, n, n_families, top_k):
 
 @entry(INTS, types.CPointer(DOUBLE), INT)
 def adamw(table, rates, n_tensors):
-    """Update tensors by AdamW. Per tensor: addresses of value, gradient, moments, step, and the size; and five rates."""
+    """Update tensors by AdamW. Per tensor: addresses of value, gradient, moments, step, and its size; five rates."""
     for t in range(n_tensors):
         value, slope = floats_at(table[6 * t]), floats_at(table[6 * t + 1])
         first, second, step = floats_at(table[6 * t + 2]), floats_at(table[6 * t + 3]), floats_at(table[6 * t + 4])
