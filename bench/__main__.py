@@ -30,7 +30,6 @@ def main() -> None:
 def entries(whole_study: bool) -> Iterator[Entry]:
     """Measure the layer and a step with one thread and with two, then trials in two workers and the study."""
     for threads in (1, 2):
-        torch.set_num_threads(threads)
         yield from layer.entries(threads, ROUNDS)
         yield from step.entries(threads, ROUNDS)
     torch.set_num_threads(1)

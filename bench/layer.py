@@ -3,14 +3,14 @@
 Shapes: N tokens, D model width, H expert width, E experts, K chosen.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from bench import peers
-from bench.timing import Case, Entry, entry, medians
+from bench.timing import Case, Entry, Request, entry, in_turn
 from phasegate.model.moe import MoE
 from phasegate.surgery.operations import ExpertManager
 
@@ -58,7 +58,7 @@ class Ours(nn.Module):
             manager.split(expert, torch.randn(size.width), 0.0)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.moe(x[None])[0][0]  # type: ignore[no-any-return]
+        return self.moe(x[None])[0].squeeze(0)  # type: ignore[no-any-return]
 
 
 def forward_backward(layer: nn.Module, size: Size) -> Case:
@@ -74,20 +74,27 @@ def forward_backward(layer: nn.Module, size: Size) -> Case:
     return case
 
 
+def case(name: str, size: list[int], split: int = 0) -> Case:
+    """Return the case of a layer by its name: ours, limit, or a peer's."""
+    torch.manual_seed(0)
+    sized = Size(*size)
+    layer = Ours(sized, split) if name == "ours" else dense(sized) if name == "limit" else peers.layers(sized)[name]()
+    return forward_backward(layer, sized)
+
+
 def entries(threads: int, rounds: int) -> Iterator[Entry]:
     """Measure the layer at all sizes, with split experts, and with many experts."""
-    torch.manual_seed(0)
     for size in SIZES:
-        layers = {"ours": Ours(size), "limit": dense(size), **peers.layers(size)}
-        yield entry(f"layer ({size})", threads, run(layers, size, rounds))
+        found = {name: request(name, size) for name in ("ours", "limit", *peers.layers(size))}
+        yield entry(f"layer ({size})", threads, in_turn(found, {"ours"}, threads, rounds))
     size = Size(1280, 64, 128, 12, 2)
-    halved = {"ours": Ours(size, split=size.experts // 2), "limit": Ours(size)}
-    yield entry(f"layer ({size}), half of the experts split", threads, run(halved, size, rounds))
     few, *more = (size._replace(experts=experts) for experts in MANY)
-    for many in more:
-        yield entry(f"layer ({many})", threads, run({"ours": Ours(many), "limit": Ours(few)}, few, rounds))
+    others = {f"layer ({size}), half of the experts split": request("ours", size, size.experts // 2)}
+    for name, ours in (others | {f"layer ({many})": request("ours", many) for many in more}).items():
+        found = {"ours": ours, "limit": request("ours", few)}
+        yield entry(name, threads, in_turn(found, {"ours", "limit"}, threads, rounds))
 
 
-def run(layers: Mapping[str, nn.Module], size: Size, rounds: int) -> dict[str, float]:
-    """Return the median milliseconds of forward and backward of each layer."""
-    return medians({name: forward_backward(layer, size) for name, layer in layers.items()}, rounds)
+def request(name: str, size: Size, split: int = 0) -> Request:
+    """Return the request of `case`, to be made in another process."""
+    return ("bench.layer", "case", [name, size, split])

@@ -4,6 +4,8 @@ A gated expert (SwiGLU) has three matrices and ours has two, so its hidden width
 the same.
 """
 
+from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
@@ -23,18 +25,19 @@ class First(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         result = self.layer(x[None])
         output: Tensor = result if isinstance(result, Tensor) else result[0]
-        return output[0]
+        return output.squeeze(0)
 
 
-def layers(size: "Size") -> dict[str, nn.Module]:
-    """Return every peer's layer of a size, by name."""
-    found: dict[str, nn.Module] = {}
+def layers(size: "Size") -> dict[str, Callable[[], nn.Module]]:
+    """Return what builds every peer's layer of a size, by name."""
+    found: dict[str, Callable[[], nn.Module]] = {}
     if find_spec("transformers"):
-        found |= {f"transformers Mixtral, {kind}": First(_mixtral(size, kind)) for kind in ("eager", "grouped_mm")}
+        for kind in ("eager", "grouped_mm"):
+            found[f"transformers Mixtral, {kind}"] = partial(_mixtral, size, kind)
     if find_spec("st_moe_pytorch"):
-        found["st-moe-pytorch"] = First(_st_moe(size))
+        found["st-moe-pytorch"] = partial(_st_moe, size)
     if find_spec("mixture_of_experts"):
-        found["mixture-of-experts"] = First(_mixture_of_experts(size))
+        found["mixture-of-experts"] = partial(_mixture_of_experts, size)
     return found
 
 
@@ -52,7 +55,7 @@ def _mixtral(size: "Size", kind: str) -> nn.Module:
     block: nn.Module = MixtralSparseMoeBlock(config)
     for parameter in block.parameters():
         nn.init.normal_(parameter, std=0.02)
-    return block
+    return First(block)
 
 
 def _st_moe(size: "Size") -> nn.Module:
@@ -60,14 +63,14 @@ def _st_moe(size: "Size") -> nn.Module:
 
     multiple = size.hidden / size.width  # of which the library takes two thirds, its experts being gated
     layer: nn.Module = MoE(size.width, num_experts=size.experts, gating_top_n=size.top_k, expert_hidden_mult=multiple)
-    return layer
+    return First(layer)
 
 
 def _mixture_of_experts(size: "Size") -> nn.Module:
     from mixture_of_experts import MoE
 
     layer: nn.Module = MoE(size.width, num_experts=size.experts, hidden_dim=size.hidden)
-    return layer
+    return First(layer)
 
 
 def _gated(size: "Size") -> int:

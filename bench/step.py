@@ -1,12 +1,13 @@
 """Measure a step of 7a training, against the same step of a dense network with the same active FLOPs."""
 
 from collections.abc import Iterator
+from math import prod
 
 import torch
 from torch import Tensor, nn
 
-from bench.timing import Case, Entry, entry, medians
-from phasegate.model.classifier import Model, ModelSpec, Network, Output, mlp_stem
+from bench.timing import Case, Entry, Request, entry, in_turn
+from phasegate.model.classifier import Model, ModelSpec, Network, Output
 from phasegate.params import load_params
 from phasegate.params.pretraining import Architecture
 from phasegate.training.batches import Batches, Examples
@@ -23,14 +24,14 @@ class Dense(Network):
     def __init__(self, architecture: Architecture) -> None:
         super().__init__()
         width, hidden = architecture.width, architecture.top_k * architecture.expert_width
-        self.stem = mlp_stem(INPUT, width)
+        self.stem = nn.Sequential(nn.Flatten(), nn.Linear(prod(INPUT), width), nn.ReLU())
         self.block = nn.Sequential(
             nn.LayerNorm(width), nn.Linear(width, hidden, bias=False), nn.ReLU(), nn.Linear(hidden, width, bias=False)
         )
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, CLASSES)
 
     def forward(self, x: Tensor, n_tasks: int = 1) -> Output:
-        h = self.stem(x).squeeze(-1)
+        h = self.stem(x)
         features = self.norm(h + self.block(h))
         return Output((self.head(features),), features[None], ())
 
@@ -39,8 +40,11 @@ def entries(threads: int, rounds: int) -> Iterator[Entry]:
     """Measure a step with the default number of experts per token, and with four."""
     params = load_params()
     for top_k in (params.model.top_k, 4):
-        cases = {"ours": training_case(top_k), "limit": training_case(top_k, dense=True)}
-        each = {name: taken / STEPS for name, taken in medians(cases, rounds).items()}
+        cases: dict[str, Request] = {
+            "ours": ("bench.step", "training_case", [top_k]),
+            "limit": ("bench.step", "training_case", [top_k, True]),
+        }
+        each = {name: taken / STEPS for name, taken in in_turn(cases, {"ours"}, threads, rounds).items()}
         yield entry(f"7a training step, batch {params.training.batch}, top {top_k}", threads, each)
 
 
@@ -50,6 +54,9 @@ def training_case(top_k: int, dense: bool = False) -> Case:
     architecture = params.model.model_copy(update={"top_k": top_k})
     model = Dense(architecture) if dense else Model(ModelSpec(architecture, INPUT, (CLASSES,)))
     examples = Examples(torch.randn(4000, *INPUT, generator=draws), torch.randint(CLASSES, (4000,), generator=draws))
-    optimizer, training = make_optimizer(model.parameters(), params.training), params.training
+    training = params.training
+    optimizer = (
+        torch.optim.AdamW(model.parameters(), fused=True) if dense else make_optimizer(model.parameters(), training)
+    )
     batches, objective = Batches(examples, training.batch, 0, training), plain_objective(model, 0.0)
     return lambda: fit(model, optimizer, batches, objective, [training.lr] * STEPS, lambda step, loss: None)

@@ -1,11 +1,27 @@
 """Take medians of cases that run in turn, so that a disturbance of the machine disturbs all of them."""
 
+import json
+import os
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 Case = Callable[[], object]
+"""What is timed. A case that runs in another process returns its seconds as a float."""
+Request = tuple[str, str, list[object]]
+"""A module, a function of it that makes a case, and its arguments."""
+
+PINNED = {
+    "MKL_CBWR": "COMPATIBLE",
+    "ATEN_CPU_CAPABILITY": "avx2",
+    "ONEDNN_MAX_CPU_ISA": "AVX2",
+    "OPENBLAS_CORETYPE": "Haswell",
+    "NPY_DISABLE_CPU_FEATURES": "X86_V4 AVX512_ICL AVX512_SPR",
+}
+"""The environment that the study runs in."""
 
 
 @dataclass(frozen=True)
@@ -28,10 +44,40 @@ def medians(cases: Mapping[str, Case], rounds: int, warm_up: int = 3) -> dict[st
     for turn in range(warm_up + rounds):
         for name, case in cases.items():
             begun = time.perf_counter()
-            case()
+            own = case()
             if turn >= warm_up:
-                taken[name].append(time.perf_counter() - begun)
+                taken[name].append(own if isinstance(own, float) else time.perf_counter() - begun)
     return {name: 1e3 * statistics.median(times) for name, times in taken.items()}
+
+
+def in_turn(requests: Mapping[str, Request], pinned: set[str], threads: int, rounds: int) -> dict[str, float]:
+    """Return the median milliseconds of cases that run in two processes.
+
+    In one, which runs those in `pinned`, torch computes as in the study. In the other it is as fast as it can be.
+    """
+    outside = {name: value for name, value in os.environ.items() if name not in PINNED}
+    children = {}
+    for kind, environment in (("default", outside), ("pinned", outside | PINNED)):
+        words = [sys.executable, "-m", "bench.child", kind]
+        children[kind] = subprocess.Popen(
+            words, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def ask(child: subprocess.Popen[str], request: object) -> float:
+        assert child.stdin and child.stdout
+        print(json.dumps(request), file=child.stdin, flush=True)
+        return float(child.stdout.readline())
+
+    def case(name: str) -> Case:
+        child, (module, function, arguments) = children["pinned" if name in pinned else "default"], requests[name]
+        number = int(ask(child, [module, function, threads, arguments]))
+        return lambda: ask(child, number)
+
+    try:
+        return medians({name: case(name) for name in requests}, rounds, warm_up=1)
+    finally:
+        for child in children.values():
+            child.communicate()
 
 
 def entry(case: str, threads: int, times: Mapping[str, float]) -> Entry:

@@ -177,7 +177,7 @@ def test_the_log_of_surgeries_tells_what_each_did_and_when_the_model_recovered(a
     curve, log = tables(ended[arm])
     for row in log.to_dict("records"):
         if row["operation"] == "split":
-            assert row["output_change"] <= 1e-6 and row["routing_kl"] == 0 and row["recovery_steps"] == 0
+            assert row["output_change"] == 0 and row["routing_kl"] == 0 and row["recovery_steps"] == 0
         else:
             assert 0 < row["output_change"] < 10 and 0 <= row["routing_kl"] < 10
         back = curve["accuracy"] >= row["accuracy_before"]

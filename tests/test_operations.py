@@ -64,7 +64,7 @@ def test_a_split_keeps_the_function_and_the_chosen_families(manager: Any, pick: 
     y, routing = moe(x)
     surgery = operate(manager, "split", pick)
     y_after, routing_after = moe(x)
-    assert (y_after - y).norm() <= rounding(y)
+    assert torch.equal(y_after, y) if y.dtype == torch.float32 else (y_after - y).norm() <= rounding(y)
     assert torch.equal(routing.families, routing_after.families)
     positive = (x @ moe.node_weight[-1] + moe.node_offset[-1] > 0).unsqueeze(-1)  # these go to the new half
     ids, ids_after = moe.expert_id[routing.experts], moe.expert_id[routing_after.experts]
@@ -127,7 +127,7 @@ def test_thirty_nested_splits_keep_the_function() -> None:
     for _ in range(30):
         operate(manager, "split", moe.n_routed - 1)  # the half that was made last
     assert (moe.n_routed, moe.n_families, int(moe.path[-1].count_nonzero())) == (35, 5, 30)
-    assert (moe(x)[0] - y).norm() <= 1e-6 * y.norm()
+    assert torch.equal(moe(x)[0], y)
 
 
 @settings(max_examples=100)

@@ -1,1 +1,1 @@
-"""Compute products, routing, mixtures and Adam's steps in compiled code whose bits depend on nothing but the operands."""
+"""Compute products, routing and steps of AdamW in compiled code, whose bits depend on nothing but the operands."""

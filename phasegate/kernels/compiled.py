@@ -19,11 +19,13 @@ from typing import Any
 
 import llvmlite.binding as llvm
 
+from phasegate.base.errors import UserError
 from phasegate.base.files import write_atomic
 
 HERE = Path(__file__).parent
+PLACE = HERE / "__pycache__"
 DIGEST = hashlib.sha256().digest_size  # bytes at the beginning of the file
-C_TYPES = {"int64": ctypes.c_int64, "float64": ctypes.c_double}  # all else is an address
+C_TYPES: dict[str, Any] = {"int64": ctypes.c_int64, "float64": ctypes.c_double}  # all else is an address
 Kernel = Callable[..., None]
 
 
@@ -62,7 +64,7 @@ class Kernels:
 def kernels() -> Kernels:
     """Load the kernels, or compile them (some seconds) and keep them if a folder can be written."""
     processor, features = target()
-    places = [Path(place) for place in (os.environ.get("NUMBA_CACHE_DIR"), HERE / "__pycache__") if place]
+    places = [Path(place) for place in (os.environ.get("NUMBA_CACHE_DIR"), PLACE) if place]
     sources = b"".join(path.read_bytes() for path in sorted(HERE.glob("*.py")))
     key = repr((sources, processor, features, version("numba"), version("llvmlite"))).encode()
     name = f"kernels-{hashlib.sha256(key).hexdigest()[:20]}.bin"
@@ -73,8 +75,7 @@ def kernels() -> Kernels:
     header = json.dumps(functions).encode()
     content = len(header).to_bytes(8, "little") + header + code
     for place in places:
-        with suppress(OSError):
-            place.mkdir(parents=True, exist_ok=True)
+        with suppress(UserError):
             write_atomic(place / name, hashlib.sha256(content).digest() + content)
             break
     return Kernels(functions, code)
@@ -99,9 +100,9 @@ def _unpack(content: bytes) -> tuple[dict[str, tuple[str, list[str]]], bytes]:
 
 
 def _compile(processor: str, features: str) -> tuple[dict[str, tuple[str, list[str]]], bytes]:
-    import numba.core.config
+    from numba import config
 
-    numba.core.config.CPU_NAME, numba.core.config.CPU_FEATURES = processor, features
+    config.CPU_NAME, config.CPU_FEATURES = processor, features  # type: ignore[attr-defined]
     from phasegate.kernels.source import compile_all
 
     return compile_all()

@@ -4,19 +4,37 @@ Each can be differentiated once. Elsewhere, for other types, and while a program
 them: `suit` tells which.
 """
 
+import threading
 from array import array
 from collections.abc import Iterable
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from phasegate.kernels.compiled import kernels
+from phasegate.kernels.compiled import Kernel, kernels
 
-ZEROS = torch.zeros(1 << 16)
-PANEL = torch.empty(1 << 14)
+ZEROS, ONE = torch.zeros(1 << 16), torch.ones(1)
+PANEL = 1 << 14  # floats that products need to work on
 CPU = torch.device("cpu")
+
+
+class _Workspace(threading.local):
+    """Hold memory that kernels work on, for each thread: fresh pages at every call would cost more than the work."""
+
+    floats = torch.empty(0)
+
+    def addresses(self, *sizes: int) -> list[int]:
+        """Return addresses of a panel and of so many floats each, valid until the next call in this thread."""
+        ends = list(accumulate((PANEL, *sizes)))
+        if len(self.floats) < ends[-1]:
+            self.floats = torch.empty(ends[-1])
+        return [self.floats.data_ptr() + 4 * place for place in (0, *ends[:-1])]
+
+
+workspace = _Workspace()
 
 
 def suit(x: Tensor) -> bool:
@@ -33,7 +51,7 @@ def multiply(a: Tensor, b: Tensor, start: Tensor | None = None) -> Tensor:
     begin = ZEROS if start is None else start
     kernels().product(
         a.data_ptr(), a.stride(0), a.stride(1), b.data_ptr(), b.stride(0), b.stride(1), c.data_ptr(), n,
-        begin.data_ptr(), 0, m, n, k, PANEL.data_ptr(),
+        begin.data_ptr(), 0, m, n, k, *workspace.addresses(),
     )  # fmt: skip
     return c
 
@@ -78,17 +96,21 @@ def all_finite(tensors: Iterable[Tensor]) -> bool:
     return found[0] < 0
 
 
+def _run(kernel: Kernel, *arguments: Tensor | int) -> None:
+    kernel(*[argument.data_ptr() if isinstance(argument, Tensor) else argument for argument in arguments])
+
+
 def run_experts(x: Tensor, experts: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
     """Return what the experts (N, K) of tokens x (N, D) put out, without gates or gradient -> (N, K, D)."""
     (n, top_k), (n_experts, width, inside) = experts.shape, w_in.shape
-    slots, experts = n * top_k, experts.contiguous()
-    slot, place, ends, counts = *torch.empty(2, slots, dtype=torch.int64), *torch.empty(2, n_experts, dtype=torch.int64)
-    sorting = (experts, slot, place, ends, counts)
-    kernels().sort_slots(*[tensor.data_ptr() for tensor in sorting], slots, n_experts)
-    rows, y, hidden, out = *x.new_empty(2, slots, width), x.new_empty(slots, inside), x.new_empty(n, width)
-    tensors = (x.contiguous(), x.new_ones(slots), w_in, w_out, slot, place, ends, rows, hidden, y, out, ZEROS, PANEL)
-    kernels().mixture(*[tensor.data_ptr() for tensor in tensors], n, top_k, n_experts, width, inside)
-    return y[place].view(n, top_k, width)
+    slots, made = n * top_k, x.new_empty(n * top_k, width)
+    slot, place, ends, counts = *experts.new_empty(2, slots), *experts.new_empty(2, n_experts)
+    _run(kernels().sort_slots, experts.contiguous(), slot, place, ends, counts, slots, n_experts)
+    panel, rows, hidden, out = workspace.addresses(slots * width, slots * inside, n * width)
+    weights, sizes = (ONE.expand(slots).contiguous(), w_in, w_out), (n, top_k, n_experts, width, inside)
+    sorting = (slot, place, ends)
+    _run(kernels().mixture, x.contiguous(), *weights, *sorting, rows, hidden, made, out, ZEROS, panel, *sizes)
+    return made[place].view(n, top_k, width)
 
 
 class Layer(torch.autograd.Function):
@@ -103,24 +125,26 @@ class Layer(torch.autograd.Function):
         n_experts, _, inside = w_in.shape
         tokens, slots, x, router = n_gates * n, n_gates * n * top_k, x.contiguous(), router.contiguous()
         logits, gates, y = x.new_empty(n_gates, n, n_families), x.new_empty(n_gates, n, top_k), torch.empty_like(x)
-        families, experts = torch.empty(2, n_gates, n, top_k, dtype=torch.int64).unbind()
-        margins, slot = x.new_empty(tokens, n_nodes), torch.empty(slots, dtype=torch.int64)
-        place, counts, ends = torch.empty_like(slot), root.new_empty(n_experts), root.new_empty(n_experts)
-        routing = (
-            x, router, bias, node_weight, node_offset, root, child, logits, gates, families, experts, margins,
-            ZEROS, PANEL, slot, place, ends, counts,
+        families, experts = root.new_empty(n_gates, n, top_k), root.new_empty(n_gates, n, top_k)
+        counts, order = root.new_empty(n_experts), root.new_empty(2 * slots + n_experts)
+        slot = order.data_ptr()
+        sorting = (slot, slot + 8 * slots, slot + 16 * slots)
+        margins, rows, hidden = x.new_empty(tokens, n_nodes), x.new_empty(2, slots, width), x.new_empty(slots, inside)
+        (panel,), tree = workspace.addresses(), (node_weight, node_offset, root, child)
+        _run(
+            kernels().route, x, router, bias, *tree, logits, gates, families, experts, margins, ZEROS, panel,
+            *sorting, counts, n_gates, n, n_families, width, top_k, n_nodes, n_experts,
         )  # fmt: skip
-        sizes = (n_gates, n, n_families, width, top_k, n_nodes, n_experts)
-        kernels().route(*[tensor.data_ptr() for tensor in routing], *sizes)
-        rows, outputs, hidden = x.new_empty(slots, width), x.new_empty(slots, width), x.new_empty(slots, inside)
-        mixing = (x, gates, w_in, w_out, slot, place, ends, rows, hidden, outputs, y, ZEROS, PANEL)
-        kernels().mixture(*[tensor.data_ptr() for tensor in mixing], tokens, top_k, n_experts, width, inside)
+        outputs = rows.data_ptr() + 4 * slots * width
+        _run(
+            kernels().mixture, x, gates, w_in, w_out, *sorting, rows, hidden, outputs, y, ZEROS, panel,
+            tokens, top_k, n_experts, width, inside,
+        )  # fmt: skip
         ctx.mark_non_differentiable(families, experts, counts)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(
-            x, router, logits, families, gates, margins, root, child, node_weight, w_in, w_out,
-            rows, hidden, outputs, slot, place, ends,
-        )  # fmt: skip
+            x, router, node_weight, root, child, w_in, w_out, logits, gates, families, margins, rows, hidden, order
+        )
         return y, logits, gates, families, experts, counts
 
     @staticmethod
@@ -129,37 +153,27 @@ class Layer(torch.autograd.Function):
         ctx: Any, slope: Tensor | None, d_logits: Tensor | None, d_gates: Tensor | None, *_: None
     ) -> tuple[Tensor | None, ...]:
         (
-            x, router, logits, families, gates, margins, root, child, node_weight, w_in, w_out,
-            rows, hidden, outputs, slot, place, ends,
+            x, router, node_weight, root, child, w_in, w_out, logits, gates, families, margins, rows, hidden, order
         ) = ctx.saved_tensors  # fmt: skip
-        (n_gates, n, width), n_families, top_k, (n_experts, _, inside) = (
-            x.shape,
-            router.shape[1],
-            gates.shape[2],
-            w_in.shape,
-        )
+        (n_gates, n, width), n_families, top_k, slots = x.shape, router.shape[1], gates.shape[2], gates.numel()
+        n_experts, _, inside = w_in.shape
         slope = torch.zeros_like(x) if slope is None else slope.contiguous()
-        d_logits = (
-            torch.zeros_like(logits) if d_logits is None else d_logits.clone(memory_format=torch.contiguous_format)
-        )
-        d_gates = torch.zeros_like(gates) if d_gates is None else d_gates.clone(memory_format=torch.contiguous_format)
+        d_logits, d_gates = _own(d_logits, logits), _own(d_gates, gates)
         d_x, d_mixed, d_w_in, d_w_out, d_router = map(torch.empty_like, (x, gates, w_in, w_out, router))
-        scratch = (torch.empty_like(rows), torch.empty_like(hidden), torch.empty_like(rows), gates.new_ones(len(slot)))
-        mixing = (
-            slope, gates, w_in, w_out, rows, hidden, outputs, slot, place, ends, d_x, d_mixed, d_w_in, d_w_out,
-            *scratch, ZEROS, PANEL,
+        panel, some, d_hidden, d_rows = workspace.addresses(slots * width, slots * inside, slots * width)
+        slot, outputs = order.data_ptr(), rows.data_ptr() + 4 * slots * width
+        _run(
+            kernels().mixture_gradient, slope, gates, w_in, w_out, rows, hidden, outputs,
+            slot, slot + 8 * slots, slot + 16 * slots, d_x, d_mixed, d_w_in, d_w_out, some, d_hidden, d_rows,
+            ONE, ZEROS, panel, n_gates * n, top_k, n_experts, width, inside,
         )  # fmt: skip
-        kernels().mixture_gradient(
-            *[tensor.data_ptr() for tensor in mixing], n_gates * n, top_k, n_experts, width, inside
-        )
-        teaches = ctx.needs_input_grad[3] and len(node_weight)
+        teaches = ctx.needs_input_grad[3] and len(node_weight) > 0
         d_margins = torch.zeros_like(margins) if teaches else margins
-        routing = (
-            x, router, logits, families, gates, d_gates, d_mixed, margins, root, child, d_logits, d_margins, d_x,
-            d_router, ZEROS, PANEL,
+        _run(
+            kernels().route_gradient, x, router, logits, families, gates, d_gates, d_mixed, margins, root, child,
+            d_logits, d_margins, d_x, d_router, ZEROS, panel,
+            n_gates, n, n_families, width, top_k, len(node_weight) * teaches,
         )  # fmt: skip
-        sizes = (n_gates, n, n_families, width, top_k, len(node_weight) if teaches else 0)
-        kernels().route_gradient(*[tensor.data_ptr() for tensor in routing], *sizes)
         d_weight = d_offset = None
         if teaches:
             d_x += multiply(d_margins, node_weight).view_as(d_x)
@@ -168,22 +182,21 @@ class Layer(torch.autograd.Function):
         return d_x, d_router, None, d_weight, d_offset, None, None, d_w_in, d_w_out, None
 
 
+def _own(slope: Tensor | None, like: Tensor) -> Tensor:
+    """Return a copy of a gradient that may be changed; zeros where there is none."""
+    return torch.zeros_like(like) if slope is None else torch.empty_like(like).copy_(slope)
+
+
 class Balance(torch.autograd.Function):
     """Compute Switch's balancing loss of logits (G, N, F) and the chosen families (G, N, K), the mean over gates."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, families: Tensor) -> Tensor:
         (n_gates, n, n_families), top_k = logits.shape, families.shape[2]
-        logits, families, value, slopes = (
-            logits.contiguous(),
-            families.contiguous(),
-            logits.new_zeros(()),
-            torch.empty_like(logits),
-        )
-        shares = logits.new_empty(n_families)
+        logits, families = logits.contiguous(), families.contiguous()
+        value, slopes, shares = logits.new_zeros(()), torch.empty_like(logits), logits.new_empty(n_families)
         for g in range(n_gates):
-            tensors = (logits[g], shares, families[g], value, slopes[g])
-            kernels().balance(*[tensor.data_ptr() for tensor in tensors], n, n_families, top_k)
+            _run(kernels().balance, logits[g], shares, families[g], value, slopes[g], n, n_families, top_k)
         ctx.save_for_backward(slopes)
         return value / n_gates if n_gates > 1 else value
 

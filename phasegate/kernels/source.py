@@ -125,6 +125,7 @@ def matmul(a, lda, ka, b, ldb, kb, c, ldc, start, lds, m, n, k, panel):
 
 @entry(FLOATS, INT, INT, FLOATS, INT, INT, FLOATS, INT, FLOATS, INT, INT, INT, INT, FLOATS)
 def product(a, lda, ka, b, ldb, kb, c, ldc, start, lds, m, n, k, panel):
+    """See `matmul`."""
     matmul(a, lda, ka, b, ldb, kb, c, ldc, start, lds, m, n, k, panel)
 
 
@@ -146,12 +147,12 @@ def sort_slots(experts, slot, place, ends, counts, n_slots, n_experts):
 
 
 @inner
-def mix(y, place, gates, out, n, top_k, width):
-    """Sum rows of y (n top_k, width) over the slots of each token, in order, weighted by gates."""
+def mix(y, place, gates, step, out, n, top_k, width):
+    """Sum rows of y (n top_k, width) over the slots of each token, in order, weighted by gates (`step` apart)."""
     for i in range(n):
         to = at(out, i * width)
         for k in range(top_k):
-            row, gate = at(y, place[i * top_k + k] * width), gates[i * top_k + k]
+            row, gate = at(y, place[i * top_k + k] * width), gates[(i * top_k + k) * step]
             if k == 0:
                 for j in range(width):
                     to[j] = gate * row[j]
@@ -183,14 +184,15 @@ def mixture(
             active[j] = active[j] if active[j] > 0 else np.float32(0)
         matmul(active, inside, 1, second, width, 1, made, width, zeros, 0, m, width, inside, panel)
         begin = ends[e]
-    mix(y, place, gates, out, n, top_k, width)
+    mix(y, place, gates, 1, out, n, top_k, width)
 
 
 @entry(*[FLOATS] * 7, *[INTS] * 3, *[FLOATS] * 10, *[INT] * 5)
 def mixture_gradient(
     slope, gates, w_in, w_out, rows, hidden, y, slot, place, ends, d_x, d_gates, d_w_in, d_w_out,
-    some, d_hidden, d_rows, ones, zeros, panel, n, top_k, n_experts, width, inside,
+    some, d_hidden, d_rows, one, zeros, panel, n, top_k, n_experts, width, inside,
 ):  # fmt: skip
+    """Take the gradient of `mixture` to tokens, gates and weights; `some`, `d_hidden` and `d_rows` are scratch."""
     begin = 0
     for e in range(n_experts):
         m, size = ends[e] - begin, width * inside
@@ -210,7 +212,7 @@ def mixture_gradient(
         matmul(given, 1, width, d_hidden, inside, 1, at(d_w_in, e * size), inside, zeros, 0, width, inside, m, panel)
         matmul(d_hidden, inside, 1, at(w_in, e * size), 1, inside, back, width, zeros, 0, m, width, inside, panel)
         begin = ends[e]
-    mix(d_rows, place, ones, d_x, n, top_k, width)
+    mix(d_rows, place, one, 0, d_x, n, top_k, width)
 
 
 LOG2E, LN2_HIGH, LN2_LOW = np.float32(math.log2(math.e)), np.float32(0.693359375), np.float32(-2.12194440e-4)
@@ -238,15 +240,14 @@ def exp(x):
 @inner
 def choose(logits, bias, families, n_families, top_k):
     """Choose the families with the greatest biased scores, by rank; of equal ones, the lower index."""
-    for k in range(top_k):
-        best = -1
-        for f in range(n_families):
-            taken = False
-            for earlier in range(k):
-                taken |= families[earlier] == f
-            if not taken and (best < 0 or logits[f] + bias[f] > logits[best] + bias[best]):
-                best = f
-        families[k] = best
+    for f in range(n_families):
+        score, k = logits[f] + bias[f], min(f, top_k)
+        while k and score > logits[families[k - 1]] + bias[families[k - 1]]:
+            if k < top_k:
+                families[k] = families[k - 1]
+            k -= 1
+        if k < top_k:
+            families[k] = f
 
 
 @inner
@@ -376,7 +377,7 @@ def balance(logits, shares, families, value, d_logits, n, n_families, top_k):
 
 @entry(INTS, types.CPointer(DOUBLE), INT)
 def adamw(table, rates, n_tensors):
-    """Update tensors by AdamW. Per tensor: addresses of value, gradient, moments, step, and the size; and five rates."""
+    """Update tensors by AdamW. Per tensor: addresses of value, gradient, moments, step, and its size; five rates."""
     for t in range(n_tensors):
         value, slope = floats_at(table[6 * t]), floats_at(table[6 * t + 1])
         first, second, step = floats_at(table[6 * t + 2]), floats_at(table[6 * t + 3]), floats_at(table[6 * t + 4])

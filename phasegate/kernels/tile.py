@@ -21,10 +21,12 @@ FLOATS = types.CPointer(types.float32)
 
 
 def number(value: int) -> ir.Constant:
+    """Return a whole number of the compiler."""
     return ir.Constant(INDEX, value)
 
 
 def offset(builder: Any, row: int, stride: Any) -> Any:
+    """Return where a row begins."""
     return builder.mul(number(row), stride)
 
 

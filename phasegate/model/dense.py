@@ -1,7 +1,5 @@
 """Define layers that every token or example passes, on the compiled product."""
 
-from math import prod
-
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -17,17 +15,17 @@ class Linear(nn.Linear):
 
 def _convolve(conv: nn.Conv1d | nn.Conv2d, x: Tensor) -> Tensor:
     """Convolve x (B, channels, length or height x width) as one product over all positions of all examples."""
-    axes, (channels, *kernel) = x.dim() - 2, conv.weight.shape[1:]
-    flat = [(1,) * (2 - axes) + tuple(sizes) for sizes in (kernel, conv.stride)]
-    padding = (0,) * (2 - axes) + tuple(map(int, conv.padding))
-    columns = F.unfold(x.view(len(x), channels, *(1,) * (2 - axes), *x.shape[2:]), flat[0], 1, padding, flat[1])
+    (channels, *kernel), pads = conv.weight.shape[1:], [int(pad) for pad in conv.padding]
+    flat = [(1,) * (4 - x.dim()) + tuple(sizes) for sizes in (kernel, conv.stride)]
+    padding = (0,) * (4 - x.dim()) + tuple(pads)
+    columns = F.unfold(x.view(len(x), channels, *(1,) * (4 - x.dim()), *x.shape[2:]), flat[0], 1, padding, flat[1])
     rows = columns.transpose(1, 2).flatten(0, 1)  # (B * positions, channels * kernel)
     sizes = [
-        (size + 2 * int(pad) - width) // step + 1
-        for size, pad, width, step in zip(x.shape[2:], conv.padding, kernel, conv.stride, strict=True)
+        (size + 2 * pad - width) // step + 1
+        for size, pad, width, step in zip(x.shape[2:], pads, kernel, conv.stride, strict=True)
     ]
     y = product(rows, conv.weight.flatten(1).T, conv.bias)
-    return y.view(len(x), prod(sizes), y.shape[1]).transpose(1, 2).unflatten(2, sizes)
+    return y.view(len(x), *sizes, y.shape[1]).movedim(-1, 1)
 
 
 class Conv1d(nn.Conv1d):

@@ -58,6 +58,8 @@ def _descend(
     """
     slots, n_nodes, log_r = root.take(families), len(weight), x.new_zeros(families.shape)
     margins = x @ weight.T + offset
+    if not weight.requires_grad:
+        margins = margins.detach()
     for _ in range(n_nodes):  # experts lead to themselves
         margin = margins.gather(-1, slots.clamp(max=n_nodes - 1))
         log_r = log_r + torch.where(slots < n_nodes, F.logsigmoid(margin.abs()), 0)

@@ -11,7 +11,7 @@ G gates (routers over the same experts; one, except under multi-task training).
 
 import math
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -147,7 +147,7 @@ class MoE(nn.Module):
         Selection compares scores, not probabilities. So it does not depend on the other families.
         """
         n_gates = len(x)
-        router, bias = self.router, self.selection_bias
+        router, bias = cast(Tensor, self.router), self.selection_bias
         if n_gates < len(router):
             router, bias = router[:n_gates], bias[:n_gates]
         hyperplanes = (self.node_weight, self.node_offset, self._root, self._child)

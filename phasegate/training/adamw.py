@@ -26,7 +26,7 @@ class AdamW(Optimizer):
         super().__init__(groups, {"lr": lr, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01})
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Update every parameter that has a gradient."""
         addresses, rates, gradients = array("q"), array("d"), []
         for group in self.param_groups:

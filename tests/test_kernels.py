@@ -1,0 +1,274 @@
+"""Compiled kernels give the same bits in any company and on any width of vectors, and they are what torch computes."""
+
+import copy
+import hashlib
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from phasegate.kernels import compiled
+from phasegate.kernels.functions import all_finite, product
+from phasegate.model.classifier import Model, ModelSpec, Network
+from phasegate.model.moe import MoE, Routing
+from phasegate.model.references import ReferenceSpec, build
+from phasegate.params.fields import override
+from phasegate.params.pretraining import Training
+from phasegate.surgery.operations import ExpertManager
+from phasegate.training.adamw import AdamW
+from phasegate.training.loop import make_optimizer
+from phasegate.training.losses import load_balance
+from tests.models import ARCHITECTURE, seeds
+from tests.small_study import ROOT
+
+sizes = st.one_of(st.integers(0, 70), st.sampled_from([128, 257, 600]))
+
+
+@settings(max_examples=80)
+@given(seeds, sizes, sizes, sizes, st.booleans(), st.booleans(), st.booleans())
+def test_a_product_and_its_gradients_are_torchs(
+    seed: int, m: int, n: int, k: int, left: bool, right: bool, started: bool
+) -> None:
+    torch.manual_seed(seed)
+    a, b = (torch.randn(k, m).T if left else torch.randn(m, k)), (torch.randn(n, k).T if right else torch.randn(k, n))
+    inputs, slope = [a, b, *([torch.randn(n)] if started else [])], torch.randn(m, n)
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        given = [tensor.to(dtype).requires_grad_() for tensor in inputs]
+        c = product(*given)
+        results.append([c, *torch.autograd.grad((c * slope).sum(), given)])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, check_dtype=False, rtol=1e-4, atol=2e-4)
+    assert all(torch.equal(product(a[i : i + 1], *inputs[1:])[0], results[0][0][i]) for i in range(0, m, 7))
+
+
+def test_a_gradient_that_nobody_needs_is_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b = torch.randn(5, 4), torch.randn(4, 3, requires_grad=True)
+    loss, calls = product(a, b).sum(), list[object]()
+
+    def multiply(*operands: Tensor) -> Tensor:
+        calls.append(operands)
+        return torch.zeros(4, 3)
+
+    monkeypatch.setattr("phasegate.kernels.functions.multiply", multiply)
+    torch.autograd.grad(loss, b)
+    assert len(calls) == 1
+
+
+def digest() -> str:
+    """A hash of what every kernel computes, for a child process to compare."""
+    torch.manual_seed(0)
+    moe, found = MoE(40, 5, 33, 2), []
+    for moe.top_k in (2, 1):
+        for e in range(3):
+            ExpertManager(moe).split(e, torch.randn(40), 0.0)
+        optimizer = AdamW(moe.parameters(), 0.01)
+        for _ in range(2):
+            y, routing = moe(torch.randn(1, 50, 40))
+            loss = (y * torch.linspace(-1, 1, 2000).view_as(y)).sum() + load_balance(routing)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            found += [y, routing.gates, *[p.grad for p in moe.parameters()], *moe.parameters()]
+    found.append(product(torch.randn(600, 300), torch.randn(77, 300).T))
+    return hashlib.sha256(b"".join(tensor.detach().numpy().tobytes() for tensor in found)).hexdigest()
+
+
+def child(**environment: str) -> str:
+    words = [
+        sys.executable,
+        "-c",
+        "import torch; torch.set_num_threads(1); from tests.test_kernels import *; print(digest())",
+    ]
+    done = subprocess.run(words, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+    return done.stdout.strip()
+
+
+def test_another_width_of_vectors_gives_the_same_bits() -> None:
+    assert child(PHASEGATE_VECTORS="avx2") == digest()
+
+
+@settings(max_examples=30)
+@given(seeds, st.integers(1, 12), st.integers(1, 4), st.integers(1, 2), st.integers(1, 40))
+def test_the_balancing_loss_and_its_gradient_are_the_formulas(
+    seed: int, families: int, top_k: int, gates: int, n: int
+) -> None:
+    torch.manual_seed(seed)
+    top_k = min(top_k, families)
+    logits = torch.randn(gates, n, families, requires_grad=True)
+    chosen = logits.argsort(-1, descending=True)[..., :top_k]
+    shares = nn.functional.one_hot(chosen, families).double().mean((1, 2))
+    wanted = families * (logits.double().softmax(-1).mean(1) * shares).sum(-1).mean()
+    found = load_balance(Routing(logits, logits, chosen, chosen, chosen))
+    for one, other in ((found, wanted), [torch.autograd.grad(loss, logits)[0] for loss in (found, wanted)]):
+        torch.testing.assert_close(one, other, check_dtype=False, rtol=1e-4, atol=1e-6)
+
+
+def networks() -> Iterator[tuple[str, Network]]:
+    torch.manual_seed(0)
+    for shape in ((1, 40), (3, 12, 9)):
+        for stem in ("mlp", "conv"):
+            model = Model(ModelSpec(override(ARCHITECTURE, {"stem": stem, "n_shared": 1}, ""), shape, (10,)))
+            for moe in model.layers:
+                ExpertManager(moe).split(1, torch.randn(16), 0.1)
+            yield f"{stem} {shape}", model
+        for hidden, channels in (((33,), None), (None, (7, 9))):
+            yield f"{hidden or channels} {shape}", build(ReferenceSpec(shape, 10, hidden, channels))
+
+
+@pytest.mark.parametrize(("name", "model"), list(networks()))
+def test_a_prediction_is_the_same_bits_in_any_batch(name: str, model: Network) -> None:
+    x = torch.randn(2_100, *model.spec.input_shape)
+    with torch.no_grad():
+        whole = model.eval()(x).logits[0]
+        for size in (7, 2_048):
+            assert torch.equal(torch.cat([model(rows).logits[0] for rows in torch.split(x, size)]), whole)
+        assert torch.equal(torch.cat([model(row[None]).logits[0] for row in x[:100]]), whole[:100])
+
+
+def test_a_convolution_is_torchs() -> None:
+    for name, model in networks():
+        if "33" not in name:
+            x = torch.randn(5, *model.spec.input_shape)
+            one, other = model.eval()(x).logits[0], copy.deepcopy(model).double()(x.double()).logits[0]
+            torch.testing.assert_close(one, other, check_dtype=False, rtol=1e-4, atol=1e-4)
+
+
+def test_thirty_splits_in_a_row_change_no_bit() -> None:
+    torch.manual_seed(0)
+    moe, x = MoE(16, 5, 8, 2), torch.randn(1, 300, 16)
+    before = moe(x)[0]
+    for step in range(30):
+        ExpertManager(moe).split(int(moe.expert_id[step % moe.n_routed]), torch.randn(16), float(torch.randn(())))
+        assert torch.equal(moe(x)[0], before)
+
+
+def test_the_order_of_experts_changes_no_bit() -> None:
+    torch.manual_seed(0)
+    moe, x = MoE(16, 5, 8, 2), torch.randn(1, 300, 16)
+    before, order = moe(x)[0], torch.tensor([3, 1, 4, 0, 2])
+    for tensor in (moe.w_in, moe.w_out, moe.family_of):
+        tensor.data = tensor.data[order].contiguous()
+    moe.refresh()
+    assert torch.equal(moe(x)[0], before)
+
+
+def test_the_optimizer_is_torchs(training: Training) -> None:
+    torch.manual_seed(0)
+    models = [nn.Sequential(nn.Linear(33, 17), nn.Linear(17, 5))]
+    models.append(copy.deepcopy(models[0]))
+    ours = make_optimizer(models[0].parameters(), training)
+    groups = [{key: group[key] for key in ("weight_decay",)} for group in ours.param_groups]
+    for group, dims in zip(groups, (2, 1), strict=True):
+        group["params"] = [p for p in models[1].parameters() if p.dim() == dims]
+    optimizers = [ours, torch.optim.AdamW(groups, lr=training.lr, fused=True)]
+    assert isinstance(ours, AdamW) and [g["weight_decay"] for g in groups] == [training.weight_decay, 0]
+    for step in range(60):
+        x, lr = torch.randn(20, 33), training.lr * (1 - step / 60)
+        for model, optimizer in zip(models, optimizers, strict=True):
+            optimizer.param_groups[0]["lr"], optimizer.param_groups[1]["lr"] = lr, lr / 3
+            optimizer.zero_grad()
+            model(x).square().sum().backward()
+            optimizer.step()
+    for one, other in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    optimizers[1].load_state_dict(ours.state_dict())  # which is torch's, in form
+    ours.load_state_dict(optimizers[1].state_dict())
+    assert ours.state[next(models[0].parameters())]["step"] == 60
+
+
+@given(st.integers(1, 100), st.data(), st.sampled_from([float("nan"), float("inf"), -float("inf")]))
+def test_one_number_that_is_not_finite_is_found(size: int, data: st.DataObject, bad: float) -> None:
+    tensors = [torch.full((size,), 3e38), torch.zeros(0), torch.randn(3, 3).T]
+    assert all_finite(tensors)
+    tensors[0][data.draw(st.integers(0, size - 1))] = bad
+    assert not all_finite(tensors)
+
+
+@pytest.fixture
+def compilations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A list of compilations, which take no time; the folder of kept kernels is `tmp_path`, and empty."""
+    compiled.kernels()
+    made, calls = compiled._compile(*compiled.target()), list[str]()
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(compiled, "PLACE", Path("/proc/nowhere"))
+
+    def compile_at_once(processor: str, features: str) -> object:
+        calls.append(processor)
+        return made
+
+    monkeypatch.setattr(compiled, "_compile", compile_at_once)
+    return calls
+
+
+def load() -> None:
+    kernels, found = compiled.kernels.__wrapped__(), torch.tensor([-1, 7])
+    kernels.find_not_finite(found.data_ptr(), found.data_ptr() + 8, 0)
+    assert found.tolist() == [-1, 7]
+
+
+HARMS: dict[str, Callable[[Path], object]] = {
+    "flipped": lambda path: path.write_bytes(path.read_bytes()[:-1] + b"?"),
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:1000]),
+    "empty": lambda path: path.write_bytes(b""),
+    "gone": lambda path: path.unlink(),
+}
+
+
+@pytest.mark.parametrize("harm", HARMS)
+def test_kept_kernels_that_are_not_whole_are_compiled_again(compilations: list[str], tmp_path: Path, harm: str) -> None:
+    load()
+    load()
+    assert len(compilations) == 1
+    (kept,) = tmp_path.iterdir()
+    HARMS[harm](kept)
+    load()
+    assert len(compilations) == 2
+
+
+def test_kernels_of_another_processor_or_of_other_code_are_not_run(
+    compilations: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load()
+    real = compiled.target()
+    monkeypatch.setattr(compiled, "target", lambda: ("znver1", real[1]))
+    load()
+    monkeypatch.setattr(compiled, "version", lambda package: "0.0")
+    load()
+    assert compilations == [real[0], "znver1", "znver1"] and len(list(tmp_path.iterdir())) == 3
+
+
+def test_kernels_live_in_memory_where_nothing_can_be_written(
+    compilations: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "file/below"))
+    monkeypatch.setattr(compiled, "PLACE", tmp_path / "file/here")
+    load()
+    assert len(compilations) == 1 and [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_two_processes_may_compile_together(tmp_path: Path) -> None:
+    code = f"""
+from pathlib import Path
+from phasegate.kernels import compiled
+compiled.PLACE = Path({str(tmp_path)!r})
+compiled.kernels()
+print('done')
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "NUMBA_CACHE_DIR"}
+    words = [sys.executable, "-c", code]
+    both = [
+        subprocess.Popen(words, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for _ in range(2)
+    ]
+    assert [process.communicate()[0] for process in both] == ["done\n"] * 2
+    assert len(list(tmp_path.glob("kernels-*.bin"))) == 1
