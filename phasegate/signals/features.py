@@ -11,6 +11,7 @@ from torch import Tensor
 
 from phasegate.model.moe import relative_distance
 from phasegate.signals.published import gate_times_norm, gradmax, taylor_saliency
+from phasegate.signals.roots import root
 from phasegate.surgery.controllers import Situation
 from phasegate.surgery.operations import ExpertManager
 from phasegate.surgery.probe import Probe
@@ -58,8 +59,8 @@ def describe(probe: Probe, ages: Tensor, progress: float) -> Tensor:
         signals.entropy,
         10 * (signals.entropy / signals.batch_entropy.clamp(min=1e-12) - 1),
         _relative(output),
-        _relative(layer.w_in.square().sum((1, 2)).sqrt()),
-        _relative(layer.w_out.square().sum((1, 2)).sqrt()),
+        _relative(root(layer.w_in.square().sum((1, 2)))),
+        _relative(root(layer.w_out.square().sum((1, 2)))),
         saliency.clamp(min=1e-6).log(),
         _relative(saliency),
         _relative(gradient),

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from phasegate.base.errors import Diverged
 from phasegate.signals.oracle import losses_without_each
+from phasegate.signals.roots import root
 from phasegate.surgery.controllers import Proposal, Situation
 from phasegate.surgery.operations import ExpertManager
 from phasegate.surgery.probe import Probe
@@ -45,7 +46,7 @@ def estimate(changes: Tensor) -> Estimate:
     variance = changes.mean(-2).var(-1) / examples
     if repeats > 1:
         variance = variance + changes.mean(-1).var(-1) / repeats
-    return Estimate(changes.mean((-2, -1)), variance.sqrt())
+    return Estimate(changes.mean((-2, -1)), root(variance))
 
 
 def removals(probe: Probe) -> Estimate:

@@ -22,6 +22,7 @@ from phasegate.records.tables import read_table
 from phasegate.records.trial_folder import finished
 from phasegate.signals.features import CHANGES, FEATURES
 from phasegate.signals.forks import Estimate
+from phasegate.signals.roots import root
 from phasegate.trials.trial import Trial
 
 SIZES = {"constant": 1.0, "linear": 1.0, "smooth": 0.5, "reach": 1.0, "seed": 0.2, "expert": 0.2}
@@ -58,7 +59,7 @@ class CounterfactualHead:
         unknown = (2 * self.log_sizes[:, [SEED, EXPERT]]).exp().sum(1, keepdim=True)
         variance = (prior - known).clamp(min=0) + unknown
         change = (shared @ self.weights[:, :, None])[..., 0]
-        return Estimate((change.T * self.unit).float(), (variance.sqrt().T * self.unit).float())
+        return Estimate((change.T * self.unit).float(), (root(variance).T * self.unit).float())
 
 
 def standardised(features: Tensor, centre: Tensor, scale: Tensor) -> Tensor:
@@ -72,7 +73,8 @@ def covariance(x: Tensor, y: Tensor, log_sizes: Tensor) -> Tensor:
     It has a constant, a linear and a smooth part, with sizes (C, S). The parts of seeds and experts are left out.
     """
     constant, linear, smooth, reach = log_sizes.exp().T[:SEED, :, None, None]
-    products, distances = x @ y.T / x.shape[1], torch.cdist(x, y).square() / x.shape[1]
+    distances = torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist").square() / x.shape[1]  # see `root`
+    products = x @ y.T / x.shape[1]
     prior: Tensor = constant**2 + linear**2 * products + smooth**2 * (-distances / (2 * reach**2)).exp()
     return prior
 
@@ -116,13 +118,13 @@ def train_head(surveys: pd.DataFrame, seed: int) -> CounterfactualHead:
     centre, scale = features.mean(0), features.std(0, correction=0).clamp(min=1e-6)
     seen = standardised(features, centre, scale).contiguous()  # rounding depends on the order in memory
     labels, errors = labels.T.where(known, 0), errors.T.where(known, 0)
-    unit = (labels.square().sum(1) / known.sum(1)).sqrt().clamp(min=1e-12)
+    unit = root(labels.square().sum(1) / known.sum(1)).clamp(min=1e-12)
     y, noise = labels / unit[:, None], (errors / unit[:, None]).square().where(known, UNKNOWN)
     seeds = torch.tensor(surveys["seed"].to_numpy())
     same_seed = (seeds[:, None] == seeds).double()
     usual = torch.tensor(list(SIZES.values()), dtype=torch.float64).log()
     log_sizes = usual.repeat(len(CHANGES), 1).requires_grad_()
-    optimizer = torch.optim.Adam([log_sizes], lr=RATE)
+    optimizer = torch.optim.Adam([log_sizes], lr=RATE, fused=True)
     for _ in range(STEPS):
         factor, weights = _solve(seen, same_seed, noise, y, log_sizes)
         fit = (y * weights).sum() / 2 + factor.diagonal(dim1=-2, dim2=-1).log().sum()

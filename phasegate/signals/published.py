@@ -15,6 +15,7 @@ from torch import Tensor
 from phasegate.base.errors import UserError
 from phasegate.params.names import SIGNALS
 from phasegate.params.plugins import Plugin
+from phasegate.signals.roots import root
 from phasegate.surgery.probe import Probe
 
 
@@ -62,7 +63,7 @@ def gate_times_norm(probe: Probe, draws: torch.Generator) -> Scores:
 def weight_norm(probe: Probe, draws: torch.Generator) -> Scores:
     """Score by the norm of the expert's weights."""
     layer = probe.layer
-    norm = (layer.w_in.detach().square().sum((1, 2)) + layer.w_out.detach().square().sum((1, 2))).sqrt()
+    norm = root(layer.w_in.detach().square().sum((1, 2)) + layer.w_out.detach().square().sum((1, 2)))
     return Scores(norm, norm)
 
 
