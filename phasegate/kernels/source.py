@@ -208,6 +208,7 @@ def mixture_gradient(
     for e in range(n_experts):
         m, size = ends[e] - begin, width * inside
         prefetch(w_in, w_out, e + 1, n_experts, size)
+        prefetch(d_w_in, d_w_out, e + 1, n_experts, size)
         for r in range(m):
             s = slot[begin + r]
             source, to = at(slope, s // top_k * width), at(some, r * width)
