@@ -63,6 +63,7 @@ class Kernels:
 @cache
 def kernels() -> Kernels:
     """Load the kernels, or compile them (some seconds) and keep them if a folder can be written."""
+    _keep_memory()
     processor, features = target()
     places = [Path(place) for place in (os.environ.get("NUMBA_CACHE_DIR"), PLACE) if place]
     sources = b"".join(path.read_bytes() for path in sorted(HERE.glob("*.py")))
@@ -79,6 +80,13 @@ def kernels() -> Kernels:
             write_atomic(place / name, hashlib.sha256(content).digest() + content)
             break
     return Kernels(functions, code)
+
+
+def _keep_memory() -> None:
+    """Make glibc keep what is freed: the gradients of every step would be fresh pages, which cost more than the step."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    for option in (-3, -1) if mallopt else ():  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+        mallopt(option, 1 << 30)
 
 
 def target() -> tuple[str, str]:

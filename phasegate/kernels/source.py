@@ -21,6 +21,7 @@ from phasegate.kernels.tile import (
     bits_of,
     dot,
     float_of,
+    fetch,
     floats_at,
     fma,
     narrow_tile,
@@ -161,6 +162,15 @@ def mix(y, place, gates, step, out, n, top_k, width):
                     to[j] = fma(gate, row[j], to[j])
 
 
+@inner
+def prefetch(w_in, w_out, e, n_experts, size):
+    """Ask the caches for an expert's weights, unless there are few experts, which stay there, or large ones."""
+    if e < n_experts and n_experts * size > 1 << 18 and size <= 1 << 14:
+        for j in range(e * size, (e + 1) * size, 16):
+            fetch(w_in, j)
+            fetch(w_out, j)
+
+
 @entry(*[FLOATS] * 4, *[INTS] * 3, *[FLOATS] * 6, *[INT] * 5)
 def mixture(
     x, gates, w_in, w_out, slot, place, ends, rows, hidden, y, out, zeros, panel, n, top_k, n_experts, width, inside
@@ -179,6 +189,7 @@ def mixture(
             for j in range(width):
                 to[j] = source[j]
         first, second = at(w_in, e * width * inside), at(w_out, e * width * inside)
+        prefetch(w_in, w_out, e + 1, n_experts, width * inside)
         matmul(some, width, 1, first, inside, 1, active, inside, zeros, 0, m, inside, width, panel)
         for j in range(m * inside):
             active[j] = active[j] if active[j] > 0 else np.float32(0)
@@ -196,6 +207,8 @@ def mixture_gradient(
     begin = 0
     for e in range(n_experts):
         m, size = ends[e] - begin, width * inside
+        prefetch(w_in, w_out, e + 1, n_experts, size)
+        prefetch(d_w_in, d_w_out, e + 1, n_experts, size)
         for r in range(m):
             s = slot[begin + r]
             source, to = at(slope, s // top_k * width), at(some, r * width)

@@ -154,6 +154,20 @@ def at(typing: Any, base: Any, place: Any) -> Any:
 
 
 @intrinsic
+def fetch(typing: Any, base: Any, place: Any) -> Any:
+    """Ask the caches for the line that an element lies on."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        address = builder.gep(arguments[0], [arguments[1]])
+        kind = ir.FunctionType(ir.VoidType(), [address.type, INT, INT, INT])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        builder.call(function, [address, ir.Constant(INT, 0), ir.Constant(INT, 2), ir.Constant(INT, 1)])
+        return context.get_dummy_value()
+
+    return types.void(base, types.int64), generate
+
+
+@intrinsic
 def fma(typing: Any, x: Any, y: Any, z: Any) -> Any:
     """Compute x y + z, rounded once (float32 or float64)."""
 
