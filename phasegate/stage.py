@@ -6,13 +6,17 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from phasegate.base import processes
+from phasegate.base import processes, used
 from phasegate.base.errors import report_user_errors
 from phasegate.params import Params, load_params
 
 
 def run(main: Callable[[Params], None]) -> None:
-    """Run a stage on the checked parameters; errors meant for people end it with exit code 2, bugs with a traceback."""
+    """Run a stage on the checked parameters; errors meant for people end it with exit code 2, bugs with a traceback.
+
+    One is a file that the stage used and that has changed meanwhile: DVC hashes files only when a stage has ended.
+    """
+    used.begin()
     processes.on_stop(signal.default_int_handler)  # which ends what is half done, and then `run`
     os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")  # loky's, of a run that was stopped
     try:
@@ -20,5 +24,6 @@ def run(main: Callable[[Params], None]) -> None:
             params = load_params()
             with processes.alone():
                 main(params)
+                used.check()
     except KeyboardInterrupt:
         processes.say_stopped()

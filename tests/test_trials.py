@@ -185,18 +185,18 @@ def test_an_edit_retrains_the_arms_that_can_run_it(
 )
 def test_other_words_for_people_retrain_nothing(edit: Edit, pattern: str, words: str) -> None:
     name = ROOT / "phasegate/training/checkpoint.py"
-    before = code.code_hash([name])
+    before = code.dependencies([name])
     edit("training/checkpoint", lambda text: re.sub(pattern, words, text))
-    assert code.code_hash([name]) == before
+    assert code.dependencies([name]) == before
     edit("training/checkpoint", lambda text: text.replace('raise ValueError(f"', 'raise ValueError(f"in other words '))
-    assert code.code_hash([name]) != before  # `load` catches this error
+    assert code.dependencies([name]) != before  # `load` catches this error
 
 
 def test_another_kind_of_error_counts_since_others_may_catch_it(edit: Edit) -> None:
     name = ROOT / "phasegate/surgery/operations.py"
-    before = code.code_hash([name])
+    before = code.dependencies([name])
     edit("surgery/operations", lambda text: text.replace("raise SurgeryRefused(", "raise UserError("))
-    assert code.code_hash([name]) != before
+    assert code.dependencies([name]) != before
 
 
 def test_the_code_that_only_a_plugin_imports_counts(

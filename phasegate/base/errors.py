@@ -3,8 +3,10 @@
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-from pydantic import ValidationError
+if TYPE_CHECKING:
+    from pydantic import ValidationError  # which takes a while, and stages begin here
 
 
 class UserError(ValueError):
@@ -47,7 +49,7 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in words)
 
 
-def first_finding(error: ValidationError) -> str:
+def first_finding(error: "ValidationError") -> str:
     """Return the first thing that pydantic finds wrong, with its key."""
     first = error.errors(include_url=False, include_input=False)[0]
     key, message = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
