@@ -42,7 +42,7 @@ def test_a_stage_depends_on_its_script_and_the_packages_that_the_script_imports(
         "phasegate/report": "report",
         "phasegate/signals": SIGNALS,
         "phasegate/data_sets": "prepare",
-        "phasegate/verdicts": "decide report headline",
+        "phasegate/verdicts": "check decide report headline",
     }.items(),
 )
 def test_an_edit_concerns_few_stages(path: str, stages: str) -> None:

@@ -1,5 +1,6 @@
 """Define the errors that people read, and print them."""
 
+import io
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,7 +24,13 @@ class Diverged(FloatingPointError):
 
 @contextmanager
 def report_user_errors(program: str) -> Iterator[None]:
-    """End the program with one sentence and exit code 2 on a `UserError` or an OSError; bugs keep their traceback."""
+    """End the program with one sentence and exit code 2 on a `UserError` or an OSError; bugs keep their traceback.
+
+    What the terminal or file behind a stream cannot show is written as an escape.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         yield
     except UserError as error:

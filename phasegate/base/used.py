@@ -10,6 +10,7 @@ import stat
 import sys
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
+from functools import cache
 from importlib.util import source_from_cache
 from pathlib import Path
 
@@ -24,12 +25,17 @@ _trial: set[str] = set()  # the files of the trial that runs in this process
 
 def begin() -> None:
     """Note from now on what is opened below this folder and the library, hidden folders and the environment apart."""
-    if not _roots:
-        sys.addaudithook(_hear)
+    _listen()
     _roots[:] = dict.fromkeys((str(Path.cwd()), LIBRARY))
     for module in [*sys.modules.values()]:
         if file := getattr(module, "__dict__", {}).get("__file__"):
             _note_own(file)
+
+
+def end() -> None:
+    """Forget all that was noted, and note nothing more."""
+    for noted in (_roots, _states, _trial):
+        noted.clear()
 
 
 def begun() -> bool:
@@ -76,6 +82,11 @@ def check(names: Iterable[str] | None = None) -> None:
 def check_trial() -> None:
     """Raise `UserError` if a file of the trial that runs in this process has changed since the stage read it."""
     check([*_trial])
+
+
+@cache
+def _listen() -> None:
+    sys.addaudithook(_hear)  # for good: Python removes none
 
 
 def _hear(event: str, arguments: tuple[object, ...]) -> None:

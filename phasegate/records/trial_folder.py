@@ -62,4 +62,4 @@ def finished(folders: Iterable[Path]) -> list[Path]:
 
 def seconds(folder: Path) -> float:
     """Return how long the trial that filled a folder took, in seconds."""
-    return float((folder / SECONDS).read_text())
+    return float((folder / SECONDS).read_text(encoding="utf-8"))

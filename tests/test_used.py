@@ -1,0 +1,184 @@
+"""What was used is what is recorded: an edit in the middle of a run leads to a refusal, never to a wrong result."""
+
+import importlib.util
+import json
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from phasegate.base import used
+from phasegate.base.errors import UserError
+from phasegate.params.plugins import Plugin
+from phasegate.trials import run as trials_run
+from phasegate.trials import store
+from phasegate.trials.run import run_trials
+from phasegate.trials.trial import Trial
+from tests import chaos
+from tests.small_study import Checkout
+from tests.test_reliability import SLOW_REFERENCES, start, wait_for
+
+MOMENTS = ("before workers start", "while they import", "while they train")
+FILES = {"data": "data.txt", "checkpoint": "models/weights", "module": "module.py", "plugin": "plugins/mine.py"}
+TEXT = {"data.txt": "{}", "models/weights": "{}", "module.py": "VALUE = '{}'\n"}
+TEXT |= {"plugins/mine.py": "def signal():\n    return '{}'\n"}
+
+
+def put(name: str, value: str) -> None:
+    Path(name).write_text(TEXT[name].format(value))
+
+
+def train(folder: Path, *, plugin: Plugin, moment: str, log: Path) -> None:
+    """A trial that writes what it reads of all files, and waits for an edit at a moment."""
+
+    def wait(now: str) -> None:
+        if now == moment:
+            log.touch()
+            wait_for(lambda: not log.exists())
+
+    wait(MOMENTS[1])
+    spec = importlib.util.spec_from_file_location("module", "module.py")
+    assert spec and spec.loader
+    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+    found = {"module": module.VALUE, "data": Path("data.txt").read_text(), "plugin": plugin.function()()}
+    wait(MOMENTS[2])
+    found["checkpoint"] = Path("models/weights").read_text()
+    (folder / "result.json").write_text(json.dumps(found))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One folder for all tests, since workers stay where they began."""
+    return tmp_path_factory.mktemp("project")
+
+
+@pytest.fixture
+def project(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A folder with a file of each kind, in which this process notes what it uses."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("PHASEGATE_PROGRESS", "0")
+    shutil.rmtree(store.STORE.parent, ignore_errors=True)
+    for name in TEXT:
+        Path(name).parent.mkdir(exist_ok=True)
+        put(name, "old")
+    yield
+    used.end()
+
+
+def run(moment: str = "") -> dict[str, str]:
+    """Run the trial as a new stage would, and return what it read."""
+    used.end()
+    used.begin()
+    plugin = Plugin("mine", "signal")
+    inputs = tuple(Path(name) for name in TEXT)
+    log = Path("waits").absolute()
+    trial = Trial("p", "", 0, train, {"plugin": plugin, "moment": moment, "log": log}, inputs)
+    run_trials([trial], Path("out"))
+    used.check()
+    result: dict[str, str] = json.loads(Path("out/seed-0/result.json").read_text())
+    return result
+
+
+CASES = [(kind, moment, back, "1") for kind in FILES for moment in MOMENTS for back in (False, True)]
+CASES += [("module", moment, False, "2") for moment in MOMENTS]  # in processes, which take seconds to begin
+
+
+@pytest.mark.usefixtures("project")
+@pytest.mark.parametrize(("kind", "moment", "back", "workers"), CASES)
+def test_an_edit_in_mid_run_is_refused_and_leaves_no_wrong_result(
+    monkeypatch: pytest.MonkeyPatch, kind: str, moment: str, back: bool, workers: str
+) -> None:
+    monkeypatch.setenv("PHASEGATE_WORKERS", workers)
+
+    def edit() -> None:
+        put(FILES[kind], "new")
+        if back:
+            time.sleep(0.02)
+            put(FILES[kind], "old")
+
+    def edit_later() -> None:
+        wait_for(Path("waits").exists)
+        edit()
+        Path("waits").unlink()
+
+    with monkeypatch.context() as patch:
+        if moment == MOMENTS[0]:
+            results = trials_run._results
+
+            def edited(*given: Any) -> Any:
+                edit()
+                return results(*given)
+
+            patch.setattr("phasegate.trials.run._results", edited)
+        else:
+            threading.Thread(target=edit_later).start()
+        with pytest.raises(UserError, match=rf"^{FILES[kind]} changed after it was read, so this result is not rec"):
+            run(moment)
+    assert not list(store.STORE.glob("*"))
+    now = "old" if back else "new"
+    for value in (now, "old", "new", now):
+        put(FILES[kind], value)
+        assert run() == dict.fromkeys(FILES, "old") | {kind: value}
+    assert len(list(store.STORE.glob("*"))) == 2
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Checkout:
+    """A checkout with prepared data, whose references train for seconds."""
+    study = Checkout(tmp_path_factory.mktemp("study") / "checkout", PHASEGATE_WORKERS="2", PHASEGATE_SNAPSHOT="0")
+    study.change({"references": {"mnist1d": SLOW_REFERENCES}, "seeds": 2})
+    study.command("dvc", "repro", "references")
+    return study
+
+
+def recorded(study: Checkout) -> dict[str, Any]:
+    """What dvc.lock says of the stage, but for its outputs, which hold recorded times."""
+    stage = yaml.safe_load((study.folder / "dvc.lock").read_text())["stages"]["references"]
+    return {key: stage[key] for key in ("deps", "params")}
+
+
+def weights(study: Checkout) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in (study.folder / "models/references").rglob("weights.safetensors")}
+
+
+@pytest.mark.parametrize(
+    ("name", "moment"),
+    [
+        ("params.yaml", MOMENTS[2]),
+        ("phasegate/training/loop.py", MOMENTS[1]),
+        ("stages/references.py", MOMENTS[0]),
+        ("data/prepared/fit.safetensors", MOMENTS[2]),
+    ],
+)
+def test_dvc_records_nothing_of_a_stage_whose_files_change(study: Checkout, name: str, moment: str) -> None:
+    path, before, good = study.folder / name, recorded(study), weights(study)
+    shutil.rmtree(study.folder / ".phasegate", ignore_errors=True)
+    was, path_new = path.read_bytes(), path.with_name("new")
+    new = was.replace(b"seeds: 2", b"seeds: 3") if name == "params.yaml" else was + b"\n# edited\n"
+    run = start(["dvc", "repro", "--single-item", "--force", "references"], study.folder, study.environment)
+    if moment == MOMENTS[0]:
+        wait_for(lambda: (study.folder / ".phasegate/lock").exists())
+    else:
+        wait_for(lambda: chaos.find(run, "worker"))
+    if moment == MOMENTS[2]:
+        wait_for(lambda: [*study.folder.glob(".phasegate/unfinished/*/*")])
+    path_new.write_bytes(new)
+    path_new.replace(path)
+    said = run.communicate()[0]
+    assert run.returncode and f"references: {name} changed after it was read, so this result is not recorded" in said
+    assert "Traceback" not in said and recorded(study) == before
+    if name == "params.yaml":
+        assert len([*study.folder.glob(".phasegate/trials/*")]) == 2  # what was trained is right for its arguments
+        study.command("dvc", "repro", "references")
+        assert recorded(study)["params"]["params.yaml"]["seeds"] == 3 and len(weights(study)) == 3
+    path.unlink()
+    path.write_bytes(was)
+    study.command("dvc", "repro", "references")
+    assert recorded(study) == before and weights(study) == good
+    study.command("dvc", "repro", "--single-item", "--force", "references")
+    assert recorded(study) == before and weights(study) == good
