@@ -239,6 +239,31 @@ def test_trials_unused_for_a_month_are_forgotten(study: Study, own_store: Path) 
     assert len(list(own_store.iterdir())) == 1
 
 
+@pytest.mark.parametrize("harm", ["altered", "missing", "added", "another's", "no manifest"])
+def test_a_kept_trial_that_is_damaged_is_dropped_and_trained_again(
+    study: Study, own_store: Path, capfd: pytest.CaptureFixture[str], harm: str
+) -> None:
+    study.run(2)
+    first, second = own_store.iterdir()
+    result = first / "sub/result.txt"
+    seed, content = int(result.read_text().split()[1]), result.read_text()
+    match harm:
+        case "altered":
+            result.write_text(content.replace("0.1", "0.2"))
+        case "missing":
+            result.unlink()
+        case "added":
+            (first / "more").touch()
+        case "another's":
+            shutil.rmtree(first)
+            shutil.copytree(second, first)
+        case "no manifest":
+            (first / store.MANIFEST).unlink()
+    assert study.run(2) == [seed] and result.read_text() == content
+    assert f"models: arm/seed-{seed} runs again, since {first}/" in capfd.readouterr().err
+    assert study.run(2) == [] and not list((study.folder / "models").rglob(store.MANIFEST))
+
+
 def test_results_do_not_depend_on_the_number_of_workers(
     prepared: Path, spec: ModelSpec, training: Training, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,8 +1,12 @@
 """What was used is what is recorded: an edit in the middle of a run leads to a refusal, never to a wrong result."""
 
+import importlib
 import importlib.util
 import json
+import os
 import shutil
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -20,7 +24,7 @@ from phasegate.trials import store
 from phasegate.trials.run import run_trials
 from phasegate.trials.trial import Trial
 from tests import chaos
-from tests.small_study import Checkout
+from tests.small_study import ROOT, Checkout
 from tests.test_reliability import SLOW_REFERENCES, start, wait_for
 
 MOMENTS = ("before workers start", "while they import", "while they train")
@@ -125,6 +129,53 @@ def test_an_edit_in_mid_run_is_refused_and_leaves_no_wrong_result(
         put(FILES[kind], value)
         assert run() == dict.fromkeys(FILES, "old") | {kind: value}
     assert len(list(store.STORE.glob("*"))) == 2
+
+
+def read_other(folder: Path, *, way: str) -> None:
+    """A trial that uses a file that is none of its inputs."""
+    if way == "open":
+        Path("other.py").read_bytes()
+    else:
+        importlib.import_module("other")
+
+
+@pytest.mark.usefixtures("project")
+@pytest.mark.parametrize("way", ["open", "import"])
+def test_a_trial_that_uses_more_than_its_inputs_is_refused(monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    monkeypatch.syspath_prepend(Path.cwd())
+    Path("other.py").write_text("")
+    used.begin()
+    with pytest.raises(UserError, match=r"^seed-0 of p used other.py, which is none of its inputs$"):
+        run_trials([Trial("p", "", 0, read_other, {"way": way})], Path("out"))
+    assert not list(store.STORE.glob("*"))
+
+
+EDITED_WITHIN_A_SECOND = """
+import os, sys
+from pathlib import Path
+from phasegate.base import used
+source = Path("edited.py")
+source.write_text("VALUE = 1")
+import edited
+when = os.stat(edited.__cached__).st_mtime
+source.write_text("VALUE = 2")
+os.utime(source, (when, when))
+del sys.modules["edited"]
+if sys.argv[1:]:
+    used.begin()
+import edited
+print(edited.VALUE)
+"""
+
+
+def test_an_edit_in_the_second_of_the_last_one_is_not_missed(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(EDITED_WITHIN_A_SECOND)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    for arguments, value in (([], "1"), (["begin"], "2")):  # Python itself runs the first
+        shutil.rmtree(tmp_path / "__pycache__", ignore_errors=True)
+        words = [sys.executable, "script.py", *arguments]
+        done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == value
 
 
 @pytest.fixture(scope="module")
