@@ -10,15 +10,18 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from phasegate.base import used
 from phasegate.base.errors import UserError
 from phasegate.params.plugins import Plugin
+from phasegate.training.killed_trials import SNAPSHOT, Snapshots
 from phasegate.trials import run as trials_run
 from phasegate.trials import store
 from phasegate.trials.run import run_trials
@@ -131,6 +134,22 @@ def test_an_edit_in_mid_run_is_refused_and_leaves_no_wrong_result(
     assert len(list(store.STORE.glob("*"))) == 2
 
 
+@pytest.mark.usefixtures("project")
+def test_no_snapshot_is_written_once_a_file_has_changed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PHASEGATE_SNAPSHOT", "0")
+    used.begin()
+    Path("data.txt").read_bytes()
+    used.expect(used.states([Path("data.txt")]))
+    model: Any = torch.nn.Linear(1, 1)
+    snapshots = Snapshots(tmp_path, model, torch.optim.SGD(model.parameters()), {})
+    snapshots.take(1)
+    content = (tmp_path / SNAPSHOT).read_bytes()
+    put("data.txt", "new")
+    with pytest.raises(UserError, match=r"^data.txt changed after it was read"):
+        snapshots.take(2)
+    assert (tmp_path / SNAPSHOT).read_bytes() == content
+
+
 def read_other(folder: Path, *, way: str) -> None:
     """A trial that uses a file that is none of its inputs."""
     if way == "open":
@@ -170,21 +189,12 @@ print(edited.VALUE)
 
 def test_an_edit_in_the_second_of_the_last_one_is_not_missed(tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(EDITED_WITHIN_A_SECOND)
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": ""}
     for arguments, value in (([], "1"), (["begin"], "2")):  # Python itself runs the first
         shutil.rmtree(tmp_path / "__pycache__", ignore_errors=True)
         words = [sys.executable, "script.py", *arguments]
         done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
         assert done.stdout.strip() == value
-
-
-@pytest.fixture(scope="module")
-def study(tmp_path_factory: pytest.TempPathFactory) -> Checkout:
-    """A checkout with prepared data, whose references train for seconds."""
-    study = Checkout(tmp_path_factory.mktemp("study") / "checkout", PHASEGATE_WORKERS="2", PHASEGATE_SNAPSHOT="0")
-    study.change({"references": {"mnist1d": SLOW_REFERENCES}, "seeds": 2})
-    study.command("dvc", "repro", "references")
-    return study
 
 
 def recorded(study: Checkout) -> dict[str, Any]:
@@ -197,39 +207,48 @@ def weights(study: Checkout) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in (study.folder / "models/references").rglob("weights.safetensors")}
 
 
-@pytest.mark.parametrize(
-    ("name", "moment"),
-    [
-        ("params.yaml", MOMENTS[2]),
-        ("phasegate/training/loop.py", MOMENTS[1]),
-        ("stages/references.py", MOMENTS[0]),
-        ("data/prepared/fit.safetensors", MOMENTS[2]),
-    ],
-)
-def test_dvc_records_nothing_of_a_stage_whose_files_change(study: Checkout, name: str, moment: str) -> None:
-    path, before, good = study.folder / name, recorded(study), weights(study)
-    shutil.rmtree(study.folder / ".phasegate", ignore_errors=True)
-    was, path_new = path.read_bytes(), path.with_name("new")
-    new = was.replace(b"seeds: 2", b"seeds: 3") if name == "params.yaml" else was + b"\n# edited\n"
-    run = start(["dvc", "repro", "--single-item", "--force", "references"], study.folder, study.environment)
-    if moment == MOMENTS[0]:
-        wait_for(lambda: (study.folder / ".phasegate/lock").exists())
-    else:
-        wait_for(lambda: chaos.find(run, "worker"))
-    if moment == MOMENTS[2]:
-        wait_for(lambda: [*study.folder.glob(".phasegate/unfinished/*/*")])
-    path_new.write_bytes(new)
-    path_new.replace(path)
-    said = run.communicate()[0]
-    assert run.returncode and f"references: {name} changed after it was read, so this result is not recorded" in said
-    assert "Traceback" not in said and recorded(study) == before
-    if name == "params.yaml":
-        assert len([*study.folder.glob(".phasegate/trials/*")]) == 2  # what was trained is right for its arguments
-        study.command("dvc", "repro", "references")
-        assert recorded(study)["params"]["params.yaml"]["seeds"] == 3 and len(weights(study)) == 3
-    path.unlink()
+def begun(kept: Path) -> list[Path]:
+    """What unfinished trials have left."""
+    return [*kept.glob(f"{store.UNFINISHED}/*/*")]
+
+
+EDITS = {
+    "stages/references.py": MOMENTS[0],
+    "phasegate/training/loop.py": MOMENTS[1],
+    "data/prepared/fit.safetensors": MOMENTS[2],
+    "params.yaml": MOMENTS[2],
+}
+
+
+def test_dvc_records_nothing_of_a_stage_whose_files_change(tmp_path: Path) -> None:
+    study = Checkout(tmp_path / "study", PHASEGATE_WORKERS="2", PHASEGATE_SNAPSHOT="0")
+    study.change({"references": {"mnist1d": SLOW_REFERENCES}, "seeds": 2})
+    run = ("dvc", "repro", "references")
+    study.command(*run)
+    before, good = recorded(study), weights(study)
+    for name, moment in EDITS.items():
+        path = study.folder / name
+        was, kept = path.read_bytes(), study.folder / ".phasegate"
+        shutil.rmtree(kept)
+        stage = start(["dvc", "repro", "--single-item", "--force", "references"], study.folder, study.environment)
+        if moment == MOMENTS[0]:
+            wait_for((kept / "lock").exists)
+        elif moment == MOMENTS[1]:
+            wait_for(partial(chaos.find, stage, "worker"))
+        else:
+            wait_for(partial(begun, kept))
+        path.unlink()
+        path.write_bytes(was.replace(b"seeds: 2", b"seeds: 3") if name == "params.yaml" else was + b"\n# edited\n")
+        said = stage.communicate()[0]
+        assert stage.returncode and f"references: {name} changed after it was read, so this result is not" in said
+        assert "Traceback" not in said and recorded(study) == before
+        assert len([*kept.glob("trials/*")]) == (2 if name == "params.yaml" else 0)  # what is right is kept
+        if name != "params.yaml":
+            path.unlink()
+            path.write_bytes(was)
+    study.command(*run)
+    assert recorded(study)["params"]["params.yaml"]["seeds"] == 3 and len(weights(study)) == 3
     path.write_bytes(was)
-    study.command("dvc", "repro", "references")
-    assert recorded(study) == before and weights(study) == good
-    study.command("dvc", "repro", "--single-item", "--force", "references")
-    assert recorded(study) == before and weights(study) == good
+    for words in (run, (*run, "--force")):
+        study.command(*words)
+        assert recorded(study) == before and weights(study) == good

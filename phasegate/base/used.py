@@ -8,7 +8,7 @@ first use held the same bytes all the time, whoever read it: this process, or th
 import os
 import stat
 import sys
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from functools import cache
 from importlib.util import source_from_cache
@@ -20,6 +20,7 @@ State = tuple[int, ...]
 LIBRARY = str(Path(__file__).parents[2])  # holds phasegate/ and stages/
 _roots: list[str] = []  # files below them are noted; none before `begin`
 _states: dict[str, State] = {}  # of every file, when it was first used
+_code: set[str] = set()  # those of the files that are code
 _trial: set[str] = set()  # the files of the trial that runs in this process
 
 
@@ -29,13 +30,7 @@ def begin() -> None:
     _roots[:] = dict.fromkeys((str(Path.cwd()), LIBRARY))
     for module in [*sys.modules.values()]:
         if file := getattr(module, "__dict__", {}).get("__file__"):
-            _note_own(file)
-
-
-def end() -> None:
-    """Forget all that was noted, and note nothing more."""
-    for noted in (_roots, _states, _trial):
-        noted.clear()
+            note(file)
 
 
 def begun() -> bool:
@@ -43,18 +38,39 @@ def begun() -> bool:
     return bool(_roots)
 
 
-def note(path: str | Path) -> None:
-    """Note a file that is read in another way than by Python's `open`, or lies outside this folder."""
-    name = os.path.abspath(path)  # noqa: PTH100 (of a path that may be a link)
-    if _roots and (state := _state(name)):
-        _states.setdefault(name, state)
-        _trial.add(name)
+def end() -> None:
+    """Forget all that was noted, and note nothing more."""
+    for noted in (_roots, _states, _code, _trial):
+        noted.clear()
+
+
+def include(path: Path) -> None:
+    """Note also what is opened at or below this path, if anything is noted: it may lie anywhere."""
+    _roots.extend([os.path.abspath(path)] if _roots else [])  # noqa: PTH100
+
+
+def note(path: str | Path) -> str | None:
+    """Note a file as used, for bytecode its source, and return its name; None for a file that does not count.
+
+    Only needed where a file is read in another way than by Python's `open`.
+    """
+    name = os.path.abspath(path)  # noqa: PTH100
+    with suppress(ValueError):
+        name = source_from_cache(name) if name.endswith(".pyc") else name
+    below = [name[len(root) :] for root in _roots if name == root or name.startswith(f"{root}/")]
+    if not below or below[0].startswith("/.") or name.startswith(f"{sys.prefix}/") or not (state := _state(name)):
+        return None
+    _states.setdefault(name, state)
+    _trial.add(name)
+    if name.endswith(".py"):
+        _code.add(name)
+    return name
 
 
 def states(data: Iterable[Path]) -> dict[str, State]:
-    """Return the noted states of all code, and of these other files."""
-    wanted = {os.path.abspath(path) for path in data}  # noqa: PTH100
-    return {name: state for name, state in _states.items() if name in wanted or _is_code(name)}
+    """Return the noted states of all code and of these data."""
+    names = [*_code, *(os.path.abspath(path) for path in data)]  # noqa: PTH100
+    return {name: _states[name] for name in names if name in _states}
 
 
 def expect(found: Mapping[str, State]) -> None:
@@ -64,15 +80,15 @@ def expect(found: Mapping[str, State]) -> None:
     _trial.update(found)
 
 
-def strangers(expected: Collection[str]) -> list[Path]:
-    """Return the files that the trial used so far and that are not among those expected, relative to this folder."""
-    return sorted(Path(os.path.relpath(name)) for name in _trial.difference(expected))
+def strangers(found: Mapping[str, State]) -> list[Path]:
+    """Return the files that the trial has used and the stage has not found."""
+    return sorted(map(Path, _trial.difference(found)))
 
 
 def check(names: Iterable[str] | None = None) -> None:
     """Raise `UserError` if a file has changed since it was first used: one of `names`, or any."""
     for name in [*_states] if names is None else names:
-        if _state(name) != _states.get(name):
+        if _state(name) != _states[name]:
             raise UserError(
                 f"{os.path.relpath(name)} changed after it was read, so this result is not recorded: "
                 "`dvc repro` makes it anew"
@@ -98,27 +114,11 @@ def _hear(event: str, arguments: tuple[object, ...]) -> None:
         return
     path, _, flags = arguments
     if isinstance(path, str | bytes | os.PathLike) and not int(str(flags)) & (os.O_WRONLY | os.O_RDWR):
-        name, opened = _note_own(os.fsdecode(path)), os.fsdecode(path)
-        if flags == 0 and name and opened.endswith(".pyc"):  # by an import
-            made, source = _state(opened), _states.get(name)
-            if made and source and made[2] // 10**9 <= source[2] // 10**9:
-                raise OSError(f"{opened} may be older than {name}")
-
-
-def _note_own(path: str) -> str | None:
-    """Note a file below the roots, for bytecode its source, and return its name; None for any other file."""
-    name = os.path.abspath(path)  # noqa: PTH100
-    with suppress(ValueError):
-        name = source_from_cache(name) if name.endswith(".pyc") else name
-    for root in _roots:
-        if name.startswith(f"{root}/") and name[len(root) + 1] != "." and not name.startswith(f"{sys.prefix}/"):
-            note(name)
-            return name
-    return None
-
-
-def _is_code(name: str) -> bool:
-    return name.endswith(".py")
+        name = note(opened := os.fsdecode(path))
+        imports = opened.endswith(".pyc") and "importlib" in sys._getframe(1).f_code.co_filename
+        made = _state(opened) if imports else None
+        if name and made and made[2] // 10**9 <= _states[name][2] // 10**9:
+            raise OSError(f"{opened} may be older than {name}")
 
 
 def _state(name: str) -> State | None:

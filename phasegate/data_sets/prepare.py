@@ -41,8 +41,7 @@ def load_source(name: str, path: Path) -> Raw:
         if not (path.is_file() or path.is_dir()):
             state = "is neither a file nor a folder" if path.exists() else "does not exist"
             raise UserError(f"data path is {str(path)!r}, which {state}")
-        for file in (path, *path.rglob("*")):  # perhaps outside the repository
-            used.note(file)
+        used.include(path)
         return import_module(f"phasegate.data_sets.{name}").load(path)  # type: ignore[no-any-return]
     except OSError as error:
         raise UserError(f"data path is {str(path)!r}, which can't be used ({error.strerror or error})") from error

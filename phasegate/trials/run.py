@@ -145,8 +145,9 @@ def _run(trial: Trial, folder: Path, found: dict[str, used.State]) -> Result:
         trial.run(folder, **trial.arguments)
     except Diverged as error:
         write_failure(folder, Failure(trial.phase, trial.arm, trial.seed, error.step, error.what))
-    if strangers := [path for path in used.strangers(found) if package_of(path.resolve()) not in OUTSIDE]:
-        raise UserError(f"{trial.name} of {trial.phase} used {strangers[0]}, which is none of its inputs")
+    if strangers := [path for path in used.strangers(found) if package_of(path) not in OUTSIDE]:
+        named = os.path.relpath(strangers[0])
+        raise UserError(f"{trial.name} of {trial.phase} used {named}, which is none of its inputs")
     (folder / SECONDS).write_text(f"{time.perf_counter() - start:.3f}\n")
     files = (path for path in folder.rglob("*") if path.is_file() and path.name != killed_trials.SNAPSHOT)
     return trial.name, {str(path.relative_to(folder)): path.read_bytes() for path in files}
