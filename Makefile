@@ -27,6 +27,7 @@ report: $(READY) ## figures and the page from the tables that are there; no mode
 
 study: $(READY) ## the study on other data: make study DATA=fashion_mnist fills reports/fashion_mnist/; SET: more of dvc exp run's options
 	@test -n "$(DATA)" || { echo "study: DATA is empty: name a data set, as in make study DATA=fashion_mnist"; exit 2; }
+	@python -m phasegate.tools.repair
 	dvc exp remove --quiet $(DATA) 2>/dev/null || true
 	dvc exp run --temp --name $(DATA) --set-param data.name=$(DATA) $(SET)
 	rm -rf reports/$(DATA) && mkdir reports/$(DATA)
@@ -45,6 +46,8 @@ docs: $(READY) ## the blocks of results in README.md and docs/, from the committ
 
 BASE ?= origin/main
 verdicts: ## what changed in the verdicts since BASE (origin/main), as Markdown
+	@git rev-parse --git-dir >/dev/null && git rev-parse --quiet --verify '$(BASE)^{commit}' >/dev/null || \
+	{ echo "verdicts: there is no commit $(BASE) to compare with: set BASE" >&2; exit 2; }
 	@echo '```diff' && git --no-pager diff $(BASE) -- reports/decisions.md reports/*/decisions.md && echo '```'
 
 test: lint ## all checks: format, lint, types, tests

@@ -8,13 +8,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 import phasegate
-from phasegate.base import processes, processor, settings, timings
+from phasegate.base import processes, processor, settings, timings, used
 from phasegate.base.errors import UserError, report_user_errors
 from phasegate.params import Params, load_params
 
 
 def run(main: Callable[[Params], None]) -> None:
-    """Run a stage on the checked parameters; errors meant for people end it with exit code 2, bugs with a traceback."""
+    """Run a stage on the checked parameters; errors meant for people end it with exit code 2, bugs with a traceback.
+
+    One is a file that the stage used and that has changed meanwhile: DVC hashes files only when a stage has ended.
+    """
+    used.begin()
     processes.on_stop(signal.default_int_handler)  # which ends what is half done, and then `run`
     os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")  # loky's, of a run that was stopped
     try:
@@ -25,6 +29,7 @@ def run(main: Callable[[Params], None]) -> None:
             with processes.alone():
                 begun = time.perf_counter()
                 main(params)
+                used.check()
                 _tell(time.perf_counter() - begun)
     except KeyboardInterrupt:
         processes.say_stopped()

@@ -14,6 +14,7 @@ from phasegate.params import Params
 from phasegate.params.check import check
 from phasegate.params.fields import suggestion
 from phasegate.stage import run
+from phasegate.verdicts.attribution import ACCOUNTS
 
 
 def main(params: Params) -> None:
@@ -25,6 +26,10 @@ def main(params: Params) -> None:
                 raise UserError(f"decisions.phases.{phase}.arms has {arm!r}: {suggestion(arm, defined)}")
             if arm in claim.arms[:place]:
                 raise UserError(f"decisions.phases.{phase}.arms has {arm!r} twice: name each arm once")
+    for arm in sorted({arm for account in ACCOUNTS.values() for contrast in account.values() for arm in contrast}):
+        phase, _, name = arm.partition("/")
+        if name not in params.arms()[phase]:
+            raise UserError(f"decisions.phases.{phase}.arms lacks {name!r}, with which other arms are compared: add it")
     check(params)
     write_atomic(SCHEMA, schema())
 

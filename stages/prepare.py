@@ -5,14 +5,18 @@ from pathlib import Path
 from phasegate.base.paths import PREPARED
 from phasegate.data_sets.prepare import prepare
 from phasegate.params import Params
+from phasegate.params.check import refuse_too_large
+from phasegate.records.prepared import load_meta
 from phasegate.stage import run
 
 
 def main(params: Params) -> None:
-    """Write `data/prepared/`."""
+    """Write `data/prepared/`, and refuse models that are too large for such data."""
     data = params.data
     tasks = data.tasks.get(data.name, {})
     prepare(data.name, PREPARED, Path(data.path), data.validation, data.split_seed, tasks)
+    meta = load_meta(PREPARED)
+    refuse_too_large(params, meta.input_shape, meta.classes)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ def main(params: Params) -> None:
     tables = Tables()
     for name in figures.FIGURES:
         drawing.save(figures.draw(name, tables, params), FIGURES / name)
-    drawn = {name: (FIGURES / f"{name}.svg").read_text() for name in figures.FIGURES}
+    drawn = {name: (FIGURES / f"{name}.svg").read_text(encoding="utf-8") for name in figures.FIGURES}
     text = page.render(tables, drawn, params, load_meta(PREPARED).name, provenance(params))
     write_atomic(REPORTS / "report.html", text)
 

@@ -8,6 +8,8 @@ import yaml
 
 from phasegate.base import memory
 from phasegate.base.errors import UserError
+from phasegate.model.classifier import ModelSpec, Network
+from phasegate.model.references import ReferenceSpec, build
 from phasegate.params import Params, check, load_params
 from phasegate.params.fields import parse
 from tests.damage import BOMBS, put
@@ -34,7 +36,11 @@ def test_the_committed_parameters_are_right() -> None:
         ("p7b.split_direction", "best", "p7b.split_direction is 'best'"),
         ("p7b.sibling_balance", -1, "p7b.sibling_balance is -1"),
         ("p7b.min_experts", 21, "min_experts is 21: it must be at most max_experts = 20"),
-        ("p7b.min_experts", 13, "p7b.min_experts is 13: it must be at most p7a.n_routed = 12"),
+        ("p7b.min_experts", 13, "p7b.min_experts + 1 is 14: it must be at most p7a.n_routed = 12"),
+        ("p7b.min_experts", 12, "p7b.min_experts + 1 is 13: it must be at most p7a.n_routed = 12"),
+        ("q2.candidates.top_1.top_k", 12, "q2.candidates.top_1 has top_k = n_routed = 12 = p7a.n_routed: no expert"),
+        ("decisions.phases.p7b2.hypothesis", " \n\x1c", "decisions.phases.p7b2.hypothesis: it is blank: state it"),
+        ("plugins.hypothesis", "", "plugins.hypothesis: it is blank: state it before the phase runs"),
         ("p7b.cooldown", 200, "p7b.cooldown is 200: it must be at most p7b.act_every * surgery.operations / 2 = 160"),
         ("surgery.operations", 3, "surgery.operations is 3: input should be a multiple of 2"),
         ("surgery.operations", 12, "is 12: it must be at most (p7b.steps - p7b.settle) / p7b.act_every = 11"),
@@ -125,13 +131,39 @@ def test_a_model_that_cannot_fit_into_memory_is_refused(monkeypatch: pytest.Monk
     values = yaml.safe_load(PATH.read_text())
     check.refuse_too_large(parse(Params, values))
     values["q2"]["candidates"]["few"] |= {"expert_width": 60_000, "width": 60_000}
-    with pytest.raises(UserError, match=r"^q2.candidates.few.n_routed is 6: .* needs 643.7 GiB"):
+    with pytest.raises(UserError, match=r"^q2.candidates.few.n_routed = 6, q2.candidates.few: .* needs 643.7 GiB"):
         check.refuse_too_large(parse(Params, values))
     values["q2"]["candidates"] = {}
-    grown = check.training_bytes(parse(Params, values).model, values["p7b"]["max_experts"])
-    monkeypatch.setattr(check, "memory", lambda: grown - 1)
-    with pytest.raises(UserError, match=r"^p7b.max_experts is 20: "):
+    grown = check.model_weights(parse(Params, values).model, values["p7b"]["max_experts"], (1, 1), 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(check, "memory", lambda: 16 * grown - 1)
+        with pytest.raises(UserError, match=r"^p7b.max_experts = 20, model: "):
+            check.refuse_too_large(parse(Params, values))
+        patch.setattr(check, "memory", lambda: 16 * grown)
         check.refuse_too_large(parse(Params, values))
+        with pytest.raises(UserError, match=r"^references.mnist1d.mlp: "):  # of data with large examples
+            check.refuse_too_large(parse(Params, values), (3, 100, 100), 10)
+    values["references"]["mnist1d"]["mlp"]["hidden"] = [65_536] * 3
+    with pytest.raises(UserError, match=r"^references.mnist1d.mlp: a single trial of this model needs 128.0 GiB"):
+        check.refuse_too_large(parse(Params, values))
+
+
+@pytest.mark.parametrize("shape", [(1, 40), (3, 32, 32), (20, 1)])
+def test_the_estimate_of_memory_counts_the_weights_of_every_model(shape: tuple[int, ...]) -> None:
+    params = load_params(PATH)
+    for model in (model for models in params.references.values() for model in models.values()):
+        real = build(ReferenceSpec(shape, 10, model.hidden, model.channels))
+        assert check.reference_weights(model, shape, 10) == pytest.approx(weights(real), rel=0.2)
+    for architecture in params.architectures().values():
+        for stem in ("mlp", "conv"):
+            changed = architecture.model_copy(update={"stem": stem, "blocks": 2})
+            real = build(ModelSpec(changed, shape, (10, 10)))
+            counted = check.model_weights(changed, changed.n_routed, shape, 10)
+            assert counted == pytest.approx(weights(real), rel=0.05)
+
+
+def weights(model: Network) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def test_the_limit_of_a_container_counts_as_its_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

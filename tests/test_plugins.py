@@ -1,5 +1,6 @@
 """A signal or a surgery of your own is one file, and a sentence says what is wrong with it."""
 
+import pickle
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -71,6 +72,14 @@ def test_a_file_that_cannot_be_used_is_refused(write: Write, text: str, sentence
     write("loud", text)
     with pytest.raises(UserError, match=sentence) if sentence else nullcontext():
         Plugin("loud", "signal").check("plugins.arms.mine.signal")
+
+
+def test_a_file_is_read_once_and_its_bytes_go_to_every_worker(write: Write) -> None:
+    write("mine", "from dataclasses import dataclass\n@dataclass\nclass C:\n    x: 'int' = 1\nsignal = C")
+    plugin = Plugin("mine", "signal")
+    write("mine", "signal = 2")
+    assert pickle.loads(pickle.dumps(plugin)).function()().x == 1 and Plugin("mine", "signal").function() == 2
+    assert plugin != Plugin("mine", "signal")
 
 
 @pytest.mark.parametrize(

@@ -185,18 +185,18 @@ def test_an_edit_retrains_the_arms_that_can_run_it(
 )
 def test_other_words_for_people_retrain_nothing(edit: Edit, pattern: str, words: str) -> None:
     name = ROOT / "phasegate/training/checkpoint.py"
-    before = code.code_hash([name])
+    before = code.dependencies([name])
     edit("training/checkpoint", lambda text: re.sub(pattern, words, text))
-    assert code.code_hash([name]) == before
+    assert code.dependencies([name]) == before
     edit("training/checkpoint", lambda text: text.replace('raise ValueError(f"', 'raise ValueError(f"in other words '))
-    assert code.code_hash([name]) != before  # `load` catches this error
+    assert code.dependencies([name]) != before  # `load` catches this error
 
 
 def test_another_kind_of_error_counts_since_others_may_catch_it(edit: Edit) -> None:
     name = ROOT / "phasegate/surgery/operations.py"
-    before = code.code_hash([name])
+    before = code.dependencies([name])
     edit("surgery/operations", lambda text: text.replace("raise SurgeryRefused(", "raise UserError("))
-    assert code.code_hash([name]) != before
+    assert code.dependencies([name]) != before
 
 
 def test_the_code_that_only_a_plugin_imports_counts(
@@ -237,6 +237,31 @@ def test_trials_unused_for_a_month_are_forgotten(study: Study, own_store: Path) 
         os.utime(folder, (long_ago, long_ago))
     assert study.run(1, lr=0.1) == [] and study.results() == ["seed 0 lr 0.1"]
     assert len(list(own_store.iterdir())) == 1
+
+
+@pytest.mark.parametrize("harm", ["altered", "missing", "added", "another's", "no manifest"])
+def test_a_kept_trial_that_is_damaged_is_dropped_and_trained_again(
+    study: Study, own_store: Path, capfd: pytest.CaptureFixture[str], harm: str
+) -> None:
+    study.run(2)
+    first, second = own_store.iterdir()
+    result = first / "sub/result.txt"
+    seed, content = int(result.read_text().split()[1]), result.read_text()
+    match harm:
+        case "altered":
+            result.write_text(content.replace("0.1", "0.2"))
+        case "missing":
+            result.unlink()
+        case "added":
+            (first / "more").touch()
+        case "another's":
+            shutil.rmtree(first)
+            shutil.copytree(second, first)
+        case "no manifest":
+            (first / store.MANIFEST).unlink()
+    assert study.run(2) == [seed] and result.read_text() == content
+    assert f"models: arm/seed-{seed} runs again, since {first}/" in capfd.readouterr().err
+    assert study.run(2) == [] and not list((study.folder / "models").rglob(store.MANIFEST))
 
 
 def test_results_do_not_depend_on_the_number_of_workers(

@@ -1,10 +1,13 @@
 """Define the errors that people read, and print them."""
 
+import io
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-from pydantic import ValidationError
+if TYPE_CHECKING:
+    from pydantic import ValidationError  # which takes a while, and stages begin here
 
 
 class UserError(ValueError):
@@ -21,7 +24,13 @@ class Diverged(FloatingPointError):
 
 @contextmanager
 def report_user_errors(program: str) -> Iterator[None]:
-    """End the program with one sentence and exit code 2 on a `UserError` or an OSError; bugs keep their traceback."""
+    """End the program with one sentence and exit code 2 on a `UserError` or an OSError; bugs keep their traceback.
+
+    What the terminal or file behind a stream cannot show is written as an escape.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         yield
     except UserError as error:
@@ -47,7 +56,7 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in words)
 
 
-def first_finding(error: ValidationError) -> str:
+def first_finding(error: "ValidationError") -> str:
     """Return the first thing that pydantic finds wrong, with its key."""
     first = error.errors(include_url=False, include_input=False)[0]
     key, message = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")

@@ -8,6 +8,7 @@ import secrets
 from pathlib import Path
 from typing import Any
 
+from phasegate.base import used
 from phasegate.base.errors import UserError, one_line
 
 
@@ -39,7 +40,8 @@ def sha256(source: Path | bytes | memoryview) -> str:
 
 
 def refuse_special(path: Path) -> None:
-    """Raise `UserError` if a path exists but is no regular file: reading a pipe may wait for ever."""
+    """Note a path that will be read; `UserError` if it exists but is no regular file: a pipe may wait for ever."""
+    used.note(path)
     if path.exists() and not path.is_file():
         raise UserError(f"{path} can't be read: it is no regular file")
 

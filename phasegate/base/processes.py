@@ -14,14 +14,18 @@ from typing import NoReturn
 
 from filelock import FileLock, Timeout
 
+from phasegate.base import used
+
 LOCK = Path(".phasegate/lock")
 SECONDS_TO_NOTICE = 0.2
 
 
-def start_worker(parent: int) -> None:
-    """Make this process ignore Ctrl-C, which `parent` handles, and end with `parent`."""
+def start_worker(parent: int, note_used: bool) -> None:
+    """Make this process ignore Ctrl-C, which `parent` handles, end with `parent`, and perhaps note what it uses."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     end_with(parent)
+    if note_used:
+        used.begin()
 
 
 def on_stop(act: Callable[[int, FrameType | None], object]) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from phasegate.base import used
 from phasegate.base.errors import UserError
 from phasegate.data_sets.raw import Raw
 from phasegate.records.prepared import Array, Split, save
@@ -40,6 +41,7 @@ def load_source(name: str, path: Path) -> Raw:
         if not (path.is_file() or path.is_dir()):
             state = "is neither a file nor a folder" if path.exists() else "does not exist"
             raise UserError(f"data path is {str(path)!r}, which {state}")
+        used.include(path)
         return import_module(f"phasegate.data_sets.{name}").load(path)  # type: ignore[no-any-return]
     except OSError as error:
         raise UserError(f"data path is {str(path)!r}, which can't be used ({error.strerror or error})") from error

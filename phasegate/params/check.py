@@ -1,12 +1,15 @@
 """Check params.yaml before anything runs, for the stage `check` and, as a program, for the git hook."""
 
+import math
 import os
+from itertools import pairwise
+from math import prod
 
 from phasegate.base.errors import UserError, report_user_errors
 from phasegate.base.memory import memory
 from phasegate.params.phases import SURGERIES
 from phasegate.params.plugins import Plugin
-from phasegate.params.pretraining import Architecture
+from phasegate.params.pretraining import Architecture, Reference
 from phasegate.params.study import Params, load_params
 
 COPIES = 4  # of every weight: itself, its gradient, and Adam's two moments
@@ -22,27 +25,50 @@ def check(params: Params) -> None:
                 plugin.check(f"plugins.arms.{name}.{key}", SURGERIES.get(key, ()))
 
 
-def refuse_too_large(params: Params) -> None:
-    """Raise `UserError` if one trial of an architecture cannot fit into this machine's memory, if it runs here."""
+def refuse_too_large(params: Params, input_shape: tuple[int, ...] = (1, 1), classes: int = 2) -> None:
+    """Raise `UserError` if one trial of a model cannot fit into this machine's memory, if it runs here.
+
+    The stage `check` knows no data, so it counts the smallest that there could be; `prepare` knows shape and classes.
+    """
     if os.environ.get("PHASEGATE_BACKEND") == "ray":
         return
-    available = memory()
+    data = params.data.name if params.data.name in params.references else "default"
+    weights = {
+        f"references.{data}.{name}": reference_weights(model, input_shape, classes)
+        for name, model in params.references[data].items()
+    }
     for key, architecture in params.architectures().items():
-        sizes = {f"{key}.n_routed": architecture.n_routed}
+        experts = {f"{key}.n_routed": architecture.n_routed}
         if architecture.n_routed == params.p7a.n_routed:  # it may become the baseline, which grows
-            sizes["p7b.max_experts"] = params.p7b.max_experts
-        for name, experts in sizes.items():
-            if (needed := training_bytes(architecture, experts)) > available:
-                raise UserError(
-                    f"{name} is {experts}: with the widths of {key}, a single trial needs {needed / GIB:,.1f} GiB for "
-                    f"weights, gradients and moments, and this machine has {available / GIB:,.1f} GiB"
-                )
+            experts["p7b.max_experts"] = params.p7b.max_experts
+        for name, count in experts.items():
+            weights[f"{name} = {count}, {key}"] = model_weights(architecture, count, input_shape, classes)
+    for key, count in weights.items():
+        if (needed := 4 * COPIES * count) > (available := memory()):  # float32
+            raise UserError(
+                f"{key}: a single trial of this model needs {needed / GIB:,.1f} GiB for weights, gradients and "
+                f"moments, and this machine has {available / GIB:,.1f} GiB"
+            )
 
 
-def training_bytes(architecture: Architecture, experts: int) -> int:
-    """Return the bytes that the weights of all blocks, with `experts` each, take in training (float32)."""
-    per_expert = 2 * architecture.width * architecture.expert_width
-    return 4 * COPIES * architecture.blocks * (experts + architecture.n_shared) * per_expert
+def model_weights(model: Architecture, experts: int, input_shape: tuple[int, ...], classes: int) -> int:
+    """Count the weights of a mixture of experts without biases: its stem, blocks with `experts` each, and heads."""
+    stem, axes = prod(input_shape), len(input_shape) - 1
+    if model.stem == "conv":
+        stem = 5**axes * input_shape[0] + 3**axes * model.width
+    per_block = 2 * (experts + model.n_shared) * model.expert_width + experts  # and its router
+    return model.width * (stem + model.blocks * per_block + 2 * classes)  # a head, and those of further tasks
+
+
+def reference_weights(model: Reference, input_shape: tuple[int, ...], classes: int) -> int:
+    """Count the weights of a reference model, without biases; each of its convolutions halves every axis."""
+    axes, channels = input_shape[1:], model.channels
+    if channels is None:
+        return sum(fan_in * width for fan_in, width in pairwise((prod(input_shape), *(model.hidden or ()), classes)))
+    kernels = 5 ** len(axes) * input_shape[0] * channels[0]
+    kernels += sum(3 ** len(axes) * fan_in * width for fan_in, width in pairwise(channels))
+    positions = prod(math.ceil(axis / (1 << len(channels))) for axis in axes)
+    return int(kernels + channels[-1] * positions * classes)
 
 
 if __name__ == "__main__":

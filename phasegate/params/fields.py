@@ -8,7 +8,7 @@ from reprlib import Repr
 from typing import Annotated, Any, ClassVar, Self, TypeVar, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from phasegate.base.errors import UserError, one_line, printable
 from phasegate.base.files import read_bounded
@@ -24,6 +24,12 @@ def _refuse_bool(value: object) -> object:
     return value
 
 
+def _refuse_blank(value: str) -> str:
+    if not value.strip():
+        raise ValueError("it is blank: state it before the phase runs")
+    return value
+
+
 Count = Annotated[int, Field(ge=1, le=MOST, strict=True)]
 Index = Annotated[int, Field(ge=0, le=MOST, strict=True)]
 Size = Annotated[int, Field(ge=1, le=LARGEST, strict=True)]
@@ -35,6 +41,7 @@ Positive = Annotated[Number, Field(gt=0)]
 NonNegative = Annotated[Number, Field(ge=0)]
 Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$", max_length=100)]
 Text = Annotated[str, Field(min_length=1)]
+Hypothesis = Annotated[str, AfterValidator(_refuse_blank)]
 Scalar = bool | int | float | str
 
 

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import Field
 
 from phasegate.params import fields
-from phasegate.params.fields import Count, Index, Name, NonNegative, Number, Positive, Section, Size, Text
+from phasegate.params.fields import Count, Hypothesis, Index, Name, NonNegative, Number, Positive, Section, Size, Text
 from phasegate.params.names import MEASURED, PHASES, PREDICTED, SIGNALS
 from phasegate.params.plugins import Plugin
 
@@ -117,7 +117,7 @@ class Claim(Section):
 
     arms: Annotated[tuple[Name, ...], Field(min_length=1)]  # the arms that run, by the names that its stage gives them
     primary: Text
-    hypothesis: Text
+    hypothesis: Hypothesis
 
     def check_together(self) -> None:
         if self.primary not in self.arms:
@@ -163,7 +163,7 @@ class PluginArm(Section):
 class Plugins(Section):
     """Describe people's own arms, the first of which decides the phase."""
 
-    hypothesis: Text
+    hypothesis: Hypothesis
     arms: dict[Name, PluginArm]
 
 

@@ -1,16 +1,17 @@
 """Find and check people's own signals and surgeries: files in `plugins/`, by the names that `params.yaml` gives.
 
 A file runs in every trial that uses it, and its content is an input of that trial: an edit retrains nothing else. So
-it may not import another file of the folder.
+it may not import another file of the folder. It is read once, and all workers run the bytes that were read.
 """
 
 import ast
 import importlib.util
-import runpy
 import symtable
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal
 
 from phasegate.base.errors import UserError, one_line
@@ -26,6 +27,10 @@ class Plugin:
 
     name: str
     kind: Literal["signal", "operate"]
+    source: bytes = field(init=False, repr=False)  # empty where the file is missing
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "source", self.path.read_bytes() if self.path.is_file() else b"")
 
     @property
     def path(self) -> Path:
@@ -38,7 +43,7 @@ class Plugin:
             hint = suggestion(self.name, known) if known else f"{FOLDER} has no files"
             raise UserError(f"{key} is {self.name!r}, but there is no file {self.path}: {hint}")
         try:
-            text = importlib.util.decode_source(self.path.read_bytes())
+            text = importlib.util.decode_source(self.source)
             nodes, top = list(ast.walk(ast.parse(text))), symtable.symtable(text, str(self.path), "exec")
         except (SyntaxError, ValueError) as error:
             raise UserError(f"{self.path}, which {key} names, is not Python: {one_line(error)}") from None
@@ -58,5 +63,9 @@ class Plugin:
                 )
 
     def function(self) -> Any:
-        """Run the file, and return its function. Errors in the file keep their traceback."""
-        return runpy.run_path(str(self.path))[self.kind]
+        """Run the source anew, and return its function. Errors in it keep their traceback."""
+        module = ModuleType(f"{FOLDER}.{self.name}")
+        module.__file__ = str(self.path)
+        sys.modules[module.__name__] = module  # where dataclasses look for theirs
+        exec(compile(self.source, module.__file__, "exec"), vars(module))
+        return getattr(module, self.kind)

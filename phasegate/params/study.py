@@ -45,6 +45,12 @@ class Params(Section):
         if self.seeds < 2:
             raise ValueError("seeds is 1: 7b.4's control head learns from the other seeds, so it must be at least 2")
         self._check_times()
+        for key, model in self.architectures().items():
+            if model.n_routed == self.p7a.n_routed == model.top_k:
+                raise ValueError(
+                    f"{key} has top_k = n_routed = {model.top_k} = p7a.n_routed: no expert of such a baseline can be "
+                    "removed, and 7b.4's control head learns from removals"
+                )
         if "default" not in self.references:
             raise ValueError("references.default is missing: the models of data sets that have none of their own")
 
@@ -74,7 +80,7 @@ class Params(Section):
         for name, value, limit_name, limit in (
             ("surgery.operations", operations, "(p7b.steps - p7b.settle) / p7b.act_every", decisions),
             ("p7a.n_routed + surgery.operations", start + operations, "p7b.max_experts", schedule.max_experts),
-            ("p7b.min_experts", schedule.min_experts, "p7a.n_routed", start),
+            ("p7b.min_experts + 1", schedule.min_experts + 1, "p7a.n_routed", start),  # heads learn from removals
             ("p7b.cooldown", schedule.cooldown, "p7b.act_every * surgery.operations / 2", half),
             ("p7b4.recovery_steps", truth.recovery_steps, "p7b.settle", schedule.settle),
             (f"{survey} + p7b4.recovery_steps", measured, "p7b.steps", schedule.steps),

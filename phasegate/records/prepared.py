@@ -18,6 +18,7 @@ import safetensors.numpy
 from pydantic import FiniteFloat, NonNegativeInt, TypeAdapter, ValidationError
 from safetensors import SafetensorError
 
+from phasegate.base import used
 from phasegate.base.errors import UserError, first_finding
 from phasegate.base.files import sha256, write_atomic
 from phasegate.base.memory import memory
@@ -141,7 +142,8 @@ def load_splits(path: Path) -> dict[str, Split]:
 
 
 def _check_size(path: Path, largest: int) -> Path:
-    """Return the path if it is a regular file of at most `largest` bytes, else raise OSError."""
+    """Return the path of a file to be read if it is a regular one of at most `largest` bytes, else raise OSError."""
+    used.note(path)
     if not path.is_file():
         raise OSError("there is no such file")
     if (size := path.stat().st_size) > largest:

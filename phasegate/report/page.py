@@ -22,7 +22,7 @@ def render(
     decisions, summary = tables["decisions"], tables["surgery_summary"]
     margin, confidence = params.decisions.margin_pp, params.decisions.confidence
     hypotheses = {phase: claim.hypothesis for phase, claim in params.claims().items()}
-    text = Path(__file__).with_name("page.html.j2").read_text()
+    text = Path(__file__).with_name("page.html.j2").read_text(encoding="utf-8")
     template = Template(text, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     page: str = template.render(
         data=DATA_SETS.get(data, data),

@@ -9,7 +9,7 @@ from phasegate.base.errors import UserError
 def output(*words: str, folder: Path = Path()) -> str:
     """Return what a command prints; raise UserError if there is no such command, or with its words if it fails."""
     try:
-        done = subprocess.run(words, cwd=folder, capture_output=True, text=True, check=False)
+        done = subprocess.run(words, cwd=folder, capture_output=True, encoding="utf-8", errors="replace", check=False)
     except FileNotFoundError:
         raise UserError(f"there is no command {words[0]}: activate .venv, or use make") from None
     if done.returncode:

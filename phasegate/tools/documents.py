@@ -133,4 +133,4 @@ if __name__ == "__main__":
     with report_user_errors("docs"):
         texts = written(Path())
         for document in map(Path, DOCUMENTS):
-            write_atomic(document, refreshed(document.read_text(), texts))
+            write_atomic(document, refreshed(document.read_text(encoding="utf-8"), texts))

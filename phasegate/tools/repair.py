@@ -1,43 +1,100 @@
-"""Put aside what a killed DVC left half-written: the next `dvc repro` would refuse to begin. `make repro` runs this.
+"""Clear away what a killed DVC left behind: the next `dvc repro` would refuse to begin. `make repro` runs this.
 
-DVC writes `dvc.lock` and `.dvc/tmp/rwlock`, the list of paths in use, in place. Nothing is lost with them: finished
-stages return from DVC's cache of runs.
+DVC writes `dvc.lock` and `.dvc/tmp/rwlock`, the list of paths in use, in place: a kill may cut them off. Nothing is
+lost with them, since finished stages return from DVC's cache of runs. The list also names the processes that use the
+paths, and another program may have got the number of a process that is gone.
 """
 
 import json
+import re
+import sqlite3
 import sys
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
+import psutil
 from dvc.dvcfile import LOCK_FILE, Lockfile
 from dvc.exceptions import DvcException
 from dvc.lock import LockError
 from dvc.repo import Repo
-from dvc.rwlock import RWLOCK_FILE
+from dvc.rwlock import RWLOCK_FILE, SCHEMA
+from dvc.schema import COMPILED_LOCKFILE_SCHEMA
+from dvc.utils.serialize import parse_yaml
+from voluptuous import Invalid
 
-from phasegate.base.errors import UserError, report_user_errors
+from phasegate.base.errors import UserError, one_line, report_user_errors
+from phasegate.base.files import write_atomic
+
+BEGINNING = "schema: '2.0'\nstages:\n"  # of a dvc.lock
 
 
 def repair(folder: Path) -> list[Path]:
     """Move files that are empty or cut off to `.dvc/tmp/<name>.damaged`, and return where they were.
 
-    Raises LockError if DVC is at work here, and UserError if git left the marks of a merge conflict in `dvc.lock`.
+    In the list of paths in use, processes that are gone are forgotten. Raises LockError if DVC is at work here, and
+    UserError if git left the marks of a merge conflict in `dvc.lock`, or DVC can't work here at all.
     """
-    repo, lock_file, in_use, damaged = Repo(folder), folder / LOCK_FILE, folder / ".dvc/tmp" / RWLOCK_FILE, []
-    with repo.lock:
-        try:
-            Lockfile(repo, str(lock_file)).load()
-        except DvcException:
-            if b"<<<<<<< " in lock_file.read_bytes():
-                raise UserError(f"{lock_file} has the marks of a merge conflict: resolve it, or take a side") from None
+    try:
+        repo = Repo(folder)
+        with repo.lock:
+            return _repair(repo, folder / LOCK_FILE, folder / ".dvc/tmp" / RWLOCK_FILE)
+    except LockError:
+        raise
+    except (DvcException, sqlite3.Error) as error:  # no git, no .dvc, a broken configuration, a full disk
+        raise UserError(f"DVC can't work here: {one_line(error)}") from None
+
+
+def _repair(repo: Repo, lock_file: Path, in_use: Path) -> list[Path]:
+    damaged = []
+    try:
+        Lockfile(repo, str(lock_file)).load()
+    except DvcException:
+        content = lock_file.read_bytes()
+        if b"<<<<<<< " in content:
+            raise UserError(f"{lock_file} has the marks of a merge conflict: resolve it, or take a side") from None
+        if is_cut_off(content.decode(errors="replace")):
             damaged.append(lock_file)
-        try:
-            json.loads(in_use.read_bytes() if in_use.exists() else b"{}")
-        except ValueError:
+    text = in_use.read_text(encoding="utf-8", errors="replace") if in_use.exists() else "{}"
+    try:
+        with suppress(Invalid):  # DVC says so
+            if (kept := without_gone(listed := SCHEMA(json.loads(text)))) != listed:
+                write_atomic(in_use, json.dumps(kept))
+    except json.JSONDecodeError as error:
+        if error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated"):
             damaged.append(in_use)
-        for path in damaged:
-            path.replace(in_use.with_name(f"{path.name}.damaged"))
+    for path in damaged:
+        path.replace(in_use.with_name(f"{path.name}.damaged"))
     return damaged
+
+
+def is_cut_off(text: str) -> bool:
+    """Tell whether a `dvc.lock` that DVC refuses is whole up to its last stage."""
+    whole = "".join(re.split(r"^(?=  \S)", text, flags=re.MULTILINE)[:-1]) or BEGINNING
+    if whole == BEGINNING:
+        return text.startswith(BEGINNING) or BEGINNING.startswith(text)
+    try:
+        COMPILED_LOCKFILE_SCHEMA(parse_yaml(whole, LOCK_FILE))
+    except Exception:  # those of the parser and of the schema share no base class
+        return False
+    return True
+
+
+def without_gone(listed: dict[str, Any]) -> dict[str, Any]:
+    """Return a list of paths in use without the processes that are gone: one writes a path, several may read it."""
+    write = {path: owner for path, owner in listed["write"].items() if lives(owner)}
+    read = {path: [owner for owner in owners if lives(owner)] for path, owners in listed["read"].items()}
+    return {"write": write, "read": {path: owners for path, owners in read.items() if owners}}
+
+
+def lives(owner: dict[str, Any]) -> bool:
+    """Tell whether the process that DVC noted still runs: its number, with the arguments of its command line."""
+    try:
+        return " ".join(psutil.Process(owner["pid"]).cmdline()).endswith(str(owner["cmd"]).partition(" ")[2])
+    except psutil.NoSuchProcess:
+        return False
+    except psutil.AccessDenied:
+        return True
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import safetensors.torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from phasegate.base import settings
+from phasegate.base import settings, used
 from phasegate.base.errors import Diverged
 from phasegate.base.files import write_atomic
 from phasegate.model.classifier import Network
@@ -59,7 +59,10 @@ class Snapshots:
         return int(state["step"])
 
     def take(self, step: int) -> None:
-        """Take a snapshot after a step, and write it if the last one was written long ago."""
+        """Take a snapshot after a step, and write it if the last one was written long ago.
+
+        `UserError` if a file of the trial has changed: the next run would take the snapshot for one of its own.
+        """
         state: dict[str, Any] = {"step": step, "seconds": time.perf_counter() - self._begun}
         moments = {f"optimizer.{index}": part for index, part in self.optimizer.state_dict()["state"].items()}
         parts = {name: part.state_dict() for name, part in self.parts.items()}
@@ -68,6 +71,7 @@ class Snapshots:
         tensors = {key: value.clone() for key, value in state.items() if isinstance(value, Tensor)}
         self._last = tensors, json.dumps({key: value for key, value in state.items() if key not in tensors})
         if time.monotonic() - self._written >= settings.snapshot_seconds():
+            used.check_trial()
             content = safetensors.torch.save(tensors, {"values": self._last[1]})
             write_atomic(self.folder / SNAPSHOT, content + hashlib.sha256(content).digest())
             self._written = time.monotonic()

@@ -1,33 +1,34 @@
-"""Find and hash the code that a result depends on: the modules that a file imports, directly or through others."""
+"""Find and hash what a result depends on: data, and the modules that a file imports, directly or through others."""
 
 import ast
-import hashlib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from functools import cache
 from pathlib import Path
 
 import phasegate
+from phasegate.base.files import sha256
 
 ROOT = Path(phasegate.__file__).parent.parent
 OUTSIDE = frozenset({"base", "params", "trials"})
 """Packages that cannot change a trial's result. The values of parameters are arguments of the trial."""
 
 
-def code_hash(files: Iterable[Path]) -> str:
-    """Hash the code that the functions of these files can run, except the packages `OUTSIDE`.
+def dependencies(
+    scripts: Iterable[Path], data: Iterable[Path] = (), without: Collection[str] = OUTSIDE
+) -> dict[Path, str]:
+    """Return the files that scripts depend on, with a hash of each: these data, and the code that the scripts can run.
 
-    Comments, docstrings and the words of errors do not count.
-    """
-    parts = [_meaning(path) for path in sorted(closure(files, OUTSIDE))]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
-
-
-def closure(files: Iterable[Path], without: Iterable[str] = ()) -> set[Path]:
-    """Find the files of the library and of `stages/` that these files import, themselves included.
+    Comments, docstrings and the words of errors do not count in code.
 
     Args:
         without: packages of the library that are left out, with everything that only they import.
     """
+    code = sorted(closure((path.resolve() for path in scripts), without))
+    return {path: _meaning(path) for path in code} | {path: sha256(path) for path in data}
+
+
+def closure(files: Iterable[Path], without: Collection[str] = ()) -> set[Path]:
+    """Find the files of the repository that these files import, themselves included."""
     found, waiting = set[Path](), list(files)
     while waiting:
         path = waiting.pop()
@@ -62,7 +63,7 @@ def _imports(path: Path) -> frozenset[Path]:
 
 @cache
 def _meaning(path: Path) -> str:
-    return ast.dump(_Meaning().visit(_parse(path)))
+    return sha256(ast.dump(_Meaning().visit(_parse(path))).encode())
 
 
 def _parse(path: Path) -> ast.Module:

@@ -20,12 +20,13 @@ from joblib.externals.loky.process_executor import BrokenProcessPool
 from tqdm import tqdm
 
 import phasegate
-from phasegate.base import processes, processor, settings, timings
+from phasegate.base import processes, processor, settings, timings, used
 from phasegate.base.errors import Diverged, UserError
 from phasegate.records.trial_folder import MACHINE, SECONDS, Failure, read_failure, write_failure
 from phasegate.training import killed_trials
 from phasegate.training.device import device
 from phasegate.trials import store
+from phasegate.trials.code import OUTSIDE, package_of
 from phasegate.trials.trial import Trial
 
 SECONDS_BETWEEN_LINES = 20
@@ -43,16 +44,18 @@ def run_trials(trials: list[Trial], output: Path) -> None:
     `trial_folder.Failure`. The other trials continue.
 
     Raises:
-        UserError: if an input file is missing, a trial raises it, a worker is killed, or every trial fails.
+        UserError: if an input file is missing, a trial raises it, a worker is killed, every trial fails, or code or an
+            input of a trial changes before the trial ends: it is not kept.
     """
     label = output.name
     failures = {trial.name: failure for trial in trials if (failure := _find_failed_start(trial))}
     startable = [trial for trial in trials if trial.name not in failures]
     kept = store.kept_folders(startable, _device())
     store.forget_old(in_use=kept.values())
-    missing = [trial for trial in startable if not kept[trial.name].exists()]
+    missing = {trial.name: trial for trial in startable if not _is_kept(trial, kept[trial.name], label)}
     try:
-        for name, files in _with_progress(_results(missing, kept), len(missing), label):
+        for name, files in _with_progress(_results([*missing.values()], kept), len(missing), label):
+            used.check(_found(missing[name]))
             store.keep(kept[name], files)
     except BrokenProcessPool:
         raise UserError(
@@ -75,6 +78,21 @@ def run_trials(trials: list[Trial], output: Path) -> None:
         if n_failed == len(trials):
             raise UserError(f"every trial of {label} failed, the first: {first}; a lower learning rate may help")
         print(f"{label}: {n_failed} of {len(trials)} trials failed, the first: {first}", file=sys.stderr, flush=True)
+
+
+def _is_kept(trial: Trial, kept: Path, label: str) -> bool:
+    """Return whether a trial is kept; drop it if it is damaged."""
+    if kept.exists() and (damaged := store.find_damage(kept)):
+        print(f"{label}: {trial.name} runs again, since {kept / damaged} is not what was kept", file=sys.stderr)
+        shutil.rmtree(kept)
+    return kept.exists()
+
+
+def _found(trial: Trial) -> dict[str, used.State]:
+    """Return the states in which this process found the code and the files that a trial reads."""
+    for path in trial.reads:
+        used.note(path)
+    return used.states((*trial.inputs, *trial.reads))
 
 
 def _find_failed_start(trial: Trial) -> Failure | None:
@@ -100,25 +118,30 @@ def _results(trials: list[Trial], kept: dict[str, Path]) -> Iterator[Result]:
         from phasegate.trials import cluster
 
         here = Path("trial")  # in a folder of the call's own
-        return cluster.results([(partial(_run, trial, here), (*trial.inputs, *trial.reads)) for trial in trials])
+        return cluster.results([(partial(_run, trial, here, {}), (*trial.inputs, *trial.reads)) for trial in trials])
     warnings.filterwarnings("ignore", r"\d+ tasks (have been|which were) ")  # joblib's, when a run is stopped
     parallel = joblib.Parallel(
         n_jobs=settings.workers(),
         return_as="generator_unordered",
         backend="loky",
         initializer=processes.start_worker,  # before a worker imports torch, which takes seconds
-        initargs=(os.getpid(),),
+        initargs=(os.getpid(), used.begun()),
     )
-    calls = (joblib.delayed(_run)(trial, store.unfinished_folder(kept[trial.name])) for trial in trials)
+    calls = (joblib.delayed(_run)(trial, store.unfinished_folder(kept[trial.name]), _found(trial)) for trial in trials)
     results: Iterator[Result] = parallel(calls)
     return results
 
 
-def _run(trial: Trial, folder: Path) -> Result:
-    """Run a trial, if possible from the snapshot of an earlier run in `folder`, and return the files that it wrote."""
+def _run(trial: Trial, folder: Path, found: dict[str, used.State]) -> Result:
+    """Run a trial, if possible from the snapshot of an earlier run in `folder`, and return the files that it wrote.
+
+    `UserError` if it uses files that are not as the stage `found` them, or others that no fingerprint would cover.
+    """
     if phasegate.UNPINNED:
         raise UserError(phasegate.UNPINNED)
     torch.set_num_threads(1)
+    used.expect(found)
+    used.check_trial()
     folder.mkdir(parents=True, exist_ok=True)
     for path in folder.iterdir():
         if path.name != killed_trials.SNAPSHOT:
@@ -128,6 +151,9 @@ def _run(trial: Trial, folder: Path) -> Result:
         trial.run(folder, **trial.arguments)
     except Diverged as error:
         write_failure(folder, Failure(trial.phase, trial.arm, trial.seed, error.step, error.what))
+    if strangers := [path for path in used.strangers(found) if package_of(path) not in OUTSIDE]:
+        named = os.path.relpath(strangers[0])
+        raise UserError(f"{trial.name} of {trial.phase} used {named}, which is none of its inputs")
     (folder / SECONDS).write_text(f"{time.perf_counter() - start:.3f}\n")
     (folder / MACHINE).write_text(f"{processor.name()}\n")
     files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != killed_trials.SNAPSHOT)

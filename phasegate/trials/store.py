@@ -1,8 +1,12 @@
-"""Keep finished trials in `.phasegate/trials`, each under the fingerprint of everything that decides its result."""
+"""Keep finished trials in `.phasegate/trials`, each under the fingerprint of everything that decides its result.
+
+A kept trial has a manifest: its fingerprint, and the hash of each of its files.
+"""
 
 import hashlib
 import importlib.metadata
 import inspect
+import json
 import os
 import shutil
 import time
@@ -11,15 +15,16 @@ from dataclasses import is_dataclass
 from pathlib import Path, PurePath
 
 from phasegate.base.errors import UserError
-from phasegate.base.files import sha256, write_atomic
+from phasegate.base.files import read_json, sha256, write_atomic
 from phasegate.base.timings import Taken
 from phasegate.records.trial_folder import MACHINE, SECONDS
-from phasegate.trials.code import code_hash
+from phasegate.trials.code import dependencies
 from phasegate.trials.trial import Trial
 
 STORE = Path(".phasegate/trials")
 UNFINISHED = "unfinished"  # the folder beside the store for trials that run
 KEEP_DAYS = 30
+MANIFEST = "manifest.json"
 
 
 def kept_folders(trials: list[Trial], device: str) -> dict[str, Path]:
@@ -27,12 +32,27 @@ def kept_folders(trials: list[Trial], device: str) -> dict[str, Path]:
 
     Raises `UserError` if an input file is missing.
     """
+    shared = [importlib.metadata.version("torch"), device]
     try:
-        content = {path: sha256(path) for path in {path for trial in trials for path in trial.inputs}}
+        data = dependencies((), {path for trial in trials for path in trial.inputs})  # trials share most of them
+        return {trial.name: STORE / _fingerprint(trial, data, shared) for trial in trials}
     except FileNotFoundError as error:
         raise UserError(f"{error.filename} is missing: `dvc repro` runs the stage that writes it") from None
-    shared = [importlib.metadata.version("torch"), device]
-    return {trial.name: STORE / _fingerprint(trial, content, shared) for trial in trials}
+
+
+def find_damage(kept: Path) -> str | None:
+    """Return the first file of a kept trial that is not what was kept, or None."""
+    try:
+        manifest = read_json(kept / MANIFEST)
+        wanted = {MANIFEST: kept.name} | manifest["files"]
+        found = {MANIFEST: manifest["fingerprint"]} | {
+            str(path.relative_to(kept)): sha256(path)
+            for path in kept.rglob("*")
+            if path.is_file() and path != kept / MANIFEST
+        }
+    except (UserError, TypeError, KeyError):
+        return MANIFEST
+    return min((name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)), default=None)
 
 
 def unfinished_folder(kept: Path) -> Path:
@@ -41,10 +61,12 @@ def unfinished_folder(kept: Path) -> Path:
 
 
 def keep(kept: Path, files: dict[str, bytes]) -> None:
-    """Write a trial's files. The folder gets its name only when it is complete."""
+    """Write a trial's files and their manifest. The folder gets its name only when it is complete."""
     temporary = kept.with_suffix(".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    for path, content in files.items():
+    hashes = {path: sha256(content) for path, content in files.items()}
+    manifest = json.dumps({"fingerprint": kept.name, "files": hashes}, indent=2) + "\n"
+    for path, content in (files | {MANIFEST: manifest.encode()}).items():
         write_atomic(temporary / path, content)
     temporary.replace(kept)
     shutil.rmtree(unfinished_folder(kept), ignore_errors=True)
@@ -53,7 +75,7 @@ def keep(kept: Path, files: dict[str, bytes]) -> None:
 def copy_kept(kept: Path, destination: Path) -> None:
     """Copy a kept trial's result to a new folder, or raise `UserError` with the first file that can't be written."""
     try:
-        shutil.copytree(kept, destination, ignore=shutil.ignore_patterns(SECONDS, MACHINE))
+        shutil.copytree(kept, destination, ignore=shutil.ignore_patterns(SECONDS, MACHINE, MANIFEST))
     except shutil.Error as error:
         _, path, reason = error.args[0][0]
         raise UserError(f"{path} can't be written: {reason}") from None
@@ -74,15 +96,14 @@ def forget_old(in_use: Iterable[Path]) -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _fingerprint(trial: Trial, content: dict[Path, str], shared: list[str]) -> str:
+def _fingerprint(trial: Trial, data: dict[Path, str], shared: list[str]) -> str:
     """Hash a trial's function and arguments with their code, its input files, and what all trials share."""
     sources: set[Callable[..., object]] = {trial.run}
     arguments = _strip_paths(trial.arguments, sources)
     scripts = [Path(inspect.getfile(inspect.unwrap(source))) for source in sources]
     plugins = [path for path in trial.inputs if path.suffix == ".py"]  # which may import more than the trial does
-    code = code_hash(path.resolve() for path in (*scripts, *plugins))
-    inputs = [content[path] for path in trial.inputs]
-    parts = [trial.run.__qualname__, repr(arguments), code, *inputs, *shared]
+    code, inputs = dependencies((*scripts, *plugins)), [data[path] for path in trial.inputs]
+    parts = [trial.run.__qualname__, repr(arguments), *code.values(), *inputs, *shared]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
 
 

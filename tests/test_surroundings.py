@@ -1,0 +1,115 @@
+"""Whatever is wrong around the pipeline is said in one sentence, with exit code 2; locks whose owner is gone go."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from phasegate.tools.repair import is_cut_off, repair
+from tests.small_study import ROOT, Checkout
+
+Break = Callable[[Checkout, Path], None]
+
+
+def break_configuration(study: Checkout, disk: Path) -> None:
+    (study.folder / ".dvc/config").write_text("[core")
+
+
+def fill_the_disk_of_caches(study: Checkout, disk: Path) -> None:
+    study.environment["DVC_SITE_CACHE_DIR"] = str(disk / "dvc")
+    (disk / "full").write_bytes(bytes(60 << 10))  # of 64 KiB
+
+
+def make_read_only(study: Checkout, disk: Path) -> None:
+    subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
+    study.folder = shutil.copytree(study.folder, disk / "study")
+    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+
+
+WRONG: list[tuple[str, Break]] = [
+    ("not a git repository", lambda study, _: shutil.rmtree(study.folder / ".git")),
+    ("not inside of a DVC repository", lambda study, _: shutil.rmtree(study.folder / ".dvc")),
+    ("config file error: Invalid line", break_configuration),
+    ("database or disk is full", fill_the_disk_of_caches),
+    ("Read-only file system", make_read_only),
+]
+
+
+@pytest.mark.parametrize(("words", "wrong"), WRONG, ids=[words for words, _ in WRONG])
+def test_what_is_wrong_around_is_one_sentence(words: str, wrong: Break, tmp_path: Path, small_disk: Path) -> None:
+    study = Checkout(tmp_path / "study")
+    wrong(study, small_disk)
+    for program in ("repair", "plan"):  # with which `make repro`, `make study`, `make plan` and `make report` begin
+        command = [sys.executable, "-m", f"phasegate.tools.{program}"]
+        done = subprocess.run(
+            command, cwd=study.folder, env=study.environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1, done.stderr
+        assert done.stderr.startswith(f"{program}: ") and words in done.stderr
+
+
+def test_verdicts_need_a_commit_to_compare_with(tmp_path: Path) -> None:
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    environment = os.environ | {"GIT_CEILING_DIRECTORIES": str(tmp_path.parent)}
+    for _ in range(2):
+        done = subprocess.run(
+            ["make", "verdicts"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 2 and done.stdout == ""
+        assert "verdicts: there is no commit origin/main to compare with: set BASE" in done.stderr
+        subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
+
+
+def test_a_stream_that_is_not_utf8_gets_escapes() -> None:
+    code = (
+        "from phasegate.base.errors import *\nwith report_user_errors('x'):\n    print('−1')\n    raise UserError('é')"
+    )
+    for encoding in ("ascii", "latin-1"):
+        environment = os.environ | {"PYTHONIOENCODING": encoding, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=False)
+        assert done.returncode == 2 and done.stdout == b"\\u22121\n", done.stderr
+        assert done.stderr == b"x: " + "é".encode(encoding, "backslashreplace") + b"\n"
+
+
+def test_locks_go_if_their_owner_is_gone_and_stay_if_it_lives(tmp_path: Path) -> None:
+    study = Checkout(tmp_path / "study")
+    study.command("dvc", "status", "check")  # makes .dvc/tmp
+    path, models = study.folder / ".dvc/tmp/rwlock", str(study.folder / "data/params.schema.json")
+    mine = {"pid": os.getpid(), "cmd": " ".join(sys.orig_argv[1:])}
+    other, dead = {"pid": os.getpid(), "cmd": "/bin/dvc repro other"}, {"pid": 2**22, "cmd": "dvc repro"}
+    path.write_text(json.dumps({"write": {models: other}, "read": {"x": [mine, dead], "y": [dead]}}))
+    assert f"blocked by:\n  (PID {os.getpid()}): /bin/dvc repro other" in study.command(
+        "dvc", "repro", "check", ok=False
+    )
+    assert repair(study.folder) == []
+    assert json.loads(path.read_text()) == {"write": {}, "read": {"x": [mine]}}
+    study.command("dvc", "repro", "check")
+    path.write_text(json.dumps({"write": {models: mine}, "read": {}}))
+    assert repair(study.folder) == [] and json.loads(path.read_text())["write"] == {models: mine}
+    assert "is busy" in study.command("dvc", "repro", "--force", "check", ok=False)
+
+
+def test_only_a_lock_file_that_was_cut_off_is_put_aside(tmp_path: Path) -> None:
+    whole = (ROOT / "dvc.lock").read_text()
+    assert all(is_cut_off(whole[:length]) for length in (0, 10, 16, 30, whole.index("  prepare:") + 30))
+    spoilt = whole.replace("    cmd: exec python -m stages.prepare\n", "    cmd: [\n", 1)
+    assert spoilt != whole and not any(
+        map(is_cut_off, (spoilt, "- 1\n", whole.replace("schema: '2.0'", "schema: '3.0'")))
+    )
+    study = Checkout(tmp_path / "study")
+    (study.folder / "dvc.lock").write_text(spoilt)
+    assert repair(study.folder) == [] and (study.folder / "dvc.lock").read_text() == spoilt
+
+
+def test_arms_that_accounts_compare_are_asked_for_first(tmp_path: Path) -> None:
+    study = Checkout(tmp_path / "study")
+    arms = yaml.safe_load((ROOT / "params.yaml").read_text())["decisions"]["phases"]["p7b1"]["arms"]
+    study.change({"decisions": {"phases": {"p7b1": {"arms": [arm for arm in arms if arm != "noise"]}}}})
+    said = study.command("python", "-m", "stages.check", ok=False)
+    assert said == "check: decisions.phases.p7b1.arms lacks 'noise', with which other arms are compared: add it\n"
