@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from phasegate.kernels import compiled
-from phasegate.kernels.functions import all_finite, product
 from phasegate.model.classifier import Model, ModelSpec, Network
+from phasegate.model.kernels import compiled
+from phasegate.model.kernels.functions import all_finite, product
 from phasegate.model.moe import MoE, Routing
 from phasegate.model.references import ReferenceSpec, build
 from phasegate.params.fields import override
@@ -57,7 +57,7 @@ def test_a_gradient_that_nobody_needs_is_not_computed(monkeypatch: pytest.Monkey
         calls.append(operands)
         return torch.zeros(4, 3)
 
-    monkeypatch.setattr("phasegate.kernels.functions.multiply", multiply)
+    monkeypatch.setattr("phasegate.model.kernels.functions.multiply", multiply)
     torch.autograd.grad(loss, b)
     assert len(calls) == 1
 
@@ -259,7 +259,7 @@ def test_kernels_live_in_memory_where_nothing_can_be_written(
 def test_two_processes_may_compile_together(tmp_path: Path) -> None:
     code = f"""
 from pathlib import Path
-from phasegate.kernels import compiled
+from phasegate.model.kernels import compiled
 compiled.PLACE = Path({str(tmp_path)!r})
 compiled.kernels()
 print('done')

@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from phasegate.kernels.functions import product, suit
+from phasegate.model.kernels.functions import product, suit
 
 
 class Linear(nn.Linear):

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from phasegate.kernels.functions import Layer, run_experts, suit
+from phasegate.model.kernels.functions import Layer, run_experts, suit
 
 Hyperplanes = tuple[Tensor, Tensor, Tensor, Tensor]
 """Weights (L, D) and offsets (L,) of the inner nodes, and the tables that `MoE.refresh` derives from the paths."""

@@ -16,8 +16,8 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from phasegate.kernels.functions import product
 from phasegate.model import experts
+from phasegate.model.kernels.functions import product
 
 AXES: dict[str, tuple[str | None, ...]] = {
     "w_in": ("expert", None, None),

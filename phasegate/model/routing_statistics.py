@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from phasegate.kernels.functions import product
+from phasegate.model.kernels.functions import product
 from phasegate.model.moe import Routing, routing_entropy
 
 N_SCALARS = 3  # features of an expert besides its mean token

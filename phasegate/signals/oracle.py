@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from phasegate.kernels.functions import product
+from phasegate.model.kernels.functions import product
 from phasegate.surgery.operations import ExpertManager, SurgeryRefused
 from phasegate.surgery.probe import Probe
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from phasegate.kernels.compiled import kernels
+from phasegate.model.kernels.compiled import kernels
 
 
 class AdamW(Optimizer):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from phasegate.base.errors import Diverged
-from phasegate.kernels.functions import all_finite, suit
+from phasegate.model.kernels.functions import all_finite, suit
 from phasegate.params.pretraining import Training
 from phasegate.training.adamw import AdamW
 from phasegate.training.batches import Batches

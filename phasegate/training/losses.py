@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from phasegate.kernels.functions import Balance, suit
 from phasegate.model.classifier import Network, Output
+from phasegate.model.kernels.functions import Balance, suit
 from phasegate.model.moe import Routing
 
 Objective = Callable[[Tensor, Tensor, int], Tensor]

@@ -11,7 +11,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from phasegate.kernels.compiled import target
+from phasegate.model.kernels.compiled import target
 
 FEATURES = target()[1].split(",")
 WIDTH, ROWS = (16, 14) if "+avx512f" in FEATURES else (8, 6) if "+avx2" in FEATURES else (4, 6)

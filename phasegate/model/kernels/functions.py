@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from phasegate.kernels.compiled import Kernel, kernels
+from phasegate.model.kernels.compiled import Kernel, kernels
 
 ZEROS, ONE = torch.zeros(1 << 16), torch.ones(1)
 PANEL = 1 << 14  # floats that products need to work on

@@ -12,16 +12,16 @@ import numba
 import numpy as np
 from numba import types
 
-from phasegate.kernels.compiled import target
-from phasegate.kernels.tile import (
+from phasegate.model.kernels.compiled import target
+from phasegate.model.kernels.tile import (
     FLOATS,
     ROWS,
     WIDTH,
     at,
     bits_of,
     dot,
-    float_of,
     fetch,
+    float_of,
     floats_at,
     fma,
     narrow_tile,

@@ -83,7 +83,7 @@ def kernels() -> Kernels:
 
 
 def _keep_memory() -> None:
-    """Make glibc keep what is freed: the gradients of every step would be fresh pages, which cost more than the step."""
+    """Make glibc keep what is freed: the gradients of each step would be fresh pages, which cost more than the step."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     for option in (-3, -1) if mallopt else ():  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
         mallopt(option, 1 << 30)
@@ -111,6 +111,6 @@ def _compile(processor: str, features: str) -> tuple[dict[str, tuple[str, list[s
     from numba import config
 
     config.CPU_NAME, config.CPU_FEATURES = processor, features  # type: ignore[attr-defined]
-    from phasegate.kernels.source import compile_all
+    from phasegate.model.kernels.source import compile_all
 
     return compile_all()
