@@ -7,6 +7,8 @@ VENV := .venv
 READY := $(VENV)/.ready
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
+WRITABLE = @test -w . || { echo "$(CURDIR) can't be written" >&2; exit 2; }
+
 .PHONY: help repro plan report study phases bench docs verdicts test test-bits test-cluster test-chaos lint lock clean
 
 help: ## this list
@@ -70,17 +72,20 @@ lint: $(READY) ## format, lint, imports and types
 	mypy $(if $(NO_COLOR),--no-color-output)
 
 lock: ## write requirements.lock anew from pyproject.toml
+	$(WRITABLE)
 	rm -rf .lock-venv && $(PYTHON) -m venv .lock-venv
 	.lock-venv/bin/pip install --quiet torch==2.13.0 '.[dev]'
 	.lock-venv/bin/pip freeze --exclude phasegate | sed 's/+cpu$$//' > requirements.lock
 	rm -rf .lock-venv
 
 clean: ## remove the environment, kept trials and caches (data, models and reports stay)
+	$(WRITABLE)
 	rm -rf $(VENV) .phasegate .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The environment is emptied before it is made again, and a link would be followed: that of another checkout would go.
 $(READY): requirements.lock pyproject.toml
+	$(WRITABLE)
 	@test ! -L $(VENV) || { echo "$(VENV) is a link, and making the environment would empty what it leads to: remove the link" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "phasegate needs Python 3.11 or newer, and $(PYTHON) is %d.%d: set PYTHON" % sys.version_info[:2])'
 	@echo "making the environment in $(VENV), which takes minutes" >&2

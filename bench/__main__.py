@@ -10,6 +10,7 @@ import torch
 
 from bench import layer, step, study, workers
 from bench.timing import Entry
+from phasegate.base.errors import report_user_errors
 from phasegate.base.files import write_atomic
 from phasegate.base.paths import REPORTS
 
@@ -40,4 +41,5 @@ def entries(whole_study: bool) -> Iterator[Entry]:
 
 
 if __name__ == "__main__":
-    main()
+    with report_user_errors("bench"):
+        main()

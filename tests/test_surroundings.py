@@ -54,6 +54,16 @@ def test_what_is_wrong_around_is_one_sentence(words: str, wrong: Break, tmp_path
         assert done.stderr.startswith(f"{program}: ") and words in done.stderr
 
 
+def test_make_says_in_one_line_that_it_may_not_write(small_disk: Path) -> None:
+    for name in ("Makefile", "requirements.lock", "pyproject.toml"):
+        shutil.copy(ROOT / name, small_disk)
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    for target in ("clean", "lock", "repro"):  # which makes the environment
+        done = subprocess.run(["make", target], cwd=small_disk, capture_output=True, text=True, check=False)
+        assert done.returncode == 2 and done.stdout == ""
+        assert done.stderr.splitlines()[0] == f"{small_disk} can't be written" and done.stderr.count("\n") == 2
+
+
 def test_verdicts_need_a_commit_to_compare_with(tmp_path: Path) -> None:
     shutil.copy(ROOT / "Makefile", tmp_path)
     environment = os.environ | {"GIT_CEILING_DIRECTORIES": str(tmp_path.parent)}

@@ -5,13 +5,14 @@ it may not import another file of the folder. It is read once, and all workers r
 """
 
 import ast
-import importlib.util
 import symtable
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib.abc import SourceLoader
+from importlib.machinery import ModuleSpec
+from importlib.util import decode_source, module_from_spec
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Literal
 
 from phasegate.base.errors import UserError, one_line
@@ -43,7 +44,7 @@ class Plugin:
             hint = suggestion(self.name, known) if known else f"{FOLDER} has no files"
             raise UserError(f"{key} is {self.name!r}, but there is no file {self.path}: {hint}")
         try:
-            text = importlib.util.decode_source(self.source)
+            text = decode_source(self.source)
             nodes, top = list(ast.walk(ast.parse(text))), symtable.symtable(text, str(self.path), "exec")
         except (SyntaxError, ValueError) as error:
             raise UserError(f"{self.path}, which {key} names, is not Python: {one_line(error)}") from None
@@ -64,8 +65,21 @@ class Plugin:
 
     def function(self) -> Any:
         """Run the source anew, and return its function. Errors in it keep their traceback."""
-        module = ModuleType(f"{FOLDER}.{self.name}")
-        module.__file__ = str(self.path)
+        loader = _Source(self)
+        module = module_from_spec(ModuleSpec(f"{FOLDER}.{self.name}", loader, origin=str(self.path)))
         sys.modules[module.__name__] = module  # where dataclasses look for theirs
-        exec(compile(self.source, module.__file__, "exec"), vars(module))
+        loader.exec_module(module)
         return getattr(module, self.kind)
+
+
+class _Source(SourceLoader):
+    """Import a plugin from the bytes that were read: without path statistics, Python looks for no bytecode."""
+
+    def __init__(self, plugin: Plugin) -> None:
+        self.plugin = plugin
+
+    def get_filename(self, fullname: str) -> str:
+        return str(self.plugin.path)
+
+    def get_data(self, path: object) -> bytes:
+        return self.plugin.source

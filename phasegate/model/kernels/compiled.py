@@ -111,6 +111,6 @@ def _compile(processor: str, features: str) -> tuple[dict[str, tuple[str, list[s
     from numba import config
 
     config.CPU_NAME, config.CPU_FEATURES = processor, features  # type: ignore[attr-defined]
-    from phasegate.model.kernels.source import compile_all
+    from phasegate.model.kernels import routing, source, steps  # noqa: F401
 
-    return compile_all()
+    return source.compile_all()
