@@ -15,6 +15,7 @@ from importlib.util import source_from_cache
 from pathlib import Path
 
 from phasegate.base.errors import UserError
+from phasegate.base.paths import TIMINGS
 
 State = tuple[int, ...]
 LIBRARY = str(Path(__file__).parents[2])  # holds phasegate/ and stages/
@@ -58,7 +59,9 @@ def note(path: str | Path) -> str | None:
     with suppress(ValueError):
         name = source_from_cache(name) if name.endswith(".pyc") else name
     below = [name[len(root) :] for root in _roots if name == root or name.startswith(f"{root}/")]
-    if not below or below[0].startswith("/.") or "/__pycache__/" in below[0] or name.startswith(f"{sys.prefix}/"):
+    if not below or below[0].startswith("/.") or name.startswith(f"{sys.prefix}/"):
+        return None
+    if "/__pycache__/" in name or below[0] == f"/{TIMINGS}":  # compiled kernels, and times: neither changes a result
         return None
     if not (state := _state(name)):
         return None
