@@ -137,7 +137,7 @@ def test_damaged_checkpoints_and_missing_devices_are_refused(study: Path, tmp_pa
     with pytest.raises(UserError, match=r"was altered: its sha256 is not the recorded"):
         phasegate.load(folder, None)
     weights.write_bytes(whole)
-    for old, new in (('"top_k": 2', '"top_k": 9'), ('"width": 16', '"width": 12'), ('"format": 2', '"format": 3')):
+    for old, new in (('"top_k": 2', '"top_k": 9'), ('"width": 16', '"width": 12'), ('"format": 3', '"format": 4')):
         assert old in text
         record.write_text(text.replace(old, new))
         with pytest.raises(UserError) as refusal:
