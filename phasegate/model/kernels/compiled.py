@@ -83,10 +83,11 @@ def kernels() -> Kernels:
 
 
 def _keep_memory() -> None:
-    """Make glibc keep what is freed: the gradients of each step would be fresh pages, which cost more than the step."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    for option in (-3, -1) if mallopt else ():  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
-        mallopt(option, 1 << 30)
+    """Make glibc keep what is freed: the gradients of every step would be fresh pages, which cost much."""
+    with suppress(AttributeError):  # another library of C
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
+        mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
 
 
 def target() -> tuple[str, str]:
@@ -111,6 +112,6 @@ def _compile(processor: str, features: str) -> tuple[dict[str, tuple[str, list[s
     from numba import config
 
     config.CPU_NAME, config.CPU_FEATURES = processor, features  # type: ignore[attr-defined]
-    from phasegate.model.kernels import routing, source, steps  # noqa: F401
+    from phasegate.model.kernels.source import compile_all
 
-    return source.compile_all()
+    return compile_all()

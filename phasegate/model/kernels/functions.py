@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from phasegate.model.kernels.compiled import Kernel, kernels
 
 ZEROS, ONE = torch.zeros(1 << 16), torch.ones(1)
-PANEL = 1 << 14  # floats that products need to work on
+PANEL = 1 << 18  # floats that products need to work on
 CPU = torch.device("cpu")
 
 

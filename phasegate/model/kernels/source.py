@@ -1,48 +1,17 @@
-"""Define the kernels of products and of the mixture; `routing` and `steps` have the others.
+"""Define the kernels. Only the compiler imports this module; `compiled.kernels` runs what it made of it.
 
-Only the compiler imports these modules: `compiled.kernels` runs what it made of them.
-
-Arguments are addresses of float32 (`f`), int64 (`i`), and numbers. Strides count elements. There is no fastmath, so
-that sums keep their order.
+Arguments are addresses and numbers; strides count elements. There is no fastmath, so that sums keep their order.
 """
 
-from typing import Any
+import math
 
 import llvmlite.binding as llvm
-import numba
 import numpy as np
 from numba import types
 
 from phasegate.model.kernels.compiled import target
-from phasegate.model.kernels.tile import (
-    FLOATS,
-    ROWS,
-    WIDTH,
-    at,
-    dot,
-    fetch,
-    fma,
-    narrow_tile,
-    transpose,
-    wide_tile,
-)
-
-OPTIONS: dict[str, Any] = {"nopython": True, "error_model": "numpy"}
-INTS, INT, DOUBLE = types.CPointer(types.int64), types.int64, types.float64
-inner = numba.jit(**OPTIONS)
-DEEP, TALL = 256, 512  # rows of b and of a that a pass holds in the caches
-SPAN = 2 * WIDTH
-ENTRIES: dict[str, tuple[Any, Any]] = {}
-
-
-def entry(*kinds: Any) -> Any:
-    """Register a kernel of these arguments."""
-
-    def register(function: Any) -> Any:
-        ENTRIES[function.__name__] = numba.jit(**OPTIONS)(function), types.void(*kinds)
-        return ENTRIES[function.__name__][0]
-
-    return register
+from phasegate.model.kernels.products import DOUBLE, ENTRIES, INT, INTS, entry, inner, matmul
+from phasegate.model.kernels.tile import FLOATS, at, bits_of, dot, fetch, float_of, floats_at, fma
 
 
 def compile_all() -> tuple[dict[str, tuple[str, list[str]]], bytes]:
@@ -68,64 +37,6 @@ def compile_all() -> tuple[dict[str, tuple[str, list[str]]], bytes]:
     passes.add_global_dead_code_eliminate_pass()
     passes.run(whole, builder)
     return functions, machine.emit_object(whole)
-
-
-@inner
-def pack(b, ldb, kb, panel, k, columns):
-    """Copy b (k, columns), of which one stride is 1, to rows of `SPAN` floats."""
-    if kb == 1:
-        for p in range(k):
-            source, to = at(b, p * ldb), at(panel, p * SPAN)
-            for j in range(columns):
-                to[j] = source[j]
-    else:
-        for j in range(0, columns - 7, 8):
-            for p in range(0, k - 7, 8):
-                transpose(at(b, j * kb + p), kb, at(panel, p * SPAN + j), SPAN)
-        for j in range(columns):
-            for p in range(k & ~7 if j < columns & ~7 else 0, k):
-                panel[p * SPAN + j] = b[j * kb + p]
-
-
-@inner
-def matmul(a, lda, ka, b, ldb, kb, c, ldc, start, lds, m, n, k, panel):
-    """Compute c (m, n) = start + a (m, k) @ b (k, n), each element a chain of fused multiply-adds in the order of k.
-
-    One stride of b is 1. `panel` holds DEEP * SPAN floats.
-    """
-    for p0 in range(0, max(k, 1), DEEP):
-        depth = min(DEEP, k - p0)
-        if p0:
-            start, lds = c, ldc
-        for i0 in range(0, m, TALL):
-            height = min(TALL, m - i0)
-            tiles = (height + ROWS - 1) // ROWS
-            packs = kb != 1 or (ldb > SPAN and height >= 64)
-            for j0 in range(0, n, SPAN):
-                columns = min(SPAN, n - j0)
-                right, step = at(b, p0 * ldb + j0 * kb), ldb
-                if packs:
-                    pack(right, ldb, kb, panel, depth, columns)
-                    right, step = panel, SPAN
-                for t in range(tiles):
-                    top = height * t // tiles
-                    rows, i = height * (t + 1) // tiles - top, i0 + top
-                    left, to, begin = at(a, i * lda + p0 * ka), at(c, i * ldc + j0), at(start, i * lds + j0)
-                    if columns == SPAN:
-                        wide_tile(rows, SPAN, left, lda, ka, right, step, to, ldc, begin, lds, depth)
-                    else:
-                        narrow_tile(rows, columns, left, lda, ka, right, step, to, ldc, begin, lds, depth)
-                        if columns > WIDTH:
-                            narrow_tile(
-                                rows, columns - WIDTH, left, lda, ka, at(right, WIDTH), step,
-                                at(to, WIDTH), ldc, at(begin, WIDTH), lds, depth,
-                            )  # fmt: skip
-
-
-@entry(FLOATS, INT, INT, FLOATS, INT, INT, FLOATS, INT, FLOATS, INT, INT, INT, INT, FLOATS)
-def product(a, lda, ka, b, ldb, kb, c, ldc, start, lds, m, n, k, panel):
-    """See `matmul`."""
-    matmul(a, lda, ka, b, ldb, kb, c, ldc, start, lds, m, n, k, panel)
 
 
 @entry(*[INTS] * 5, INT, INT)
@@ -224,3 +135,213 @@ def mixture_gradient(
         matmul(d_hidden, inside, 1, at(w_in, e * size), 1, inside, back, width, zeros, 0, m, width, inside, panel)
         begin = ends[e]
     mix(d_rows, place, one, 0, d_x, n, top_k, width)
+
+
+LOG2E, LN2_HIGH, LN2_LOW = np.float32(math.log2(math.e)), np.float32(0.693359375), np.float32(-2.12194440e-4)
+SHIFT = np.float32(3 << 22)  # added and taken away again, it rounds to a whole number
+
+
+@inner
+def exp(x):
+    """Return e**x (float32) for x <= 0, at least e**-87, by Cephes' polynomial: two units in the last place."""
+    x = x if not x < np.float32(-87) else np.float32(-87)
+    shifted = fma(x, LOG2E, SHIFT)
+    n = shifted - SHIFT
+    r = fma(n, -LN2_LOW, fma(n, -LN2_HIGH, x))
+    p = np.float32(1.9875691500e-4)
+    p = fma(p, r, np.float32(1.3981999507e-3))
+    p = fma(p, r, np.float32(8.3334519073e-3))
+    p = fma(p, r, np.float32(4.1665795894e-2))
+    p = fma(p, r, np.float32(1.6666665459e-1))
+    p = fma(p, r, np.float32(5.0000001201e-1))
+    p = fma(p, r * r, r) + np.float32(1)
+    power = np.int32((bits_of(shifted) << np.int32(23)) + np.int32(0x3F800000))
+    return p * float_of(power)
+
+
+@inner
+def choose(logits, bias, families, n_families, top_k):
+    """Choose the families with the greatest biased scores, by rank; of equal ones, the lower index."""
+    for f in range(n_families):
+        score, k = logits[f] + bias[f], min(f, top_k)
+        while k and score > logits[families[k - 1]] + bias[families[k - 1]]:
+            if k < top_k:
+                families[k] = families[k - 1]
+            k -= 1
+        if k < top_k:
+            families[k] = f
+
+
+@inner
+def weigh(logits, families, gates, n_families, top_k):
+    """Give the chosen the softmax of their scores; a lone one keeps its probability among all families."""
+    greatest = logits[families[0]]
+    for f in range(n_families if top_k == 1 else top_k):
+        score = logits[f if top_k == 1 else families[f]]
+        greatest = score if score > greatest else greatest
+    total = np.float32(0)
+    for f in range(n_families if top_k == 1 else top_k):
+        total += exp(logits[f if top_k == 1 else families[f]] - greatest)
+    for k in range(top_k):
+        gates[k] = exp(logits[families[k]] - greatest) / total
+
+
+@entry(*[FLOATS] * 5, *[INTS] * 2, *[FLOATS] * 2, *[INTS] * 2, *[FLOATS] * 3, *[INTS] * 4, *[INT] * 7)
+def route(
+    x, router, bias, node_weight, node_offset, root, child, logits, gates, families, experts, margins, zeros, panel,
+    slot, place, ends, counts, n_gates, n, n_families, width, top_k, n_nodes, n_experts,
+):  # fmt: skip
+    """Score the families, choose and weigh them, descend to an expert of each, and sort the slots by expert."""
+    for g in range(n_gates):
+        left, right, scores = at(x, g * n * width), at(router, g * n_families * width), at(logits, g * n * n_families)
+        matmul(left, width, 1, right, 1, width, scores, n_families, zeros, 0, n, n_families, width, panel)
+    tokens = n_gates * n
+    matmul(x, width, 1, node_weight, 1, width, margins, n_nodes, node_offset, 0, tokens, n_nodes, width, panel)
+    for i in range(tokens):
+        scores, chosen = at(logits, i * n_families), at(families, i * top_k)
+        choose(scores, at(bias, i // n * n_families), chosen, n_families, top_k)
+        weigh(scores, chosen, at(gates, i * top_k), n_families, top_k)
+        for k in range(top_k):
+            place_in_tree = root[chosen[k]]
+            while place_in_tree < n_nodes:
+                side = 1 if margins[i * n_nodes + place_in_tree] > 0 else 0
+                place_in_tree = child[2 * place_in_tree + side]
+            experts[i * top_k + k] = place_in_tree - n_nodes
+    sort_slots(experts, slot, place, ends, counts, tokens * top_k, n_experts)
+
+
+@inner
+def soften(slope, logits, families, gates, d_logits, n_families, top_k):
+    """Add to d_logits what comes through a token's gates, given the gates' `slope`."""
+    if top_k == 1:
+        chosen, greatest = families[0], logits[0]
+        for f in range(1, n_families):
+            greatest = logits[f] if logits[f] > greatest else greatest
+        total = exp(logits[chosen] - greatest) / gates[0]
+        for f in range(n_families):
+            d_logits[f] -= slope[0] * gates[0] * (exp(logits[f] - greatest) / total)
+        d_logits[chosen] += slope[0] * gates[0]
+    else:
+        mean = np.float32(0)
+        for k in range(top_k):
+            mean = fma(gates[k], slope[k], mean)
+        for k in range(top_k):
+            d_logits[families[k]] += gates[k] * (slope[k] - mean)
+
+
+@inner
+def teach(slope, families, gates, margins, root, child, d_margins, n_nodes, top_k):
+    """Add to d_margins the gradient of a factor of value one: r / stop_gradient(r) of each chosen expert.
+
+    r is the product of sigmoid(signed margin) along the path to the expert.
+    """
+    for k in range(top_k):
+        node = root[families[k]]
+        while node < n_nodes:
+            margin = margins[node]
+            below = exp(-abs(margin))
+            pull = slope[k] * gates[k] * (below / (np.float32(1) + below))
+            if margin > 0:
+                d_margins[node] += pull
+            elif margin < 0:
+                d_margins[node] -= pull
+            node = child[2 * node + (1 if margin > 0 else 0)]
+
+
+@entry(*[FLOATS] * 3, INTS, *[FLOATS] * 4, *[INTS] * 2, *[FLOATS] * 6, *[INT] * 6)
+def route_gradient(
+    x, router, logits, families, gates, d_gates, d_mixed, margins, root, child, d_logits, d_margins, d_x, d_router,
+    zeros, panel, n_gates, n, n_families, width, top_k, n_nodes,
+):  # fmt: skip
+    """Take the gradients of logits, of gates and of the mixture's weights on to d_router, and add to d_x and d_margins.
+
+    The mixture's weights are the gates, but they also teach the hyperplanes, unless `n_nodes` is zero.
+    """
+    for i in range(n_gates * n):
+        s, m, scores = i * top_k, i * n_nodes, i * n_families
+        chosen, gate, slope, mixed = at(families, s), at(gates, s), at(d_gates, s), at(d_mixed, s)
+        if n_nodes:
+            teach(mixed, chosen, gate, at(margins, m), root, child, at(d_margins, m), n_nodes, top_k)
+        for k in range(top_k):
+            slope[k] += mixed[k]
+        soften(slope, at(logits, scores), chosen, gate, at(d_logits, scores), n_families, top_k)
+    for g in range(n_gates):
+        slopes, right = at(d_logits, g * n * n_families), at(router, g * n_families * width)
+        left, to, back = at(x, g * n * width), at(d_router, g * n_families * width), at(d_x, g * n * width)
+        matmul(slopes, 1, n_families, left, width, 1, to, width, zeros, 0, n_families, width, n, panel)
+        matmul(slopes, n_families, 1, right, width, 1, back, width, back, width, n, width, n_families, panel)
+
+
+@entry(*[FLOATS] * 2, INTS, *[FLOATS] * 2, *[INT] * 3)
+def balance(logits, shares, families, value, d_logits, n, n_families, top_k):
+    """Compute Switch's balancing loss of one gate's tokens, and its gradient."""
+    for f in range(n_families):
+        shares[f] = 0
+    for s in range(n * top_k):
+        shares[families[s]] += np.float32(1)
+    total, scale = np.float32(0), np.float32(n_families / (np.float64(n) * n * top_k))
+    for i in range(n):
+        scores, slopes = at(logits, i * n_families), at(d_logits, i * n_families)
+        greatest, whole, mean = scores[0], np.float32(0), np.float32(0)
+        for f in range(1, n_families):
+            greatest = scores[f] if scores[f] > greatest else greatest
+        for f in range(n_families):
+            slopes[f] = exp(scores[f] - greatest)
+            whole += slopes[f]
+        for f in range(n_families):
+            slopes[f] = slopes[f] / whole
+            mean = fma(slopes[f], shares[f], mean)
+        for f in range(n_families):
+            slopes[f] *= scale * (shares[f] - mean)
+        total += mean
+    value[0] += total * scale
+
+
+@entry(INTS, types.CPointer(DOUBLE), INT)
+def adamw(table, rates, n_tensors):
+    """Update tensors by AdamW. Per tensor: addresses of value, gradient, moments, step, and its size; five rates."""
+    for t in range(n_tensors):
+        value, slope = floats_at(table[6 * t]), floats_at(table[6 * t + 1])
+        first, second, step = floats_at(table[6 * t + 2]), floats_at(table[6 * t + 3]), floats_at(table[6 * t + 4])
+        step[0] += np.float32(1)
+        lr, beta1, beta2, eps, decay = (
+            rates[5 * t],
+            rates[5 * t + 1],
+            rates[5 * t + 2],
+            rates[5 * t + 3],
+            rates[5 * t + 4],
+        )
+        bias1, bias2 = 1 - power(beta1, np.int64(step[0])), 1 - power(beta2, np.int64(step[0]))
+        shrink, rate, root = np.float32(1 - lr * decay), np.float32(lr / bias1), np.float32(1 / math.sqrt(bias2))
+        kept1, kept2, new1, new2 = np.float32(beta1), np.float32(beta2), np.float32(1 - beta1), np.float32(1 - beta2)
+        tiny = np.float32(eps)
+        for j in range(table[6 * t + 5]):
+            g = slope[j]
+            m = kept1 * first[j] + new1 * g
+            v = kept2 * second[j] + new2 * (g * g)
+            first[j], second[j] = m, v
+            value[j] = value[j] * shrink - rate * m / (np.sqrt(v) * root + tiny)
+
+
+@inner
+def power(base, exponent):
+    """Return base**exponent (float64) by squaring: as exact everywhere as multiplication."""
+    result = 1.0
+    while exponent:
+        if exponent & 1:
+            result *= base
+        base *= base
+        exponent >>= 1
+    return result
+
+
+@entry(INTS, INTS, INT)
+def find_not_finite(table, found, n_tensors):
+    """Set `found` to the first tensor (address, size) that holds a number that is not finite; else leave it."""
+    for t in range(n_tensors):
+        value, bad = floats_at(table[2 * t]), False
+        for j in range(table[2 * t + 1]):
+            bad |= value[j] - value[j] != 0
+        if bad:
+            found[0] = t
+            return
