@@ -70,7 +70,7 @@ def kinds(base: Path) -> Iterator[tuple[str, Callable[[Path], object]]]:
     yield "reference_mlp", partial(begin, prepared=line, spec=ReferenceSpec((1, 8), 4, (6,), None))
     yield "reference_cnn", partial(begin, prepared=image, spec=ReferenceSpec((2, 9, 9), 4, None, (5, 7)))
     course: dict[str, Any] = {"prepared": line, "start": base / "mlp", "seed": 0, "schedule": SCHEDULE}
-    yield "survey", partial(survey, **course, truth=TRUTH)
+    yield "survey", partial(survey, **course, truth=TRUTH, steps=0)
     yield "predictor", partial(learn, surveys=(base / "survey" / SURVEY,), seed=0)
     yield "signals", partial(score_signals, **course, survey=base / "survey", head=base / "predictor", plugins=())
     (base / "heads").mkdir()

@@ -120,6 +120,7 @@ def _results(trials: list[Trial], kept: dict[str, Path]) -> Iterator[Result]:
         here = Path("trial")  # in a folder of the call's own
         return cluster.results([(partial(_run, trial, here, {}), (*trial.inputs, *trial.reads)) for trial in trials])
     warnings.filterwarnings("ignore", r"\d+ tasks (have been|which were) ")  # joblib's, when a run is stopped
+    warnings.filterwarnings("ignore", "A worker stopped while")  # loky's, which starts large workers again
     parallel = joblib.Parallel(
         n_jobs=settings.workers(),
         return_as="generator_unordered",
