@@ -36,7 +36,7 @@ def trials(*seeds: int) -> list[Trial]:
     return [Trial("p", "arm", seed, write, {"seed": seed}) for seed in seeds]
 
 
-def test_trials_of_parallel_workers_and_kept_ones_have_rows_and_their_results_no_times(tmp_path: Path) -> None:
+def test_trials_of_workers_and_kept_ones_have_rows_and_their_results_no_times(tmp_path: Path) -> None:
     run_trials(trials(0, 1, 2), tmp_path / "out")
     before = timings.read()["out"]
     assert list(before) == ["arm/seed-0", "arm/seed-1", "arm/seed-2"]
