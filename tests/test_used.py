@@ -20,6 +20,7 @@ import yaml
 
 from phasegate.base import used
 from phasegate.base.errors import UserError
+from phasegate.params.fields import load_yaml
 from phasegate.params.plugins import Plugin
 from phasegate.training.killed_trials import SNAPSHOT, Snapshots
 from phasegate.trials import run as trials_run
@@ -150,6 +151,22 @@ def test_no_snapshot_is_written_once_a_file_has_changed(monkeypatch: pytest.Monk
     with pytest.raises(UserError, match=r"^data.txt changed after it was read"):
         snapshots.take(2)
     assert (tmp_path / SNAPSHOT).read_bytes() == content
+
+
+@pytest.mark.usefixtures("project")
+def test_parameters_that_are_written_again_are_the_same() -> None:
+    path = Path("params.yaml")
+    path.write_text("seeds: 2")
+    used.begin()
+    assert load_yaml(path) == {"seeds": 2}
+    for text in ("seeds: 3", "seeds: 2"):  # as `dvc exp run --queue --set-param` does beside a run
+        path.unlink()
+        path.write_text(text)
+    used.check()
+    path.write_text("seeds: 3")
+    assert load_yaml(path) == {"seeds": 3}
+    with pytest.raises(UserError, match=r"^params.yaml changed after it was read"):
+        used.check()
 
 
 def read_other(folder: Path, *, way: str) -> None:

@@ -21,6 +21,7 @@ State = tuple[int, ...]
 LIBRARY = str(Path(__file__).parents[2])  # holds phasegate/ and stages/
 _roots: list[str] = []  # files below them are noted; none before `begin`
 _states: dict[str, State] = {}  # of every file, when it was first used
+_contents: dict[str, bytes] = {}  # of files that this process alone reads, and once: only their content counts
 _code: set[str] = set()  # those of the files that are code
 _trial: set[str] = set()  # the files of the trial that runs in this process
 
@@ -41,7 +42,7 @@ def begun() -> bool:
 
 def end() -> None:
     """Forget all that was noted, and note nothing more."""
-    for noted in (_roots, _states, _code, _trial):
+    for noted in (_roots, _states, _contents, _code, _trial):
         noted.clear()
 
 
@@ -72,6 +73,12 @@ def note(path: str | Path) -> str | None:
     return name
 
 
+def note_content(path: Path, content: bytes) -> None:
+    """Note what this process, and no worker, read from a file: DVC rewrites params.yaml when it queues experiments."""
+    if name := note(path):
+        _contents.setdefault(name, content)
+
+
 def states(data: Iterable[Path]) -> dict[str, State]:
     """Return the noted states of all code and of these data."""
     names = [*_code, *(os.path.abspath(path) for path in data)]  # noqa: PTH100
@@ -93,7 +100,7 @@ def strangers(found: Mapping[str, State]) -> list[Path]:
 def check(names: Iterable[str] | None = None) -> None:
     """Raise `UserError` if a file has changed since it was first used: one of `names`, or any."""
     for name in [*_states] if names is None else names:
-        if _state(name) != _states[name]:
+        if _state(name) != _states[name] and not (_state(name) and _contents.get(name) == Path(name).read_bytes()):
             raise UserError(
                 f"{os.path.relpath(name)} changed after it was read, so this result is not recorded: "
                 "`dvc repro` makes it anew"

@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar, Self, TypeVar, get_args, get_origin
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from phasegate.base import used
 from phasegate.base.errors import UserError, one_line, printable
 from phasegate.base.files import read_bounded
 
@@ -104,7 +105,7 @@ class _Loader(yaml.SafeLoader):
 
 def load_yaml(path: Path) -> Any:
     """Return the content of a YAML file; `UserError` if it cannot be read, is not YAML, or is of absurd size."""
-    content = read_bounded(path)
+    used.note_content(path, content := read_bounded(path))
     try:
         values = _Loader(content).get_single_data()
     except Exception as error:  # PyYAML's tags, dates and scanner raise exceptions of every kind
