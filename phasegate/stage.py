@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from phasegate.base import processes
-from phasegate.base.errors import UserError
+from phasegate.base.errors import report_user_errors
 from phasegate.params import Params, load_params
 
 
@@ -16,17 +16,9 @@ def run(main: Callable[[Params], None]) -> None:
     processes.on_stop(signal.default_int_handler)  # which ends what is half done, and then `run`
     os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")  # loky's, of a run that was stopped
     try:
-        params = load_params()
-        with processes.alone():
-            main(params)
-    except UserError as error:
-        sys.exit(_say(str(error)))
-    except OSError as error:  # a full disk, a file that vanished, no permission
-        sys.exit(_say(f"{error.filename or 'a file'}: {error.strerror or error}"))
+        with report_user_errors(Path(sys.argv[0]).stem):
+            params = load_params()
+            with processes.alone():
+                main(params)
     except KeyboardInterrupt:
         processes.say_stopped()
-
-
-def _say(sentence: str) -> int:
-    print(f"{Path(sys.argv[0]).stem}: {sentence}", file=sys.stderr)
-    return 2

@@ -15,9 +15,7 @@ def main(params: Params) -> None:
     parser = argparse.ArgumentParser(description="Evaluate one phase on the test split.")
     parser.add_argument("phase", choices=FOLDERS)
     phase = parser.parse_args().phase
-    evaluate_phase(
-        MODELS / phase, PREPARED, EVALUATED / phase, may_be_empty=phase == PLUGINS and not params.plugins.arms
-    )
+    evaluate_phase(MODELS / phase, PREPARED, EVALUATED / phase, may_be_empty=phase == PLUGINS)
 
 
 if __name__ == "__main__":

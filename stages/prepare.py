@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from phasegate.base.paths import PREPARED
+from phasegate.data_sets.prepare import prepare
 from phasegate.params import Params
-from phasegate.sources.prepare import prepare
 from phasegate.stage import run
 
 

@@ -112,8 +112,8 @@ def surveys(
     folder = tmp_path_factory.mktemp("surveys")
     for seed in (0, 1):
         (folder / f"seed-{seed}").mkdir()
-        start = baselines / "seed-0"
-        survey(folder / f"seed-{seed}", prepared=prepared, start=start, seed=seed, schedule=schedule, truth=truth)
+        survey(folder / f"seed-{seed}", prepared=prepared, start=baselines / "seed-0", seed=seed, schedule=schedule,
+               truth=truth, steps=truth.last_survey)  # fmt: skip
     return folder
 
 

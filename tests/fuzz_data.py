@@ -14,15 +14,15 @@ from unittest.mock import Mock
 import numpy as np
 import pooch
 
+from phasegate.data_sets import cifar100, fashion_mnist
+from phasegate.data_sets.cifar import load_cifar
+from phasegate.data_sets.prepare import load_source, prepare
 from phasegate.records.prepared import FIT, META, TEST, Split, load_meta, load_splits
-from phasegate.sources import cifar100, fashion_mnist
-from phasegate.sources.cifar import load_cifar
-from phasegate.sources.prepare import load_source, prepare
 from tests.damage import damage_file, damaged_bytes
 from tests.fuzz import Case
 from tests.fuzz_checkpoints import damaged_json, damaged_weights
 from tests.test_data import SIGNALLING, own_data
-from tests.test_sources import SMALL, cifar_archive, cifar_files, fashion_files
+from tests.test_data_sets import SMALL, cifar_archive, cifar_files, fashion_files
 from tests.tiny_data import write_tiny_data
 
 DTYPES = ["f2", "f4", "g", ">f8", "i1", "u8", ">i4", "?", "c16", "O", "U3", "S3", "M8[s]", "m8[s]", "V8", "i4,f4"]

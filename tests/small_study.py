@@ -13,7 +13,7 @@ import pandas as pd
 import yaml
 
 from phasegate.records.trial_folder import SECONDS
-from phasegate.training.resume import SNAPSHOT
+from phasegate.training.killed_trials import SNAPSHOT
 
 REPLACED = ("candidates", "arms", "mnist1d")
 FOLDERS = ("phasegate", "stages", "plugins")

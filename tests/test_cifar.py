@@ -8,12 +8,12 @@ import pandas as pd
 import pytest
 import yaml
 
+from phasegate.data_sets.cifar import CIFAR10, CIFAR100, CifarFormat
 from phasegate.params import Params
 from phasegate.records.prepared import load_meta
-from phasegate.sources.cifar import CIFAR10, CIFAR100, CifarFormat
 from tests.one_process import run_all
 from tests.small_study import ROOT, merge
-from tests.test_sources import cifar_archive
+from tests.test_data_sets import cifar_archive
 
 TRAINED = {"steps": 20, "batch": 64, "lr": 0.01, "weight_decay": 0.0}
 BRIEF = {  # the small profile, and a little less

@@ -17,13 +17,13 @@ import safetensors.numpy
 from phasegate.base.errors import UserError
 from phasegate.base.files import sha256
 from phasegate.base.memory import memory
+from phasegate.data_sets import cifar, fashion_mnist, npz
+from phasegate.data_sets.prepare import load_source
 from phasegate.records import prepared as prepared_data
 from phasegate.records.prepared import FIT, META, load_meta, load_splits
-from phasegate.sources import cifar, fashion_mnist, npz
-from phasegate.sources.prepare import load_source
 from tests.damage import Evil, put
 from tests.test_data import own_data, prepare_own
-from tests.test_sources import SMALL, cifar_archive, cifar_files
+from tests.test_data_sets import SMALL, cifar_archive, cifar_files
 
 
 def zipped(folder: Path, method: int = zipfile.ZIP_DEFLATED, **changed: bytes | None) -> Path:

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from phasegate.base.errors import UserError
+from phasegate.data_sets.prepare import merge_tasks, prepare, split_validation, stratified
+from phasegate.data_sets.raw import Raw
 from phasegate.records.prepared import FIT, TEST, Split, load_meta, load_splits
-from phasegate.sources.prepare import merge_tasks, prepare, split_validation, stratified
-from phasegate.sources.raw import Raw
 
 SIGNALLING = np.frombuffer(b"\1\0\0\0\0\0\xf0\x7f")  # a NaN that complains when it is converted
 TINY = np.random.default_rng(0).normal(0, 1e-40, (60, 2, 7))

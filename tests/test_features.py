@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import phasegate
+from phasegate.data_sets.prepare import prepare
 from phasegate.evaluation.evaluate import evaluate_phase
 from phasegate.model.classifier import ModelSpec
 from phasegate.model.references import ReferenceSpec, Spec
@@ -16,7 +17,6 @@ from phasegate.params.pretraining import Architecture, Training
 from phasegate.pretraining.pretrain import pretrain
 from phasegate.records.prepared import FIT, load_meta, load_splits
 from phasegate.records.trial_folder import SECONDS
-from phasegate.sources.prepare import prepare
 from phasegate.training.batches import augment, load_examples
 
 UNITS = 10.0 ** np.arange(-3, 4)  # of seven features

@@ -57,9 +57,9 @@ def test_a_certain_gain_pays_the_price_and_two_errors(change: float, price: floa
 @pytest.fixture
 def forks(prepared: Path, baselines: Path, schedule: Schedule) -> Make:
     """Makes forks of the baseline, in one layer of which an expert has been split."""
-    start, course = load_start(prepared, baselines / "seed-0", 0, override(schedule, {"max_experts": 9}, ""))
-    ExpertManager(start.model.layers[1], start.optimizer).split(1, torch.randn(16, generator=draws()), 0.1)
-    return functools.partial(Forks, start.model, start.optimizer, course)
+    model, optimizer, course = load_start(prepared, baselines / "seed-0", 0, override(schedule, {"max_experts": 9}, ""))
+    ExpertManager(model.layers[1], optimizer).split(1, torch.randn(16, generator=draws()), 0.1)
+    return functools.partial(Forks, model, optimizer, course)
 
 
 def nothing(manager: ExpertManager, draws: torch.Generator) -> None:

@@ -13,12 +13,12 @@ from torch import Tensor
 
 import phasegate
 from phasegate.base.errors import UserError
+from phasegate.data_sets.prepare import channel_moments, standardise
 from phasegate.model.classifier import Model, ModelSpec, Network
 from phasegate.model.references import Reference, ReferenceSpec
 from phasegate.model.routing_statistics import expert_signals
 from phasegate.params.fields import override
 from phasegate.records.prepared import Split, save
-from phasegate.sources.prepare import channel_moments, standardise
 from phasegate.surgery.operations import ExpertManager
 from phasegate.training import checkpoint
 from phasegate.training.batches import Examples

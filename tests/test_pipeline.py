@@ -26,7 +26,7 @@ def test_a_stage_depends_on_its_script_and_the_packages_that_the_script_imports(
     stage, script = STAGES[name], f"stages/{name}.py"
     assert re.match(rf"exec python -m stages\.{name}\b", stage["cmd"])
     code = [dep for dep in stage["deps"] if dep.startswith(("stages", "phasegate"))]
-    packages = {package_of(path) for path in closure([ROOT / script])} - {"", "base"}
+    packages = {package_of(path) for path in closure([ROOT / script])} - {"", "base", "trials"}
     read = {f"stages/{phase}.py" for phase in PHASES if name == "check"}  # for the names of their arms
     assert set(code) == {script, *read, *(f"phasegate/{package}" for package in packages)} and len(code) <= 12
 
@@ -36,11 +36,12 @@ def test_a_stage_depends_on_its_script_and_the_packages_that_the_script_imports(
     {
         "data/prepared/test.safetensors": "evaluate",
         "phasegate/base": "",
+        "phasegate/trials": "",
         "phasegate/evaluation": "evaluate",
         "phasegate/model": f"references q1 q2 p7a control p7b1 p7b2 p7b3 {SIGNALS} surgery in_a_row evaluate",
         "phasegate/report": "report",
         "phasegate/signals": SIGNALS,
-        "phasegate/sources": "prepare",
+        "phasegate/data_sets": "prepare",
         "phasegate/verdicts": "decide report headline",
     }.items(),
 )

@@ -13,10 +13,10 @@ import pytest
 from dvc.repo import Repo
 
 from phasegate.base.errors import UserError
+from phasegate.data_sets.prepare import load_source
+from phasegate.data_sets.raw import Raw
 from phasegate.params import load_params
 from phasegate.records.prepared import Split
-from phasegate.sources.prepare import load_source
-from phasegate.sources.raw import Raw
 from phasegate.tools.command import output
 from phasegate.tools.plan import changed
 from tests import chaos
@@ -80,7 +80,7 @@ def test_dvc_compares_phases_saved_as_experiments(checkout: Checkout) -> None:
     checkout.change({"p7b2": {"entropy_weight": 9.0}})
     assert "params.yaml changed since the last commit" in save("p7a", ok=False)
     checkout.command("git", "commit", "-qam", "other parameters, the same results")
-    assert "has tables of other parameters or code: p7b2 changed, which p7b2 uses" in save("p7a", ok=False)
+    assert "other parameters or code (p7b2, which p7b2 uses, changed): run `dvc repro`" in save("p7a", ok=False)
     assert "has tables of other parameters or code" in plan("--refuse-stale", ok=False)
     assert "\n  p7b2: p7b2\n" in plan()
     checkout.command("git", "revert", "--no-edit", "HEAD")
@@ -154,7 +154,7 @@ def test_permuting_the_test_labels_changes_nothing_but_the_evaluation(
         raw = load_source(name, path)
         return replace(raw, test=Split(raw.test.x, np.random.default_rng(0).permutation(raw.test.y)))
 
-    monkeypatch.setattr("phasegate.sources.prepare.load_source", permuted)
+    monkeypatch.setattr("phasegate.data_sets.prepare.load_source", permuted)
     (tmp_path / "plugins").symlink_to(ROOT / "plugins")
     (tmp_path / "data/raw").mkdir(parents=True)
     run_all(load_params(small_study / "params.yaml"), tmp_path, monkeypatch)

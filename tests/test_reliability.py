@@ -17,7 +17,7 @@ import yaml
 from phasegate.base import processes
 from phasegate.base.errors import Diverged, UserError
 from phasegate.records.trial_folder import FAILURE, SECONDS, Failure, read_failure, write_failure
-from phasegate.training.resume import SNAPSHOT
+from phasegate.training.killed_trials import SNAPSHOT
 from phasegate.trials import store
 from phasegate.trials.run import run_trials
 from phasegate.trials.trial import Trial

@@ -88,18 +88,18 @@ def test_every_signal_has_a_row_of_scores_blank_where_it_says_nothing(scores: pd
 def test_scores_come_from_the_signal_split_and_are_judged_on_the_gate_split(
     scores: pd.DataFrame, study: Path, prepared: Path, baselines: Path, schedule: Schedule
 ) -> None:
-    start, course = load_start(prepared, baselines / "seed-0", 0, schedule)
+    model, _, course = load_start(prepared, baselines / "seed-0", 0, schedule)
     measured, rows = survey(study), []
     for block in (0, 1):
         truth = measured[(measured["step"] == 0) & (measured["block"] == block)]
-        usage = PUBLISHED["usage_frequency"](Probe(start.model, block, course.signal), torch.Generator()).prune
+        usage = PUBLISHED["usage_frequency"](Probe(model, block, course.signal), torch.Generator()).prune
         assert usage is not None and len(set(usage.tolist())) == 5
         row = [
             correlation(list(zip(usage.tolist(), sign * truth[f"{change}_gate"], strict=True)))
             for change, sign in (("prune", 1), ("recovered", 1), ("grow", -1))
         ]
         for gone in (1, 2):
-            probe, sets = Probe(start.model, block, course.gate), combinations(range(5), gone)
+            probe, sets = Probe(model, block, course.gate), combinations(range(5), gone)
             losses = {some: float(losses_after_removal(probe, some).mean()) for some in sets}
             chosen = tuple(sorted(usage.argsort()[:gone].tolist()))
             row += [loss - min(losses.values()) for loss in (losses[chosen], sum(losses.values()) / len(losses))]

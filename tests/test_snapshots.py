@@ -25,10 +25,10 @@ from phasegate.surgery.continuation import Arm, run_arm
 from phasegate.surgery.controllers import HeadPolicy, LabelPolicy, PlannedPolicy
 from phasegate.surgery.surgeon import Treatment
 from phasegate.surgery.tasks import Tasks
-from phasegate.training import checkpoint, loop, resume
+from phasegate.training import checkpoint, killed_trials, loop
 from phasegate.training.batches import Examples
+from phasegate.training.killed_trials import SNAPSHOT, Snapshots
 from phasegate.training.loop import fit
-from phasegate.training.resume import SNAPSHOT, Snapshots
 from tests.small_study import content
 
 NOISE = RandomLabels(grow=0.4, prune=0.3, loss_weight=1.0, head_lr=0.02)
@@ -100,7 +100,9 @@ def runs(
         "trained_hyperplanes": partial(proceed, name="trained", arm=Arm(split), schedule=trained),
         "pretraining": partial(begin, spec=spec, keep_optimizer=True),
         "reference": partial(begin, spec=ReferenceSpec((1, 8), 4, (6,), None)),
-        "survey": partial(survey, prepared=prepared, start=start, seed=0, schedule=schedule, truth=truth),
+        "survey": partial(
+            survey, prepared=prepared, start=start, seed=0, schedule=schedule, truth=truth, steps=truth.last_survey
+        ),
     }
 
 
@@ -153,7 +155,7 @@ def test_the_seconds_before_a_snapshot_count(
     for step in (8, 30):
         monkeypatch.setattr(time, "perf_counter", iter(range(0, 100_000, 100)).__next__)
         kill(step, runs["continue"], tmp_path)
-        found.append(resume.seconds(tmp_path))
+        found.append(killed_trials.seconds(tmp_path))
     assert 0 < found[0] < found[1] and found[1] - found[0] >= 100
 
 

@@ -35,15 +35,15 @@ def make(prepared: Path, baselines: Path, schedule: Schedule) -> Make:
 
     def surgeon(grow: Grow = "split", prune: Prune = "remove", grown: bool = False, **changes: Any) -> Surgeon:
         made = override(schedule, {"max_experts": 12, **changes}, "p7b")
-        start, course = load_start(prepared, baselines / "seed-0", 0, made)
+        model, optimizer, course = load_start(prepared, baselines / "seed-0", 0, made)
         if grown:
             random = draws()
-            for moe in start.model.layers:
+            for moe in model.layers:
                 for expert in (0, 1, 1, 6):
-                    ExpertManager(moe, start.optimizer).split(expert, hyperplanes.random_direction(16, random), 0.1)
+                    ExpertManager(moe, optimizer).split(expert, hyperplanes.random_direction(16, random), 0.1)
                 for weight in (moe.w_in, moe.w_out):
                     weight.data += 0.2 * torch.randn(weight.shape, generator=random)
-        return Surgeon(start.model, start.optimizer, Treatment(PlannedPolicy(1), grow, prune), course)
+        return Surgeon(model, optimizer, Treatment(PlannedPolicy(1), grow, prune), course)
 
     return surgeon
 

@@ -35,8 +35,8 @@ def table(surveys: Path) -> pd.DataFrame:
 @pytest.fixture
 def forks(prepared: Path, baselines: Path, schedule: Schedule, truth: GroundTruth) -> Forks:
     """Forks of the checkpoint that is surveyed."""
-    start, course = load_start(prepared, baselines / "seed-0", 0, schedule)
-    return Forks(start.model, start.optimizer, course, truth.recovery_steps, truth.repeats)
+    model, optimizer, course = load_start(prepared, baselines / "seed-0", 0, schedule)
+    return Forks(model, optimizer, course, truth.recovery_steps, truth.repeats)
 
 
 def test_every_expert_has_a_row_in_every_survey(table: pd.DataFrame) -> None:

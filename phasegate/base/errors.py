@@ -21,12 +21,17 @@ class Diverged(FloatingPointError):
 
 @contextmanager
 def report_user_errors(program: str) -> Iterator[None]:
-    """End the program with one sentence and exit code 2 on a `UserError`; bugs keep their traceback."""
+    """End the program with one sentence and exit code 2 on a `UserError` or an OSError; bugs keep their traceback."""
     try:
         yield
     except UserError as error:
-        print(f"{program}: {error}", file=sys.stderr)
-        sys.exit(2)
+        sentence = str(error)
+    except OSError as error:  # a full disk, a file that vanished, no permission
+        sentence = f"{error.filename or 'a file'}: {error.strerror or error}"
+    else:
+        return
+    print(f"{program}: {sentence}", file=sys.stderr)
+    sys.exit(2)
 
 
 def one_line(error: BaseException, at_most: int = 200) -> str:

@@ -7,7 +7,7 @@ DATA_SETS = {
     "cifar100": "CIFAR-100",
     "npz": "your own data",
 }
-"""The data sets, with the names that people read; `sources/<name>.py` loads each."""
+"""The data sets, with the names that people read; `data_sets/<name>.py` loads each."""
 START = "p7a"
 """The phase whose checkpoints all later phases start from."""
 BASELINE, CONTROL = "baseline", "continue"

@@ -15,9 +15,9 @@ from phasegate.training import checkpoint, loop
 from phasegate.training.batches import Batches, load_examples
 from phasegate.training.curves import Curve
 from phasegate.training.device import device
+from phasegate.training.killed_trials import Snapshots
 from phasegate.training.losses import plain_objective
 from phasegate.training.randomness import derived_seed
-from phasegate.training.resume import Snapshots
 from phasegate.trials.trial import Trial
 
 CURVE_POINTS = 20

@@ -30,7 +30,7 @@ def regret(tables: Tables, params: Params) -> Figure:
     figure, panels = _draw_panels(summary, [f"regret_{gone}" for gone in GONE], chance, confidence)
     for axes, gone in zip(panels, GONE, strict=True):
         axes.set_xlim(left=min(0, axes.get_xlim()[0]))
-        axes.set_xlabel(f"regret when {gone} expert{'s go' if gone > 1 else ' goes'}, nats\n(dashed: chance)")
+        axes.set_xlabel(f"regret when {gone} expert{'s are' if gone > 1 else ' is'} removed, nats\n(dashed: chance)")
     for y, row in enumerate(rows_of(summary)):
         drawing.note(panels[-1], y, f"{number(row.seconds, 3 if row.seconds < 1 else 0)} s", 1.02, 8)
     panels[-1].annotate("cost", (1.02, 1.01), xycoords="axes fraction", va="bottom", size=8)

@@ -47,8 +47,8 @@ def surgery(tables: Tables, params: Params) -> Figure:
     third.locator_params(axis="x", integer=True)
     fourth.axvline(-params.decisions.margin_pp, color=drawing.BLACK, linewidth=1, linestyle="--")
     blank = [""] * len(rows)
-    name_rows(first, [_name(row, summary) for row in rows], "output change at once\n(relative)")
-    name_rows(second, blank, "gate accuracy lost\nat once, pp")
+    name_rows(first, [_name(row, summary) for row in rows], "immediate output\nchange (relative)")
+    name_rows(second, blank, "immediate loss of\ngate accuracy, pp")
     name_rows(third, blank, "steps until it is back\n(median; right: share that is)")
     name_rows(fourth, blank, f"final test accuracy minus\n{CONTROL}, pp (dashed: margin)")
     for axes in (second, fourth):

@@ -59,8 +59,8 @@ def score_signals(
     folder: Path, prepared: Path, start: Path, survey: Path, head: Path, seed: int, schedule: Schedule, plugins: Plugins
 ) -> None:
     """Score all signals on one seed and write `folder/signals.csv`: a row per signal, a mean over the layers."""
-    begin, course = load_start(prepared, start, seed, schedule)
-    model, predictor = begin.model, load_head(head, course.gate.x.device)
+    model, _, course = load_start(prepared, start, seed, schedule)
+    predictor = load_head(head, course.gate.x.device)
     surveyed = read_table(survey / SURVEY, SURVEY_COLUMNS)
     signals = PUBLISHED | {plugin.name: plugin_signal(plugin) for plugin in plugins}
     rows = []

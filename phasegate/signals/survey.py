@@ -24,7 +24,7 @@ from phasegate.surgery.probe import Probe
 from phasegate.surgery.surgeon import Surgeon, Treatment
 from phasegate.training import loop, losses, randomness
 from phasegate.training.course import load_start, start_files
-from phasegate.training.resume import Snapshots
+from phasegate.training.killed_trials import Snapshots
 from phasegate.trials.trial import Trial
 
 EXPLORE = RandomLabels(grow=0.3, prune=0.2, loss_weight=0, head_lr=1)  # the surgery that continues between surveys
@@ -44,6 +44,7 @@ def surveys(prepared: Path, baselines: Path, seeds: int, schedule: Schedule, tru
     for seed in range(seeds):
         start = baselines / f"seed-{seed}"
         arguments = {"prepared": prepared, "start": start, "seed": seed, "schedule": schedule, "truth": truth}
+        arguments["steps"] = truth.last_survey
         files = start_files(prepared, start)
         trials.append(Trial("survey", "", seed, survey, arguments, files, (prepared / META,)))
     return trials
@@ -59,14 +60,15 @@ class _Rows(list[Row]):
         self[:] = state["rows"]
 
 
-def survey(folder: Path, *, prepared: Path, start: Path, seed: int, schedule: Schedule, truth: GroundTruth) -> None:
-    """Survey one seed, and write `folder/survey.csv`: a row per survey and expert, in `SURVEY_COLUMNS`.
+def survey(
+    folder: Path, *, prepared: Path, start: Path, seed: int, schedule: Schedule, truth: GroundTruth, steps: int
+) -> None:
+    """Survey one seed for `steps` steps: write `folder/survey.csv`, a row per survey and expert, in `SURVEY_COLUMNS`.
 
     Features come from the gate split and labels from the signal split: no label shares its examples with what is to
     predict it.
     """
-    begin, course = load_start(prepared, start, seed, schedule)
-    model, optimizer = begin.model, begin.optimizer
+    model, optimizer, course = load_start(prepared, start, seed, schedule)
     surgeon, rows = Surgeon(model, optimizer, Treatment(LabelPolicy(EXPLORE)), course), _Rows()
     snapshots = Snapshots(folder, model, optimizer, {"surgeon": surgeon, "rows": rows})
 
@@ -80,7 +82,7 @@ def survey(folder: Path, *, prepared: Path, start: Path, seed: int, schedule: Sc
 
     objective = losses.plain_objective(model, course.training.label_smoothing)
     done = snapshots.begin(lambda: rows.extend(_survey(surgeon, 0, truth)))
-    loop.fit(model, optimizer, course.batches, objective, course.rates[: truth.last_survey], after_step, done)
+    loop.fit(model, optimizer, course.batches, objective, course.rates[:steps], after_step, done)
     table = pd.DataFrame([{"seed": seed, **row} for row in rows], columns=SURVEY_COLUMNS)
     write_table(folder / SURVEY, table, digits=None)
 

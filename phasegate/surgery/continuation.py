@@ -29,7 +29,7 @@ from phasegate.surgery.tasks import Tasks, add_tasks, further_losses
 from phasegate.training import checkpoint, loop, losses, randomness
 from phasegate.training.course import Course, load_start, start_files
 from phasegate.training.curves import Curve
-from phasegate.training.resume import Snapshots, Stateful
+from phasegate.training.killed_trials import Snapshots, Stateful
 from phasegate.trials.run import run_trials
 from phasegate.trials.trial import Trial
 
@@ -47,7 +47,7 @@ class Arm:
 def run_phase(phase: str, arms: Mapping[str, Arm], params: Params) -> None:
     """Run the arms that `params.yaml` lists for a phase, with every seed, and fill `models/<phase>`."""
     names = params.arms()[phase]
-    if unknown := [name for name in names if name not in arms]:
+    if unknown := [name for name in names if name not in arms]:  # of a stage that runs without the first
         raise UserError(f"decisions.phases.{phase}.arms has {unknown[0]!r}: {suggestion(unknown[0], arms)}")
     listed = {name: arms[name] for name in names}
     run_trials(continuations(PREPARED, BASELINES, phase, listed, params.seeds, params.p7b), MODELS / phase)
@@ -72,8 +72,7 @@ def run_arm(
     folder: Path, *, prepared: Path, start: Path, phase: str, name: str, arm: Arm, seed: int, schedule: Schedule
 ) -> None:
     """Run one trial and leave a checkpoint, the learning curve, the loads and the log of surgeries in `folder`."""
-    begin, course = load_start(prepared, start, seed, schedule)
-    model, optimizer = begin.model, begin.optimizer
+    model, optimizer, course = load_start(prepared, start, seed, schedule)
     training, n_routed = course.training, model.n_routed
     record = checkpoint.Record(phase=phase, arm=name, seed=seed, training=training, n_routed_start=n_routed)
     curve = Curve(model, course.gate)

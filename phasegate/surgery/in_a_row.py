@@ -5,11 +5,11 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from phasegate.model.classifier import Model
 from phasegate.surgery.hyperplanes import cut
 from phasegate.surgery.operations import ExpertManager
 from phasegate.surgery.probe import Probe
-from phasegate.training import batches, checkpoint, randomness
+from phasegate.training import batches, randomness
+from phasegate.training.course import load_baseline
 from phasegate.training.device import device
 from phasegate.training.predictions import PROBE, correct, predict
 
@@ -23,8 +23,7 @@ def in_a_row(prepared: Path, start: Path, seed: int, operation: str, count: int)
     """
     torch.set_num_threads(1)  # the same bits on any machine
     _, signal, gate = batches.load_examples(prepared, device())
-    model = checkpoint.load(start, gate, gate.x.device).model
-    assert isinstance(model, Model), "not a 7a checkpoint"
+    model = load_baseline(start, gate)[0]
     moe, draws = model.layers[0], randomness.generator(seed, "in a row")
     manager, before = ExpertManager(moe), predict(model, signal.x[:PROBE])[0].logits[0]
     rows = []

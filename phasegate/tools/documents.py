@@ -10,7 +10,7 @@ from pathlib import Path
 import networkx as nx
 import pandas as pd
 
-from phasegate.base.errors import report_user_errors
+from phasegate.base.errors import UserError, report_user_errors
 from phasegate.base.files import read_json, write_atomic
 from phasegate.base.paths import REPORTS, TABLES
 from phasegate.params import Params, load_params
@@ -21,6 +21,7 @@ from phasegate.tools.command import output
 from phasegate.verdicts import attribution, signal_summary, surgery_summary, wording
 
 DOCUMENTS = ("README.md", "docs/study.md", "docs/architecture.md")
+SPEED = ("case", "threads", "ours", "limit's time / ours", "best peer's time / ours")
 NEEDED = ("decisions", "attribution", "surgery_summary", "signal_summary", "surgeries", "failures")
 Tables = Mapping[str, pd.DataFrame]
 """The tables of a study, by name; or the decisions of several studies, by data set."""
@@ -114,20 +115,16 @@ def speed(bench: pd.DataFrame) -> list[str]:
         limit, peer = wording.number(row.ratio_to_limit), wording.number(row.ratio_to_best_peer)
         peer += f" ({row.best_peer})" if peer else ""
         values = (row.case, str(row.threads), ours, limit, peer)
-        rows.append(
-            dict(
-                zip(("case", "threads", "ours", "limit's time / ours", "best peer's time / ours"), values, strict=True)
-            )
-        )
+        rows.append(dict(zip(SPEED, values, strict=True)))
     return wording.markdown_table(rows)
 
 
 def refreshed(text: str, blocks: Mapping[str, str]) -> str:
-    """Write the blocks of a document anew; raise ValueError if one is unknown, or does not begin and end once."""
+    """Write the blocks of a document anew; raise UserError if one is unknown, or does not begin and end once."""
     for name in re.findall(r"^<!-- (\w+) -->$", text, re.MULTILINE):
         parts = re.split(rf"^(<!-- /?{name} -->\n)", text, flags=re.MULTILINE)
         if len(parts) != 5 or name not in blocks:
-            raise ValueError(f"the block {name} must be one of {', '.join(blocks)}, and begin and end once")
+            raise UserError(f"the block {name} must be one of {', '.join(blocks)}, and begin and end once")
         text = "".join([*parts[:2], "\n", blocks[name], "\n\n", *parts[3:]])
     return text
 

@@ -27,7 +27,8 @@ def refuse_stale() -> None:
     for stage, names in stale("--with-deps", "decide").items():
         found = [name for name in names if not name.startswith(("models/", "data/"))]  # an experiment's may lie there
         if found and stage != "check":  # which reads the headline's parameters, too
-            raise UserError(f"reports/ has tables of other parameters or code: {found[0]} changed, which {stage} uses")
+            changed_input = f"{found[0]}, which {stage} uses, changed"
+            raise UserError(f"reports/ has tables of other parameters or code ({changed_input}): run `dvc repro`")
 
 
 if __name__ == "__main__":

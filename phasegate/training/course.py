@@ -6,6 +6,7 @@ from pathlib import Path
 
 from torch.optim import AdamW
 
+from phasegate.base.errors import UserError
 from phasegate.model.classifier import Model
 from phasegate.params.phases import Schedule
 from phasegate.params.pretraining import Training
@@ -43,22 +44,21 @@ class Course:
         return Batches(self.train, self.training.batch, derived_seed(self.seed, "7b"), self.training)
 
 
-@dataclass(frozen=True, eq=False)
-class Start:
-    """Hold a verified 7a checkpoint: a mixture of experts with its optimizer."""
-
-    model: Model
-    optimizer: AdamW
-
-
 def start_files(prepared: Path, baseline: Path) -> tuple[Path, ...]:
     """Return the files that `load_start` reads and whose content decides a result."""
     return prepared / FIT, baseline / checkpoint.WEIGHTS, baseline / checkpoint.RECORD
 
 
-def load_start(prepared: Path, baseline: Path, seed: int, schedule: Schedule) -> tuple[Start, Course]:
-    """Load a 7a checkpoint and the course that begins at it, or raise `UserError` if the checkpoint is damaged."""
+def load_start(prepared: Path, baseline: Path, seed: int, schedule: Schedule) -> tuple[Model, AdamW, Course]:
+    """Load a 7a checkpoint with its optimizer, and the course that begins at it; `UserError` if it is damaged."""
     train, signal, gate = load_examples(prepared, device())
-    loaded = checkpoint.load(baseline, gate, train.x.device)
-    assert isinstance(loaded.model, Model) and loaded.optimizer is not None, "not a 7a checkpoint"
-    return Start(loaded.model, loaded.optimizer), Course(train, signal, gate, loaded.record.training, schedule, seed)
+    model, optimizer, training = load_baseline(baseline, gate)
+    return model, optimizer, Course(train, signal, gate, training, schedule, seed)
+
+
+def load_baseline(folder: Path, gate: Examples) -> tuple[Model, AdamW, Training]:
+    """Load a 7a checkpoint with its optimizer and configuration; `UserError` if it is damaged or another model's."""
+    loaded = checkpoint.load(folder, gate, gate.x.device)
+    if not isinstance(loaded.model, Model) or loaded.optimizer is None:
+        raise UserError(f"{folder} holds no checkpoint of 7a: `dvc repro p7a` makes it again")
+    return loaded.model, loaded.optimizer, loaded.record.training

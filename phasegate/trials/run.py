@@ -22,7 +22,7 @@ from tqdm import tqdm
 from phasegate.base import processes, settings
 from phasegate.base.errors import Diverged, UserError
 from phasegate.records.trial_folder import SECONDS, Failure, read_failure, write_failure
-from phasegate.training import resume
+from phasegate.training import killed_trials
 from phasegate.training.device import device
 from phasegate.trials import store
 from phasegate.trials.trial import Trial
@@ -115,15 +115,15 @@ def _run(trial: Trial, folder: Path) -> Result:
     torch.set_num_threads(1)
     folder.mkdir(parents=True, exist_ok=True)
     for path in folder.iterdir():
-        if path.name != resume.SNAPSHOT:
+        if path.name != killed_trials.SNAPSHOT:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    start = time.perf_counter() - resume.seconds(folder)
+    start = time.perf_counter() - killed_trials.seconds(folder)
     try:
         trial.run(folder, **trial.arguments)
     except Diverged as error:
         write_failure(folder, Failure(trial.phase, trial.arm, trial.seed, error.step, error.what))
     (folder / SECONDS).write_text(f"{time.perf_counter() - start:.3f}\n")
-    files = (path for path in folder.rglob("*") if path.is_file() and path.name != resume.SNAPSHOT)
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != killed_trials.SNAPSHOT)
     return trial.name, {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 

@@ -7,8 +7,8 @@ import numpy as np
 
 from phasegate.base.errors import UserError
 from phasegate.base.files import sha256
+from phasegate.data_sets.raw import Raw
 from phasegate.records.prepared import Split
-from phasegate.sources.raw import Raw
 
 SHA256 = {  # of the float32 bytes, labels too; the validation arrays are ours, the others as published
     "x": "d53506bddd12d3b72c7153b1ae7f34807724b1dd078a7273809bf9d0792319f6",

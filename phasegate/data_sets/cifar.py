@@ -10,8 +10,8 @@ import numpy as np
 
 from phasegate.base.errors import UserError
 from phasegate.base.files import read_bounded
+from phasegate.data_sets.raw import Raw
 from phasegate.records.prepared import Array, Split
-from phasegate.sources.raw import Raw
 
 IMAGE = (3, 32, 32)
 MAX_TEXT = 65_536  # bytes in a file of label names, a generous bound

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from phasegate.base.errors import UserError
+from phasegate.data_sets.raw import Raw
 from phasegate.records.prepared import Array, Split, save
-from phasegate.sources.raw import Raw
 
 
 def prepare(
@@ -35,12 +35,12 @@ def prepare(
 
 
 def load_source(name: str, path: Path) -> Raw:
-    """Load a data set by `sources/<name>.py`, from the user's own file or a folder that keeps downloads."""
+    """Load a data set by `data_sets/<name>.py`, from the user's own file or a folder that keeps downloads."""
     try:
         if not (path.is_file() or path.is_dir()):
             state = "is neither a file nor a folder" if path.exists() else "does not exist"
             raise UserError(f"data path is {str(path)!r}, which {state}")
-        return import_module(f"phasegate.sources.{name}").load(path)  # type: ignore[no-any-return]
+        return import_module(f"phasegate.data_sets.{name}").load(path)  # type: ignore[no-any-return]
     except OSError as error:
         raise UserError(f"data path is {str(path)!r}, which can't be used ({error.strerror or error})") from error
 

@@ -1,4 +1,4 @@
-"""Take snapshots of a training: a killed trial resumes from its last one, and a diverged trial returns to it.
+"""Leave snapshots for killed trials: a killed trial resumes from its last one, and a diverged trial returns to it.
 
 A snapshot holds the model, its optimizer, and the state of everything else that changes from step to step. Random
 numbers are drawn by step (`randomness`), so a resumed trial gives the bits of an undisturbed one.

@@ -16,9 +16,9 @@ import pytest
 
 from phasegate.base.errors import UserError
 from phasegate.base.files import sha256
-from phasegate.sources import fashion_mnist, mnist1d
-from phasegate.sources.cifar import CIFAR10, CIFAR100, CifarFormat, load_cifar
-from phasegate.sources.prepare import split_validation
+from phasegate.data_sets import fashion_mnist, mnist1d
+from phasegate.data_sets.cifar import CIFAR10, CIFAR100, CifarFormat, load_cifar
+from phasegate.data_sets.prepare import split_validation
 
 SMALL = CifarFormat("cifar", {"train.bin": 8}, {"test.bin": 4}, {"coarse.txt": 2, "fine.txt": 4})
 

@@ -2,6 +2,6 @@
 
 from functools import partial
 
-from phasegate.sources.cifar import CIFAR10, load_cifar
+from phasegate.data_sets.cifar import CIFAR10, load_cifar
 
 load = partial(load_cifar, form=CIFAR10)

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.lib import format as npy
 
 from phasegate.base.errors import UserError
+from phasegate.data_sets.raw import Raw
 from phasegate.records.prepared import LARGEST, Array, Split
-from phasegate.sources.raw import Raw
 
 KEYS = ("x_train", "y_train", "x_test", "y_test")
 

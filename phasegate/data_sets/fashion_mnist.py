@@ -11,8 +11,8 @@ import pooch
 
 from phasegate.base.errors import UserError
 from phasegate.base.files import refuse_special, sha256
+from phasegate.data_sets.raw import Raw
 from phasegate.records.prepared import Array, Split
-from phasegate.sources.raw import Raw
 
 URL = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
 RETRIES = 3  # of a download that fails
