@@ -10,7 +10,7 @@ from pathlib import Path
 import networkx as nx
 import pandas as pd
 
-from phasegate.base.errors import report_user_errors
+from phasegate.base.errors import UserError, report_user_errors
 from phasegate.base.files import read_json, write_atomic
 from phasegate.base.paths import REPORTS, TABLES
 from phasegate.params import Params, load_params
@@ -120,11 +120,11 @@ def speed(bench: pd.DataFrame) -> list[str]:
 
 
 def refreshed(text: str, blocks: Mapping[str, str]) -> str:
-    """Write the blocks of a document anew; raise ValueError if one is unknown, or does not begin and end once."""
+    """Write the blocks of a document anew; raise UserError if one is unknown, or does not begin and end once."""
     for name in re.findall(r"^<!-- (\w+) -->$", text, re.MULTILINE):
         parts = re.split(rf"^(<!-- /?{name} -->\n)", text, flags=re.MULTILINE)
         if len(parts) != 5 or name not in blocks:
-            raise ValueError(f"the block {name} must be one of {', '.join(blocks)}, and begin and end once")
+            raise UserError(f"the block {name} must be one of {', '.join(blocks)}, and begin and end once")
         text = "".join([*parts[:2], "\n", blocks[name], "\n\n", *parts[3:]])
     return text
 
