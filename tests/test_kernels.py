@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -134,12 +135,18 @@ def test_a_prediction_is_the_same_bits_in_any_batch(name: str, model: Network) -
         assert torch.equal(torch.cat([model(row[None]).logits[0] for row in x[:100]]), whole[:100])
 
 
-def test_a_convolution_is_torchs() -> None:
+def test_a_convolution_and_its_slopes_are_torchs() -> None:
     for name, model in networks():
         if "33" not in name:
-            x = torch.randn(5, *model.spec.input_shape)
-            one, other = model.eval()(x).logits[0], copy.deepcopy(model).double()(x.double()).logits[0]
-            torch.testing.assert_close(one, other, check_dtype=False, rtol=1e-4, atol=1e-4)
+            x, y = torch.randn(5, *model.spec.input_shape, requires_grad=True), torch.randint(10, (5,))
+            found = []
+            for network, inputs in ((model.eval(), x), (copy.deepcopy(model).double(), x.double())):
+                logits = network(inputs).logits[0]
+                convolutions = [layer for layer in network.modules() if isinstance(layer, nn.Conv1d | nn.Conv2d)]
+                weights = [weight for conv in convolutions for weight in conv.parameters()]
+                found.append([logits, *torch.autograd.grad(F.cross_entropy(logits, y), [inputs, *weights])])
+            for one, other in zip(*found, strict=True):
+                torch.testing.assert_close(one, other, check_dtype=False, rtol=1e-4, atol=1e-4)
 
 
 def test_thirty_splits_in_a_row_change_no_bit() -> None:
