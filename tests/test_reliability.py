@@ -345,7 +345,8 @@ def test_what_the_machine_refuses_is_said_in_a_line_and_bugs_keep_their_tracebac
 
 
 def test_a_full_disk_stops_the_stage_in_one_line_and_what_was_finished_stays(small_disk: Path) -> None:
-    script = STAGE.replace('harm="slow", at=1', "seeds=6")  # each trial leaves three files of a page, of 16 there are
+    script = STAGE.replace('harm="slow", at=1', "seeds=6")  # each trial leaves four files of a page, of 20 there are
+    subprocess.run(["mount", "-o", "remount,size=80k", str(small_disk)], check=True)
     done = run_code(script, small_disk, PHASEGATE_WORKERS="1")
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1 and "No space left on device" in done.stderr, done.stderr
