@@ -31,7 +31,7 @@ torch.set_num_threads(1)
 settings.register_profile("phasegate", deadline=None)  # a test may wait for a busy core
 settings.load_profile("phasegate")
 
-FIRST = ["test_pipeline.py", "test_cifar.py", "test_recipes.py"]
+FIRST = ["test_pipeline.py", "test_used.py", "test_recipes.py", "test_reliability.py", "test_cifar.py"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

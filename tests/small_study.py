@@ -12,6 +12,7 @@ import pandas as pd
 import yaml
 
 from phasegate.base.files import sha256
+from phasegate.model.kernels.compiled import PLACE
 from phasegate.training.killed_trials import SNAPSHOT
 
 REPLACED = ("candidates", "arms", "mnist1d")
@@ -29,6 +30,7 @@ class Checkout:
         self.folder = folder
         self.environment = os.environ | {
             "PATH": PATH,
+            "NUMBA_CACHE_DIR": str(PLACE),  # else each copy would compile the kernels
             "GIT_CONFIG_GLOBAL": os.devnull,  # whoever runs the tests may sign commits
             "SHELL": "/bin/sh",  # with which dvc starts stages; dash stays between the two, unless told otherwise
             "PHASEGATE_WORKERS": "1",
