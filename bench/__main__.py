@@ -5,6 +5,9 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 
+import phasegate  # noqa: F401, before numpy and torch
+
+# isort: split
 import pandas as pd
 import torch
 
