@@ -27,6 +27,8 @@ from tests.small_study import Checkout
 from tests.tiny_data import TRAINING, write_tiny_data
 
 assert not phasegate.UNPINNED, phasegate.UNPINNED
+for name in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS"):
+    os.environ.pop(name, None)  # `make test` sets them, and a make below it would tell which folder it enters
 torch.set_num_threads(1)
 settings.register_profile("phasegate", deadline=None)  # a test may wait for a busy core
 settings.load_profile("phasegate")

@@ -11,12 +11,11 @@ import json
 import sys
 from typing import Any
 
-from phasegate.base.errors import UserError
-from phasegate.params import Params
+from phasegate.base.errors import UserError, report_user_errors
+from phasegate.params import Params, load_params
 from phasegate.params.fields import parse
 from phasegate.params.names import PRIMARY, START
 from phasegate.params.phases import Headline
-from phasegate.stage import run
 from phasegate.tools.command import output
 from phasegate.tools.plan import refuse_stale
 
@@ -59,4 +58,5 @@ def summary(metrics: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    run(main)
+    with report_user_errors("experiments"):
+        main(load_params())
