@@ -1,6 +1,5 @@
 """What README and docs say can be followed: links lead somewhere, commands exist, examples run."""
 
-import os
 import re
 import shlex
 import shutil
