@@ -10,7 +10,7 @@ from phasegate.trials.run import run_trials
 
 def main(params: Params) -> None:
     """Fill `models/control`. The control belongs to phase 7a, as its second arm."""
-    trials = continuations(PREPARED, BASELINES, START, {CONTROL: Arm()}, params.seeds, params.p7b)
+    trials = continuations(PREPARED, BASELINES, START, {CONTROL: Arm()}, params.seeds.all, params.p7b)
     run_trials(trials, MODELS / "control")
 
 

@@ -9,7 +9,7 @@ from phasegate.trials.run import run_trials
 
 def main(params: Params) -> None:
     """Write `models/heads/seed-*/head.safetensors`."""
-    run_trials(heads(SURVEYS, params.seeds), HEADS)
+    run_trials(heads(SURVEYS, params.seeds.all), HEADS)
 
 
 if __name__ == "__main__":

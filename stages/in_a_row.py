@@ -12,7 +12,7 @@ from phasegate.surgery.in_a_row import in_a_row
 
 def main(params: Params) -> None:
     """Write `models/in_a_row.csv`, of every 7a checkpoint whose training did not fail."""
-    starts = {BASELINES / f"seed-{seed}": seed for seed in range(params.seeds)}
+    starts = {BASELINES / f"seed-{seed}": seed for seed in params.seeds.all}
     rows = [
         in_a_row(PREPARED, start, starts[start], operation, params.surgery.in_a_row)
         for operation in ("split", "clone")

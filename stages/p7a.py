@@ -19,8 +19,7 @@ def main(params: Params) -> None:
     architecture = load_section(best, "model", Architecture)
     spec = ModelSpec(architecture, meta.input_shape, (meta.classes,))
     trials = [
-        pretraining(PREPARED, "p7a", "baseline", seed, spec, training, keep_optimizer=True)
-        for seed in range(params.seeds)
+        pretraining(PREPARED, "p7a", "baseline", seed, spec, training, keep_optimizer=True) for seed in params.seeds.all
     ]
     run_trials(trials, MODELS / "p7a")
 

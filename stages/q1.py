@@ -19,7 +19,7 @@ def main(params: Params) -> None:
     trainings = variants(params.training, params.q1, "q1.candidates")
     candidates = {name: (spec, training) for name, training in trainings.items()}
     folder = MODELS / "q1"
-    best = winner(run_search("q1", candidates, params.q1.candidates, params.q1.seeds, PREPARED, folder))
+    best = winner(run_search("q1", candidates, params.q1.candidates, params.q1.seeds.all, PREPARED, folder))
     content = {"candidate": best, "training": trainings[best].model_dump()}
     write_atomic(folder.with_suffix(".yaml"), yaml.safe_dump(content, sort_keys=False))
 

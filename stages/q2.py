@@ -24,7 +24,7 @@ def main(params: Params) -> None:
         for name, architecture in architectures.items()
     }
     folder = MODELS / "q2"
-    results = run_search("q2", candidates, params.q2.candidates, params.q2.seeds, PREPARED, folder)
+    results = run_search("q2", candidates, params.q2.candidates, params.q2.seeds.all, PREPARED, folder)
     eligible = {name for name, architecture in architectures.items() if architecture.n_routed == params.p7a.n_routed}
     best = winner(results[results["candidate"].isin(eligible)])
     content = {

@@ -15,7 +15,7 @@ def main(params: Params) -> None:
         name: (ReferenceSpec(meta.input_shape, meta.classes, model.hidden, model.channels), model.training())
         for name, model in params.references_of(meta.name).items()
     }
-    run_search("references", candidates, {}, params.seeds, PREPARED, MODELS / "references")
+    run_search("references", candidates, {}, params.seeds.all, PREPARED, MODELS / "references")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from phasegate.trials.run import run_trials
 def main(params: Params) -> None:
     """Write `models/signals.csv`, of all seeds whose trials did not fail."""
     folder = MODELS / "signals"
-    trials = scorings(PREPARED, BASELINES, SURVEYS, HEADS, params.seeds, params.p7b, plugin_signals(params))
+    trials = scorings(PREPARED, BASELINES, SURVEYS, HEADS, params.seeds.all, params.p7b, plugin_signals(params))
     run_trials(trials, folder)
     table = pd.concat([read_table(scored / SCORES) for scored in finished(folder / trial.name for trial in trials)])
     write_table(MODELS / "signals.csv", table)

@@ -9,7 +9,7 @@ from phasegate.trials.run import run_trials
 
 def main(params: Params) -> None:
     """Survey every seed."""
-    trials = surveys(PREPARED, BASELINES, params.seeds, params.p7b, params.p7b4)
+    trials = surveys(PREPARED, BASELINES, params.seeds.all, params.p7b, params.p7b4)
     run_trials(trials, SURVEYS)
 
 

@@ -17,12 +17,12 @@ from tests.test_data_sets import cifar_archive
 
 TRAINED = {"steps": 20, "batch": 64, "lr": 0.01, "weight_decay": 0.0}
 BRIEF = {  # the small profile, and a little less
-    "seeds": 2,
+    "seeds": {"count": 2},
     "data": {"validation": 1000},
     "training": {"steps": 40, "warmup": 5},
     "references": {"default": {"logistic": TRAINED | {"hidden": []}, "mlp": TRAINED | {"hidden": [16]}}},
-    "q1": {"seeds": 1, "candidates": {}},
-    "q2": {"seeds": 1, "candidates": {}},
+    "q1": {"seeds": {"count": 1}, "candidates": {}},
+    "q2": {"seeds": {"count": 1}, "candidates": {}},
 }
 NOISE = 40  # standard deviation of an example's patches about those of its class, which has 74
 

@@ -109,15 +109,15 @@ def test_a_cluster_that_loses_a_node_gives_the_bits_of_one_machine(
 def test_every_kind_of_trial_finds_all_that_it_reads(
     cluster: Any, checkout: Path, spec: ModelSpec, training: Training, schedule: Schedule, truth: GroundTruth
 ) -> None:
-    models, seeds = Path("models"), 2
+    models, seeds = Path("models"), range(2)
     starts, surveyed, learnt = models / "baseline", models / "survey", models / "heads"
-    run_trials([pretraining(PREPARED, "p7a", "baseline", s, spec, training, True) for s in range(seeds)], models)
+    run_trials([pretraining(PREPARED, "p7a", "baseline", s, spec, training, True) for s in seeds], models)
     run_trials(surveys(PREPARED, starts, seeds, schedule, truth), surveyed)
     run_trials(heads(surveyed, seeds), learnt)
     run_trials(scorings(PREPARED, starts, surveyed, learnt, seeds, schedule), models / "signals")
     arms = {"head": Arm(Treatment(PredictedPolicy(learnt, truth.price)))}
     run_trials(continuations(PREPARED, starts, "p7b4", arms, seeds, schedule), models / "p7b4")
-    assert len(list(models.glob("p7b4/head/*/weights.safetensors"))) == seeds
+    assert len(list(models.glob("p7b4/head/*/weights.safetensors"))) == len(seeds)
 
 
 def test_what_goes_wrong_on_a_cluster_is_said_in_a_sentence(

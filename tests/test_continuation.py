@@ -16,7 +16,7 @@ from phasegate.base.errors import UserError
 from phasegate.evaluation.split_halves import split_halves
 from phasegate.model.classifier import Model
 from phasegate.params import load_params
-from phasegate.params.fields import override
+from phasegate.params.fields import Seeds, override
 from phasegate.params.phases import GroundTruth, Schedule, SurgeryStudy
 from phasegate.signals import forks, ground_truth, predictor
 from phasegate.surgery import continuation, hyperplanes, tasks
@@ -64,7 +64,11 @@ def trials(prepared: Path, baselines: Path, heads: Path, schedule: Schedule, tru
                 for name, value in {"PREPARED": prepared, "BASELINES": baselines, "HEADS": heads}.items():
                     patch.setattr(module, name, value, raising=False)
                 patch.setattr(module, "run_trials", lambda trials, output: found.extend(trials), raising=False)
-            stage.main(PARAMS.model_copy(update={"seeds": 1, "p7b": room, "p7b4": truth, "surgery": study}))
+            stage.main(
+                PARAMS.model_copy(
+                    update={"seeds": Seeds(first=0, count=1), "p7b": room, "p7b4": truth, "surgery": study}
+                )
+            )
     return {f"{trial.phase}/{trial.arm}": trial for trial in found}
 
 

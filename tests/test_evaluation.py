@@ -154,7 +154,7 @@ def test_halves_of_splits_arrive(baselines: Path, prepared: Path, schedule: Sche
     short = override(schedule, {"steps": 12, "settle": 4}, "")
     arm, treatment, plan = continuation.Arm, surgeon.Treatment, controllers.PlannedPolicy
     arms = {"none": arm(), "split": arm(treatment(plan(2))), "reinit": arm(treatment(plan(1), grow="reinit"))}
-    for trial in continuation.continuations(prepared, baselines, "surgery", arms, 1, short):
+    for trial in continuation.continuations(prepared, baselines, "surgery", arms, range(1), short):
         (folder := tmp_path / "models" / trial.name).mkdir(parents=True)
         trial.run(folder, **trial.arguments)
     evaluate_phase(tmp_path / "models", prepared, tmp_path / "out")

@@ -15,6 +15,7 @@ from phasegate.base.errors import UserError
 from phasegate.base.paths import EVALUATED, MODELS, PREPARED, REPORTS, TABLES
 from phasegate.model.classifier import ModelSpec
 from phasegate.params import names
+from phasegate.params.fields import Seeds
 from phasegate.params.pretraining import Training
 from phasegate.pretraining import search
 from phasegate.records.tables import read_table, write_table
@@ -176,7 +177,7 @@ def test_stages_leave_out_failed_starts(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(in_a_row, "in_a_row", lambda _, start, seed, *rest: pd.DataFrame({"seed": [seed]}))
     write_failure(MODELS / "p7a/baseline/seed-0", Failure(names.START, "baseline", 0, 900, NAN))
     for stage in (signals, in_a_row):
-        stage.main(PARAMS.model_copy(update={"seeds": 3}))
+        stage.main(PARAMS.model_copy(update={"seeds": Seeds(first=0, count=3)}))
     assert pd.read_csv(MODELS / "signals.csv")["seed"].tolist() == [1, 2]
     assert pd.read_csv(MODELS / "in_a_row.csv")["seed"].tolist() == [1, 2] * 2
 
@@ -191,7 +192,7 @@ def test_a_search_writes_what_failed_beside_what_finished(
 
     monkeypatch.setattr(search, "run_trials", run_trials)
     candidates = {"fast": (spec, training), "base": (spec, training)}
-    table = search.run_search("q1", candidates, {"fast": {"lr": 1}}, 2, tmp_path, tmp_path / "q1")
+    table = search.run_search("q1", candidates, {"fast": {"lr": 1}}, range(2), tmp_path, tmp_path / "q1")
     assert table.columns.tolist() == search.COLUMNS
     pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "q1.csv"), table)
     settings = [["fast", 0, "lr=1"], ["fast", 1, "lr=1"], ["base", 0, "base"], ["base", 1, "base"]]

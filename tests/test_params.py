@@ -19,15 +19,19 @@ PATH = ROOT / "params.yaml"
 
 
 def test_the_committed_parameters_are_right() -> None:
-    assert load_params(PATH).seeds >= 1
+    assert load_params(PATH).seeds.count >= 1
 
 
 @pytest.mark.parametrize(
     ("key", "value", "sentence"),
     [
-        ("seeds", 0, "seeds is 0: input should be greater than or equal to 1"),
-        ("seeds", 1, "seeds is 1: 7b.4's control head learns from the other seeds, so it must be at least 2"),
-        ("seeds", True, "seeds is True: input should be a valid integer"),
+        ("seeds.count", 0, "seeds.count is 0: input should be greater than or equal to 1"),
+        (
+            "seeds.count",
+            1,
+            "seeds.count is 1: 7b.4's control head learns from the other seeds, so it must be at least 2",
+        ),
+        ("seeds.first", True, "seeds.first is True: input should be a valid integer"),
         ("training.lr", float("nan"), "training.lr is nan"),
         ("training.warmup", 3000, "warmup is 3000: it must be less than steps = 3000"),
         ("model.top_k", 13, "top_k is 13: it must be at most n_routed = 12"),
@@ -67,8 +71,8 @@ def test_the_committed_parameters_are_right() -> None:
         ("headline.arm", "prmary", "arm is 'prmary', no arm of p7b2: did you mean primary?"),
         ("training.steps", 10**12, "training.steps is 1000000000000: input should be less than or equal to"),
         ("model.width", 10**5, "model.width is 100000: input should be less than or equal to 65536"),
-        ("seeds", 10**5, "seeds is 100000: input should be less than or equal to 10000"),
-        ("seeds", "x" * 10**6, "seeds is 'xxxxx"),
+        ("seeds.count", 10**5, "seeds.count is 100000: input should be less than or equal to 10000"),
+        ("seeds.first", "x" * 10**6, "seeds.first is 'xxxxx"),
         ("training.lr", 10**400, "training.lr is 1000"),
         ("training.lr", 1 << 20_000, "training.lr is a number of 20,001 bits: "),
         ("model.stem", 1 << 20_000, "model.stem is a number of 20,001 bits: it must be one of mlp, conv"),

@@ -180,10 +180,10 @@ def test_the_files_of_an_arm_are_inputs_of_its_trials_and_of_the_scores() -> Non
     params = with_arm(signal="loudest", grow="noisy_clone")
     arms = plugin_arms(params)
     assert isinstance(arms["mine"].treatment, Treatment) and arms["mine"].treatment.prune == "remove"
-    [trial] = continuations(Path("p"), Path("b"), "plugins", arms, 1, params.p7b)
+    [trial] = continuations(Path("p"), Path("b"), "plugins", arms, range(1), params.p7b)
     files = {Path("plugins/loudest.py"), Path("plugins/noisy_clone.py")}
     assert files <= set(trial.inputs)
-    [scoring] = scorings(Path("p"), Path("b"), Path("s"), Path("h"), 1, params.p7b, plugin_signals(params))
+    [scoring] = scorings(Path("p"), Path("b"), Path("s"), Path("h"), range(1), params.p7b, plugin_signals(params))
     assert files & set(scoring.inputs) == {Path("plugins/loudest.py")}
 
 

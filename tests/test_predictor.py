@@ -174,7 +174,7 @@ def learned(trial: Trial, folder: Path) -> bytes:
 
 
 def test_a_head_learns_from_all_seeds_but_its_own(files: list[Path], tmp_path: Path) -> None:
-    trials = heads(tmp_path / "surveys", 3)
+    trials = heads(tmp_path / "surveys", range(3))
     assert [trial.name for trial in trials] == ["seed-0", "seed-1", "seed-2"]
     for seed, trial in enumerate(trials):
         assert set(trial.inputs) == set(files) - {files[seed]} == set(trial.arguments["surveys"])
@@ -191,13 +191,13 @@ def test_a_head_learns_from_the_surveys_that_did_not_fail_and_needs_one(files: l
     folder = tmp_path / "surveys"
     files[1].unlink()
     write_failure(folder / "seed-1", Failure("survey", "", 1, 0, "its start failed: the loss is nan"))
-    assert [trial.inputs for trial in heads(folder, 3)] == [(files[2],), (files[0], files[2]), (files[0],)]
+    assert [trial.inputs for trial in heads(folder, range(3))] == [(files[2],), (files[0], files[2]), (files[0],)]
     write_failure(folder / "seed-0", Failure("survey", "", 0, 4, "the loss is nan"))
     with pytest.raises(UserError, match="no control head can be trained for seed 2: the surveys of all other seeds"):
-        heads(folder, 3)
+        heads(folder, range(3))
     write_failure(folder / "seed-2", Failure("survey", "", 2, 4, "the loss is nan"))
     with pytest.raises(UserError, match="all 3 trials failed; the first: survey, seed 0, step 4"):
-        heads(folder, 3)
+        heads(folder, range(3))
 
 
 def described(change: Callable[[MoE], object] = lambda layer: None) -> pd.DataFrame:

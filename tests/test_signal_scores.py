@@ -60,7 +60,7 @@ def score(prepared: Path, baselines: Path, schedule: Schedule) -> Score:
     """Scores the signals from the surveys and heads of a folder."""
 
     def scored(folder: Path) -> pd.DataFrame:
-        (trial,) = scorings(prepared, baselines, folder / "surveys", folder / "heads", 1, schedule)
+        (trial,) = scorings(prepared, baselines, folder / "surveys", folder / "heads", range(1), schedule)
         assert all(path.exists() for path in trial.inputs)
         assert {folder / "surveys/seed-0" / predictor.SURVEY, *(folder / "heads/seed-0").iterdir()} < set(trial.inputs)
         trial.run(folder / "signals", **trial.arguments)

@@ -19,7 +19,7 @@ from tests.models import Forks, losses_after_removal, removed
 
 
 def surveyed(folder: Path, prepared: Path, baselines: Path, schedule: Schedule, truth: GroundTruth) -> pd.DataFrame:
-    (trial,) = survey.surveys(prepared, baselines, 1, schedule, truth)
+    (trial,) = survey.surveys(prepared, baselines, range(1), schedule, truth)
     assert trial.name == "seed-0" and all(path.exists() for path in trial.inputs)
     trial.run(folder, **trial.arguments)
     return pd.read_csv(folder / SURVEY)

@@ -34,7 +34,6 @@ def _refuse_blank(value: str) -> str:
 Count = Annotated[int, Field(ge=1, le=MOST, strict=True)]
 Index = Annotated[int, Field(ge=0, le=MOST, strict=True)]
 Size = Annotated[int, Field(ge=1, le=LARGEST, strict=True)]
-Seeds = Annotated[int, Field(ge=1, le=10_000, strict=True)]
 Number = Annotated[float, BeforeValidator(_refuse_bool), Field(allow_inf_nan=False)]
 Fraction = Annotated[Number, Field(ge=0, lt=1)]
 Probability = Annotated[Number, Field(ge=0, le=1)]
@@ -61,6 +60,18 @@ class Section(BaseModel):
 
     def check_together(self) -> None:
         """Raise ValueError if the values do not go together: for subclasses to define."""
+
+
+class Seeds(Section):
+    """Name a block of seeds: the first one, and how many."""
+
+    first: Annotated[int, Field(ge=0, lt=2**31, strict=True)]
+    count: Annotated[int, Field(ge=1, le=10_000, strict=True)]
+
+    @property
+    def all(self) -> range:
+        """Return every seed of the block."""
+        return range(self.first, self.first + self.count)
 
 
 SectionT = TypeVar("SectionT", bound=Section)

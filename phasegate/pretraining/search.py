@@ -29,7 +29,7 @@ def run_search(
     phase: str,
     candidates: Mapping[str, tuple[Spec, Training]],
     settings: Mapping[str, Mapping[str, Scalar]],
-    n_seeds: int,
+    seeds: range,
     prepared: Path,
     folder: Path,
 ) -> pd.DataFrame:
@@ -42,7 +42,7 @@ def run_search(
     trials = [
         pretraining(prepared, phase, name, seed, spec, training)
         for name, (spec, training) in candidates.items()
-        for seed in range(n_seeds)
+        for seed in seeds
     ]
     run_trials(trials, folder)
     rows = []

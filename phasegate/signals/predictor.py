@@ -79,13 +79,13 @@ def covariance(x: Tensor, y: Tensor, log_sizes: Tensor) -> Tensor:
     return prior
 
 
-def heads(surveys: Path, seeds: int) -> list[Trial]:
+def heads(surveys: Path, seeds: range) -> list[Trial]:
     """List the trials of all seeds: the head of seed s learns from `surveys`/seed-t of all others that did not fail.
 
     `UserError` if no survey is left for a head to learn from.
     """
-    folders, trials = finished(surveys / f"seed-{seed}" for seed in range(seeds)), []
-    for seed in range(seeds):
+    folders, trials = finished(surveys / f"seed-{seed}" for seed in seeds), []
+    for seed in seeds:
         files = tuple(folder / SURVEY for folder in folders if folder != surveys / f"seed-{seed}")
         if not files:
             raise UserError(f"no control head can be trained for seed {seed}: the surveys of all other seeds failed")

@@ -40,11 +40,11 @@ Plugins = tuple[Plugin, ...]
 
 
 def scorings(
-    prepared: Path, baselines: Path, surveys: Path, heads: Path, seeds: int, schedule: Schedule, plugins: Plugins = ()
+    prepared: Path, baselines: Path, surveys: Path, heads: Path, seeds: range, schedule: Schedule, plugins: Plugins = ()
 ) -> list[Trial]:
     """List the trials of all seeds: seed s scores all signals, plugins included, of `baselines`/seed-s."""
     trials = []
-    for seed in range(seeds):
+    for seed in seeds:
         start, survey, head = (folder / f"seed-{seed}" for folder in (baselines, surveys, heads))
         arguments = {"prepared": prepared, "start": start, "survey": survey, "head": head, "seed": seed}
         arguments |= {"schedule": schedule, "plugins": plugins}

@@ -36,10 +36,10 @@ SURVEY_COLUMNS += [f"{change}{part}" for change in CHANGES for part in PARTS]
 Row = dict[str, Any]
 
 
-def surveys(prepared: Path, baselines: Path, seeds: int, schedule: Schedule, truth: GroundTruth) -> list[Trial]:
+def surveys(prepared: Path, baselines: Path, seeds: range, schedule: Schedule, truth: GroundTruth) -> list[Trial]:
     """List the trials of all seeds: seed s surveys `baselines`/seed-s."""
     trials = []
-    for seed in range(seeds):
+    for seed in seeds:
         start = baselines / f"seed-{seed}"
         arguments = {"prepared": prepared, "start": start, "seed": seed, "schedule": schedule, "truth": truth}
         arguments["steps"] = truth.last_survey

@@ -50,16 +50,16 @@ def run_phase(phase: str, arms: Mapping[str, Arm], params: Params) -> None:
     if unknown := [name for name in names if name not in arms]:  # of a stage that runs without the first
         raise UserError(f"decisions.phases.{phase}.arms has {unknown[0]!r}: {suggestion(unknown[0], arms)}")
     listed = {name: arms[name] for name in names}
-    run_trials(continuations(PREPARED, BASELINES, phase, listed, params.seeds, params.p7b), MODELS / phase)
+    run_trials(continuations(PREPARED, BASELINES, phase, listed, params.seeds.all, params.p7b), MODELS / phase)
 
 
 def continuations(
-    prepared: Path, baselines: Path, phase: str, arms: Mapping[str, Arm], seeds: int, schedule: Schedule
+    prepared: Path, baselines: Path, phase: str, arms: Mapping[str, Arm], seeds: range, schedule: Schedule
 ) -> list[Trial]:
     """List the trials of all arms and seeds: seed s starts from `baselines`/seed-s."""
     trials = []
     for name, arm in arms.items():
-        for seed in range(seeds):
+        for seed in seeds:
             start = baselines / f"seed-{seed}"
             arguments = {"prepared": prepared, "start": start, "phase": phase, "name": name, "arm": arm, "seed": seed}
             arguments["schedule"] = arm.schedule or schedule
