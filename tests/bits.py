@@ -126,7 +126,8 @@ def emulate(processor: str) -> int:
     print(f"as {processor}, where a step takes seconds:", flush=True)
     with TemporaryFile("w+") as said:  # QEMU complains of what it lacks
         words = [QEMU, "-cpu", processor, sys.executable, "-m", "tests.bits"]
-        status = subprocess.run(words, stderr=said, check=False).returncode
+        environment = os.environ | {"NUMBA_USE_LLVMLITE_MEMORY_MANAGER": "1"}  # see compiled.py
+        status = subprocess.run(words, stderr=said, env=environment, check=False).returncode
         if status not in (0, 1):
             said.seek(0)
             print("".join(line for line in said if "TCG doesn't support" not in line), file=sys.stderr)
