@@ -23,12 +23,13 @@ from phasegate.signals.predictor import SURVEY, learn
 from phasegate.signals.survey import survey
 from phasegate.training.batches import Examples, load_examples
 from tests.models import ARCHITECTURE
-from tests.small_study import Checkout
+from tests.small_study import PATH, Checkout
 from tests.tiny_data import TRAINING, write_tiny_data
 
 assert not phasegate.UNPINNED, phasegate.UNPINNED
 for name in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS"):
     os.environ.pop(name, None)  # `make test` sets them, and a make below it would tell which folder it enters
+os.environ["PATH"] = PATH  # so that `.venv/bin/pytest` is enough
 torch.set_num_threads(1)
 settings.register_profile("phasegate", deadline=None)  # a test may wait for a busy core
 settings.load_profile("phasegate")

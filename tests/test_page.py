@@ -51,7 +51,8 @@ def opened(browser: Browser, path: Path, **how: Any) -> tuple[Page, list[str]]:
     page.on("console", lambda message: noted.append(f"{message.type}: {message.text}"))
     page.on("pageerror", lambda error: noted.append(str(error)))
     page.on("request", lambda request: noted.append(request.url))
-    page.goto(path.as_uri(), wait_until="networkidle")
+    page.goto(path.as_uri())
+    page.wait_for_load_state("networkidle")
     return page, noted
 
 

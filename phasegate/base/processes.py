@@ -28,6 +28,16 @@ def start_worker(parent: int, note_used: bool) -> None:
         used.begin()
 
 
+@contextmanager
+def deaf_to_ctrl_c() -> Iterator[None]:
+    """Hold back SIGINT until the end; processes and threads that begin meanwhile never get one."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
 def on_stop(act: Callable[[int, FrameType | None], object]) -> None:
     """Install a handler for SIGINT and SIGTERM, unless they are ignored."""
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -11,6 +11,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from functools import partial
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import TypeVar
 
@@ -129,7 +130,9 @@ def _results(trials: list[Trial], kept: dict[str, Path]) -> Iterator[Result]:
         initargs=(os.getpid(), used.begun()),
     )
     calls = (joblib.delayed(_run)(trial, store.unfinished_folder(kept[trial.name]), _found(trial)) for trial in trials)
-    results: Iterator[Result] = parallel(calls)
+    resource_tracker.ensure_running()  # which would hear Ctrl-C again once it runs
+    with processes.deaf_to_ctrl_c():  # or a worker that begins would end with a traceback
+        results: Iterator[Result] = parallel(calls)
     return results
 
 
