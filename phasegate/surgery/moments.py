@@ -83,9 +83,10 @@ def scale_moments(moe: MoE, optimizer: Optimizer | None, axis: str, factors: dic
     """Make the moments of an axis's rows those of a gradient that is `factors` (row -> factor) times as large."""
     for name, axes in AXES.items():
         state = optimizer.state.get(getattr(moe, name)) if optimizer else None
-        for row, factor in factors.items() if state and axis in axes else ():
-            state["exp_avg"].select(axes.index(axis), row).mul_(factor)
-            state["exp_avg_sq"].select(axes.index(axis), row).mul_(factor * factor)
+        if state and axis in axes:
+            for row, factor in factors.items():
+                state["exp_avg"].select(axes.index(axis), row).mul_(factor)
+                state["exp_avg_sq"].select(axes.index(axis), row).mul_(factor * factor)
 
 
 def expert_tensors(moe: MoE, optimizer: Optimizer | None) -> tuple[list[Tensor], list[Tensor]]:
