@@ -16,7 +16,6 @@ from torch.optim import AdamW
 from phasegate.surgery.hyperplanes import halve, principal_direction
 from phasegate.surgery.operations import ExpertManager, Moments
 from tests.layers import EXPERT, RATE, WIDTH, by_id, classify, managers, operate, picks, train, trained
-from tests.models import seeds
 
 
 @settings(max_examples=40)
@@ -159,23 +158,6 @@ def test_moments_of_copies_are_those_of_their_share_of_the_tokens(
                 changes = moments == "scaled" and (operation == "clone" or not name.startswith("router"))
                 power = {"exp_avg": 1, "exp_avg_sq": 2}.get(name.split(".")[-1], 0) * changes
                 torch.testing.assert_close(rows, before[name] * part**power, msg=name)
-
-
-@settings(max_examples=20)
-@given(seeds, st.integers(1, 6), st.floats(-2, 2))
-def test_the_gradients_of_halves_add_up_as_their_first_moments_do(seed: int, top_k: int, offset: float) -> None:
-    moe, manager = trained(seed, n_routed=6, top_k=top_k, double=True, hyperplanes=False)
-    x, noise = torch.randn(2, 1, 200, WIDTH, dtype=torch.float64)
-
-    def gradient() -> Tensor:
-        (found,) = torch.autograd.grad((moe(x)[0] * noise).sum(), [moe.w_in])
-        return found
-
-    before, moment = gradient()[0], manager.optimizer.state[moe.w_in]["exp_avg"][0]
-    manager.split(0, torch.ones(WIDTH), offset, 0.3)
-    after, halves = gradient(), manager.optimizer.state[moe.w_in]["exp_avg"]
-    torch.testing.assert_close(after[0] + after[-1], before)
-    torch.testing.assert_close(halves[0] + halves[-1], moment)
 
 
 @settings(max_examples=20)

@@ -107,6 +107,7 @@ def test_of_a_lone_choice_a_copy_gets_half() -> None:
 
 @settings(max_examples=25)
 @given(seeds, st.integers(0, 4), st.sampled_from(["random", "principal", "loss"]))
+@torch.no_grad()  # as where the surgeon acts
 def test_a_cuts_share_is_that_of_the_new_halfs_tokens(seed: int, e: int, direction: Direction) -> None:
     model, examples = random_model(seed, 50)
     probe = Probe(model, 0, examples)

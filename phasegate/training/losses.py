@@ -34,7 +34,7 @@ def router_z(routing: Routing) -> Tensor:
 def shares(routing: Routing) -> Tensor:
     """Return the share of the token slots that each family got, (G, F)."""
     chosen = routing.families.flatten(1)
-    slots = torch.zeros(len(chosen), routing.logits.shape[-1], device=chosen.device)
+    slots = routing.logits.new_zeros(len(chosen), routing.logits.shape[-1])
     return slots.scatter_add(1, chosen, torch.ones_like(chosen, dtype=slots.dtype)) / chosen.shape[1]
 
 
