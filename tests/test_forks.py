@@ -3,11 +3,13 @@
 import functools
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 from phasegate.params.fields import override
 from phasegate.params.phases import Schedule
@@ -15,6 +17,7 @@ from phasegate.signals.forks import Estimate, estimate, removals
 from phasegate.signals.oracle import losses_without_each
 from phasegate.surgery.operations import ExpertManager
 from phasegate.surgery.probe import Probe
+from phasegate.training import predictions
 from phasegate.training.course import load_start
 from tests.models import Forks, draws, removed, seeds, unchanged
 
@@ -88,6 +91,23 @@ def test_a_split_changes_nothing_immediately_and_a_removal_what_the_oracle_says(
         torch.testing.assert_close(immediate.change, found[1:, 0].mean(1), rtol=0, atol=1e-5)
         error = found[1:, 0].std(1) / len(examples) ** 0.5
         torch.testing.assert_close(immediate.error, error, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("hyperplanes", ["fixed", "trained"])
+def test_forks_train_hyperplanes_only_where_arms_do(
+    hyperplanes: str, prepared: Path, baselines: Path, schedule: Schedule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changed = override(schedule, {"hyperplanes": hyperplanes, "max_experts": 9}, "")
+    model, optimizer, course = load_start(prepared, baselines / "seed-0", 0, changed)
+    normal, ends = torch.eye(16)[0], list[Tensor]()
+
+    def measure(model: Any, examples: Any) -> Tensor:
+        ends.append(model.layers[1].node_weight.detach())
+        return torch.zeros(len(examples))
+
+    monkeypatch.setattr(predictions, "example_losses", measure)
+    Forks(model, optimizer, course, 3, 1).measure(1, 4, [lambda manager, draws: manager.split(2, normal, 0.0)])
+    assert torch.equal(ends[-1][0], normal) == (hyperplanes == "fixed")
 
 
 def test_an_expert_that_can_not_go_costs_infinitely_much_for_certain(forks: Make) -> None:

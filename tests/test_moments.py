@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.optim import AdamW
 
 from phasegate.surgery.hyperplanes import halve, principal_direction
-from phasegate.surgery.operations import ExpertManager
-from tests.layers import EXPERT, RATE, WIDTH, classify, managers, operate, picks, train, trained
+from phasegate.surgery.operations import ExpertManager, Moments
+from tests.layers import EXPERT, RATE, WIDTH, by_id, classify, managers, operate, picks, train, trained
 
 
 @settings(max_examples=40)
@@ -137,3 +138,32 @@ def test_a_hyperplane_starts_with_the_second_moment_of_its_familys_router_row(ma
     weight, offset = (manager.optimizer.state[hyperplane] for hyperplane in (moe.node_weight, moe.node_offset))
     assert torch.equal(weight["exp_avg_sq"][-1], row) and torch.equal(offset["exp_avg_sq"][-1], row.mean())
     assert not weight["exp_avg"][-1].any() and not offset["exp_avg"][-1].any()
+
+
+@settings(max_examples=40)
+@given(managers(planned=False), picks, st.floats(0.01, 0.99), st.sampled_from(["scaled", "carried"]))
+def test_moments_of_copies_are_those_of_their_share_of_the_tokens(
+    manager: Any, pick: int, share: float, moments: Moments
+) -> None:
+    for operation, kept in (("split", 1 - share), ("clone", share)):
+        grown = copy.deepcopy(manager)
+        grown.moments, moe, e = moments, grown.moe, pick % manager.moe.n_routed
+        expert, before = int(moe.expert_id[e]), by_id(grown)[int(moe.expert_id[e])]
+        surgery = (
+            grown.clone(expert, share) if operation == "clone" else grown.split(expert, torch.ones(WIDTH), 0, share)
+        )
+        after = by_id(grown)
+        for one, part in ((expert, kept), (surgery.expert, share)):
+            for name, rows in after[one].items():
+                changes = moments == "scaled" and (operation == "clone" or not name.startswith("router"))
+                power = {"exp_avg": 1, "exp_avg_sq": 2}.get(name.split(".")[-1], 0) * changes
+                torch.testing.assert_close(rows, before[name] * part**power, msg=name)
+
+
+@settings(max_examples=20)
+@given(managers(planned=False), picks)
+def test_the_router_row_of_a_fresh_expert_has_the_norm_of_trained_ones(manager: Any, pick: int) -> None:
+    manager.moe.router.data *= 7
+    operate(manager, "reinit", pick)
+    norms = manager.moe.router.norm(dim=-1)
+    torch.testing.assert_close(norms[:, -1], norms[:, :-1].mean(1))

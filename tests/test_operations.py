@@ -12,13 +12,34 @@ from torch import Tensor
 
 from phasegate.model.moe import MoE
 from phasegate.surgery.operations import ExpertManager, SurgeryRefused
-from tests.layers import WIDTH, by_id, check_sizes, content, managers, operate, picks, plans, same, train, trained
+from tests.layers import (
+    EXPERT,
+    WIDTH,
+    by_id,
+    check_sizes,
+    content,
+    managers,
+    operate,
+    picks,
+    plans,
+    same,
+    train,
+    trained,
+)
 from tests.models import seeds, siblings
+
+MOMENTS = {"exp_avg": 1, "exp_avg_sq": 2}
 
 
 def ids_run(moe: MoE, x: Tensor) -> Tensor:
     """Which experts tokens (N, D) run, by stable id."""
     return moe.expert_id[moe(x[None])[1].experts[0]]
+
+
+def scaled(rows: dict[str, Tensor], share: float, *names: str) -> dict[str, Tensor]:
+    """An expert's weights and moments, the moments of some tensors as of a gradient that is `share` times as large."""
+    factors = {f"{name}.{moment}": share**power for name in names for moment, power in MOMENTS.items()}
+    return {name: values * factors.get(name, 1) for name, values in rows.items()}
 
 
 def rounding(y: Tensor) -> float:
@@ -33,6 +54,7 @@ def test_surgery_leaves_every_other_expert_and_its_moments_as_they_were(manager:
     used = set(moe.expert_id.tolist())
     for operation, pick in plan:
         before, whole = by_id(manager), content(manager)
+        family = dict(zip(moe.expert_id.tolist(), moe.family_of.tolist(), strict=True))
         try:
             surgery = operate(manager, operation, pick)
         except SurgeryRefused:
@@ -51,7 +73,12 @@ def test_surgery_leaves_every_other_expert_and_its_moments_as_they_were(manager:
         else:
             assert after.keys() - before.keys() == {surgery.expert} and surgery.expert not in used
             used.add(surgery.expert)
-            assert surgery.parent is None or same(after[surgery.expert], before[surgery.parent])
+            if surgery.parent is not None:
+                before[surgery.parent] = scaled(before[surgery.parent], 0.5, *EXPERT)
+                for expert in before if operation == "clone" else ():  # siblings share a router row
+                    if family[expert] == family[surgery.parent]:
+                        before[expert] = scaled(before[expert], 0.5, "router")
+                assert same(after[surgery.expert], before[surgery.parent])
         assert all(same(before[expert], after[expert]) for expert in untouched)
         train(manager)
 
@@ -114,9 +141,13 @@ def test_merging_gives_the_weighted_mean_and_moves_no_other_token(manager: Any, 
     assert dict(zip(moe.expert_id.tolist(), moe.load.tolist(), strict=True)) == load
     for name, rows in before[into].items():
         one, other = before[expert][name].double(), rows.double()
+        wanted = share * one + (1 - share) * other
+        if power := MOMENTS.get(name.split(".")[-1] if name.startswith(EXPERT) else ""):
+            wanted = power * (one + other)
         most = 4 * torch.finfo(rows.dtype).eps * (one.abs() + other.abs())
-        assert (after[into][name] - (share * one + (1 - share) * other)).abs().le(most).all()
-    assert share not in (0, 1) or same(after[into], before[expert if share else into])
+        assert (after[into][name] - wanted).abs().le(most).all()
+    if share in (0, 1):
+        assert all(torch.equal(after[into][name], before[expert if share else into][name]) for name in EXPERT)
     assert torch.equal(ids_run(moe, x), torch.where(ids == expert, into, ids))
 
 
@@ -170,6 +201,10 @@ def test_siblings_are_the_leaves_whose_paths_part_at_one_node_alone(seed: int, n
         (r"split of expert 1: the direction must be 8 finite", lambda manager: manager.split(1, torch.ones(7), 0.0)),
         (r"split of expert 1: the direction .* finite", lambda manager: manager.split(1, torch.ones(8) * torch.nan, 0)),
         (r"split of expert 1: .*offset.* finite", lambda manager: manager.split(1, torch.ones(8), float("nan"))),
+        (r"split of expert 1: the share is 1.0\b", lambda manager: manager.split(1, torch.ones(8), 0.0, 1.0)),
+        (r"split of expert 1: the share is 0\b", lambda manager: manager.split(1, torch.ones(8), 0.0, 0)),
+        (r"clone of expert 1: the share is 0\b", lambda manager: manager.clone(1, 0)),
+        (r"clone of expert 1: the share is nan\b", lambda manager: manager.clone(1, float("nan"))),
         (r"expert 7 does not exist", lambda manager: manager.merge(7, 0, 0.5)),
         (r"expert 7 does not exist", lambda manager: manager.merge(0, 7, 0.5)),
         (r"expert 7 does not exist", lambda manager: manager.sibling(7)),

@@ -10,10 +10,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from phasegate.model.classifier import Model
+from phasegate.surgery.hyperplanes import Direction, cut
+from phasegate.surgery.operations import ExpertManager
 from phasegate.surgery.probe import Probe
 from phasegate.training.batches import Examples
 from phasegate.training.predictions import EVALUATION_BATCH
-from tests.models import cases, loss_with, random_model, seeds, split, unchanged
+from tests.models import cases, draws, loss_with, random_model, seeds, split, unchanged
 
 blocks = st.integers(0, 1)
 
@@ -83,3 +85,33 @@ def test_a_probe_is_of_one_batch_at_most(examples: int) -> None:
     assert len(probe.examples) == len(probe.losses) == probe.stream.shape[1] == len(probe.slopes) == EVALUATION_BATCH
     losses = F.cross_entropy(model(drawn.x).logits[0], drawn.y, reduction="none")[:EVALUATION_BATCH]
     torch.testing.assert_close(probe.losses, losses.detach())
+
+
+@settings(max_examples=25)
+@given(seeds, st.integers(2, 3), st.integers(0, 4))
+def test_a_copys_share_is_what_both_get_once_there_are_two(seed: int, top_k: int, e: int) -> None:
+    model, examples = random_model(seed, 50, top_k=top_k)
+    moe = model.layers[1]
+    moe.selection_bias.zero_()
+    probe = Probe(model, 1, examples)
+    share, own = probe.share_of_copy(e), probe.visits[:, e].sum()
+    ExpertManager(moe).clone(e)
+    both = Probe(model, 1, examples).visits[:, [e, -1]].sum()
+    assert share == pytest.approx(float(both / own) / 2 if own else 0.5)
+
+
+def test_of_a_lone_choice_a_copy_gets_half() -> None:
+    model, examples = random_model(0, 50, top_k=1)
+    assert {round(Probe(model, 1, examples).share_of_copy(e), 6) for e in range(5)} == {0.5}
+
+
+@settings(max_examples=25)
+@given(seeds, st.integers(0, 4), st.sampled_from(["random", "principal", "loss"]))
+@torch.no_grad()  # as where the surgeon acts
+def test_a_cuts_share_is_that_of_the_new_halfs_tokens(seed: int, e: int, direction: Direction) -> None:
+    model, examples = random_model(seed, 50)
+    probe = Probe(model, 0, examples)
+    normal, offset, share = cut(probe, e, direction, draws(seed))
+    count = len(probe.tokens_of(e))
+    ExpertManager(model.layers[0]).split(e, normal, offset, share)
+    assert share == (len(Probe(model, 0, examples).tokens_of(5)) + 1) / (count + 2)

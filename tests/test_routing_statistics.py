@@ -54,6 +54,15 @@ def test_entropy_is_zero_for_certainty_and_one_for_indifference(seed: int, famil
     assert not routing_entropy(torch.eye(families)).any()
 
 
+def test_entropy_has_a_finite_gradient_where_a_probability_is_zero() -> None:
+    scores, found = torch.tensor([[0.0, 1.0, -200.0, -90.0], [0.0, -300.0, -300.0, -300.0]]), []
+    for dtype in (torch.float32, torch.float64):  # which underflows in neither
+        logits = scores.to(dtype).requires_grad_()
+        found.append(torch.autograd.grad(routing_entropy(logits.softmax(-1)).sum(), logits)[0])
+    assert found[0].any()
+    torch.testing.assert_close(*found, check_dtype=False, rtol=1e-4, atol=1e-6)
+
+
 def kl(moe: MoE, before: Routing, surgery: Surgery) -> float:
     return routing_kl(before.probs[0], route(moe, before.tokens).probs[0], surgery.family_source)
 

@@ -1,6 +1,7 @@
 """The surgeon does what the controller says, shows it what an operation would cost, and leaves no trace of asking."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -101,6 +102,23 @@ def test_the_loss_after_growth_is_what_it_really_leaves(grow: Grow, make: Make) 
     assert signal_loss(surgeon).item() == pytest.approx(promised[GROW(1)], abs=1e-6)
 
 
+@pytest.mark.parametrize("grow", ["split", "clone"])
+def test_copies_get_their_share_of_the_moments_unless_these_are_carried(grow: Grow, make: Make) -> None:
+    shares = []
+    for moments in ("scaled", "carried"):
+        surgeon = make(grow)
+        surgeon.treatment = replace(surgeon.treatment, moments=moments)
+        layer = surgeon.model.layers[0]
+        before, wanted = surgeon.optimizer.state[layer.w_in]["exp_avg"][1].norm(), ask(surgeon, 0, share_of_copy)
+        operate(surgeon, 0, GROW(1))
+        shares.append(float(surgeon.optimizer.state[layer.w_in]["exp_avg"][-1].norm() / before))
+    assert shares == pytest.approx([0.5 if grow == "split" else wanted, 1], abs=0.01) and 0.5 < wanted < 1
+
+
+def share_of_copy(situation: Situation) -> float:
+    return situation.probe.share_of_copy(1)
+
+
 @pytest.mark.parametrize("direction", ["random", "loss"])
 @pytest.mark.parametrize("prune", ["remove", "merge"])
 def test_asking_changes_nothing(prune: Prune, direction: str, make: Make) -> None:
@@ -193,7 +211,7 @@ def test_gradients_of_the_loss_direction_sum_to_the_weights(block: int, make: Ma
     expected = [g[e] for g in torch.autograd.grad(signal_loss(surgeon), [layer.w_in, layer.w_out])]
     with torch.no_grad():  # as where the surgeon acts
         probe = Probe(surgeon.model, block, surgeon.course.signal)
-        normal, _ = hyperplanes.cut(probe, e, "loss", torch.Generator())
+        normal, *_ = hyperplanes.cut(probe, e, "loss", torch.Generator())
         tokens, gradients = seen
         before = tokens @ layer.w_in[e]
         found = [tokens.T @ (gradients @ layer.w_out[e].T * (before > 0)), before.relu().T @ gradients]

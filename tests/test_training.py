@@ -158,9 +158,23 @@ def test_load_balance_is_one_for_even_routing_and_f_for_a_single_family(
     probs = torch.randn(gates, rounds * families, families).softmax(-1)
     even = torch.arange(rounds * families).view(1, -1, 1).expand(gates, -1, 1) % families
     torch.testing.assert_close(shares(routing(even, probs)), torch.full((gates, families), 1 / families))
-    torch.testing.assert_close(load_balance(routing(even, probs)), torch.ones(()))
+    torch.testing.assert_close(load_balance(routing(even, probs)), torch.tensor(float(gates)))
     single = torch.zeros_like(probs).index_fill(-1, torch.tensor(0), 1.0)
-    torch.testing.assert_close(load_balance(routing(torch.zeros_like(even), single)), torch.tensor(float(families)))
+    found = load_balance(routing(torch.zeros_like(even), single))
+    torch.testing.assert_close(found, torch.tensor(float(gates * families)))
+
+
+@pytest.mark.parametrize("loss", [load_balance, router_z])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_first_gate_is_balanced_as_hard_with_others_as_alone(loss: Any, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(3, 20, 5, dtype=dtype, requires_grad=True)
+    families = logits.argsort(-1)[..., :2]
+    slopes = [
+        torch.autograd.grad(loss(Routing(logits, logits[:g], families[:g], logits, families)), logits)[0][0]
+        for g in (1, 3)
+    ]
+    assert slopes[0].any() and torch.equal(*slopes)
 
 
 def test_router_z_is_zero_for_a_unit_partition_and_grows_with_the_scores() -> None:

@@ -178,11 +178,14 @@ class MoE(nn.Module):
 
 
 def routing_entropy(probs: Tensor) -> Tensor:
-    """Return the entropy of routing distributions (..., F), divided by log F: from 0 to 1 -> (...)."""
+    """Return the entropy of routing distributions (..., F), divided by log F: from 0 to 1 -> (...).
+
+    A probability of zero adds nothing and gets no gradient: the logarithm's would be infinite.
+    """
     families = probs.shape[-1]
     if families == 1:
         return probs.new_zeros(probs.shape[:-1])
-    entropy: Tensor = torch.special.entr(probs).sum(-1)
+    entropy: Tensor = torch.special.entr(probs.masked_fill(probs == 0, 1)).sum(-1)
     return entropy / math.log(families)
 
 

@@ -79,9 +79,6 @@ def run_arm(
     if arm.tasks:
         torch.manual_seed(randomness.derived_seed(seed, "task heads"))
         add_tasks(model, optimizer, [max(m) + 1 for m in arm.tasks.label_maps], arm.tasks.own_gates)
-    for moe in model.layers:
-        for hyperplane in (moe.node_weight, moe.node_offset):
-            hyperplane.requires_grad_(schedule.hyperplanes != "fixed")
     surgeon = Surgeon(model, optimizer, arm.treatment, course) if arm.treatment else None
     parts: dict[str, Stateful] = {"curve": curve, **({"surgeon": surgeon} if surgeon else {})}
     snapshots = Snapshots(folder, model, optimizer, parts)

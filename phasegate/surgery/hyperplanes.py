@@ -18,19 +18,25 @@ Direction = Literal["random", "principal", "loss"]
 SHRINKAGE = 0.1  # of the tokens' covariance towards the sphere, where a direction is scaled by it
 
 
-def cut(probe: Probe, e: int, direction: Direction, draws: torch.Generator) -> tuple[Tensor, float]:
-    """Return the hyperplane (unit normal, offset) that halves the probed tokens of expert index e."""
+def cut(probe: Probe, e: int, direction: Direction, draws: torch.Generator) -> tuple[Tensor, float, float]:
+    """Return the hyperplane (unit normal, offset) that halves the probed tokens of expert index e, and its upper share.
+
+    The share is that of the tokens above it, as if there were one token more on either side: so neither side is empty.
+    """
     tokens = probe.tokens_of(e)
     match direction:
         case "random":
-            return halve(tokens, random_direction(tokens.shape[1], draws).to(tokens))
+            along = random_direction(tokens.shape[1], draws).to(tokens)
         case "principal":
-            return halve(tokens, principal_direction(tokens))
+            along = principal_direction(tokens)
         case "loss":
             slopes = (probe.visits[:, e, None] * probe.slopes)[(probe.routing.experts[0] == e).any(-1)]
             every = -(-len(tokens) // EVALUATION_BATCH) or 1  # an image may be many tokens, and the kernel is square
             kernel = gradient_kernel(probe.layer, e, tokens[::every], slopes[::every])
-            return halve(tokens, loss_direction(tokens[::every], kernel))
+            along = loss_direction(tokens[::every], kernel)
+    normal, offset = halve(tokens, along)
+    above = int((tokens @ normal + offset > 0).sum())
+    return normal, offset, (above + 1) / (len(tokens) + 2)
 
 
 def halve(tokens: Tensor, normal: Tensor) -> tuple[Tensor, float]:

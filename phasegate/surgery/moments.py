@@ -4,6 +4,9 @@ A surgery is one index vector per axis of a layer: new row i is a copy of old ro
 runs over every tensor that has the axis (`moe.AXES`) and over its moments. So an expert that surgery does not touch
 keeps its weights and moments to the bit.
 
+A copy that gets a share r of the tokens has r times the gradient. So its first moment is r times its parent's, and its
+second r * r times: as they stood, they would divide its learning rate by 1 / r for a thousand steps.
+
 Fresh rows have no past. They begin with zero momentum, and with the mean second moment of the other rows. A hyperplane
 acts as a router row inside its family, so it begins with the second moment of the family's router row. Zeroed second
 moments under a large step count would make Adam's first update about 0.1 / sqrt(0.001) = 3.2 times the learning rate.
@@ -76,12 +79,23 @@ def prime_hyperplane(moe: MoE, optimizer: Optimizer | None, family: int) -> None
         state["exp_avg_sq"][-1] = second
 
 
-def expert_tensors(moe: MoE, optimizer: Optimizer | None) -> list[Tensor]:
-    """List the learned tensors that have a row per expert, each followed by its moments."""
-    found = []
+def scale_moments(moe: MoE, optimizer: Optimizer | None, axis: str, factors: dict[int, float]) -> None:
+    """Make the moments of an axis's rows those of a gradient that is `factors` (row -> factor) times as large."""
+    for name, axes in AXES.items():
+        state = optimizer.state.get(getattr(moe, name)) if optimizer else None
+        if state and axis in axes:
+            for row, factor in factors.items():
+                state["exp_avg"].select(axes.index(axis), row).mul_(factor)
+                state["exp_avg_sq"].select(axes.index(axis), row).mul_(factor * factor)
+
+
+def expert_tensors(moe: MoE, optimizer: Optimizer | None) -> tuple[list[Tensor], list[Tensor]]:
+    """List the learned tensors that have a row per expert, and their moments."""
+    weights, moments = list[Tensor](), list[Tensor]()
     for name, axes in AXES.items():
         parameter = getattr(moe, name)
         if axes[0] == "expert" and isinstance(parameter, nn.Parameter):
+            weights.append(parameter.detach())
             state = optimizer.state.get(parameter, {}) if optimizer else {}
-            found += [parameter.detach(), *(value for value in state.values() if value.dim())]
-    return found
+            moments += [value for value in state.values() if value.dim()]
+    return weights, moments

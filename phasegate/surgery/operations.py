@@ -5,13 +5,16 @@
 
 import math
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from phasegate.model.moe import MoE, uniform
-from phasegate.surgery.moments import FRESH, expert_tensors, prime_hyperplane, rebuild
+from phasegate.surgery.moments import FRESH, expert_tensors, prime_hyperplane, rebuild, scale_moments
+
+Moments = Literal["scaled", "carried"]
 
 
 class SurgeryRefused(ValueError):
@@ -33,16 +36,17 @@ class Surgery:
 class ExpertManager:
     """Operate on one layer and the optimizer that trains it. Experts are named by stable id.
 
-    Each operation returns what it did, or raises SurgeryRefused and changes nothing.
+    Each operation returns what it did, or raises SurgeryRefused and changes nothing. Adam's moments of copies and
+    halves are scaled by their share of the tokens, or carried as they are.
     """
 
-    def __init__(self, moe: MoE, optimizer: Optimizer | None = None) -> None:
-        self.moe, self.optimizer = moe, optimizer
+    def __init__(self, moe: MoE, optimizer: Optimizer | None = None, moments: Moments = "scaled") -> None:
+        self.moe, self.optimizer, self.moments = moe, optimizer, moments
 
-    def split(self, expert: int, direction: Tensor, offset: float) -> Surgery:
+    def split(self, expert: int, direction: Tensor, offset: float, share: float = 0.5) -> Surgery:
         """Grow: turn the expert into two equal halves under a new hyperplane, so that the function does not change.
 
-        Tokens x with `direction` (D,) . x + `offset` > 0 go to the new half.
+        Tokens x with `direction` (D,) . x + `offset` > 0 go to the new half: a `share` of the expert's tokens.
         """
         e = self._index(expert)
         width = self.moe.w_in.shape[1]
@@ -50,26 +54,40 @@ class ExpertManager:
             raise SurgeryRefused(
                 f"split of expert {expert}: the direction must be {width} finite numbers, and the offset finite"
             )
+        if not 0 < share < 1:
+            raise SurgeryRefused(f"split of expert {expert}: the share is {share}: it must lie between 0 and 1")
         surgery = self._grow("split", e, family=None)
+        self._scale("expert", {e: 1 - share, -1: share})
         with torch.no_grad():
             self.moe.node_weight[-1] = direction
             self.moe.node_offset[-1] = offset
         prime_hyperplane(self.moe, self.optimizer, int(self.moe.family_of[e]))
         return surgery
 
-    def clone(self, expert: int) -> Surgery:
-        """Grow by ordinary upcycling: copy the expert and its router row, so that the copy displaces other experts."""
+    def clone(self, expert: int, share: float = 0.5) -> Surgery:
+        """Grow by ordinary upcycling: copy the expert and its router row, so that the copy displaces other experts.
+
+        Each of the two then gets a `share` of the expert's tokens; more than half if it displaces others.
+        """
         e = self._index(expert)
-        return self._grow("clone", e, family=int(self.moe.family_of[e]))
+        if not 0 < share <= 1:
+            raise SurgeryRefused(f"clone of expert {expert}: the share is {share}: it must be above 0, at most 1")
+        family = int(self.moe.family_of[e])
+        surgery = self._grow("clone", e, family)
+        self._scale("expert", {e: share, -1: share})
+        self._scale("family", {family: share, -1: share})
+        return surgery
 
     def reinit(self, generator: torch.Generator | None = None) -> Surgery:
-        """Grow naively: add an expert with random weights, in a family with a random router row."""
+        """Grow naively: add an expert with random weights, in a family with a random router row of the usual norm."""
         surgery = self._grow("reinit", FRESH, family=FRESH)
         moe = self.moe
         width, hidden = moe.w_in.shape[1:]
         with torch.no_grad():
             for rows, fan_in in ((moe.w_in[-1], width), (moe.w_out[-1], hidden), (moe.router[:, -1], width)):
                 rows.copy_(uniform(tuple(rows.shape), fan_in, generator))
+            norms = moe.router.norm(dim=-1)  # (G, F): a small row among trained ones would get few tokens
+            moe.router[:, -1] *= (norms[:, :-1].mean(1) / norms[:, -1]).unsqueeze(1)
         return surgery
 
     def remove(self, expert: int) -> Surgery:
@@ -97,9 +115,10 @@ class ExpertManager:
         return Surgery("remove", expert, None, tuple(families), n, moe.n_routed)
 
     def merge(self, expert: int, into: int, share: float) -> Surgery:
-        """Prune: two sibling leaves become their weighted mean, moments included, and their node goes.
+        """Prune: two sibling leaves become their weighted mean, and their node goes.
 
         The sibling `into` keeps its id; `share` is the weight of `expert`: its share of the tokens that the two run.
+        The gradients add up: the first moments too, and the second become those of a sum of two that agree, or more.
         """
         a, b = self._index(expert), self._index(into)
         if self.sibling(expert) != into:
@@ -107,12 +126,15 @@ class ExpertManager:
         if not 0 <= share <= 1:
             raise SurgeryRefused(f"merge of expert {expert} into {into}: the share is {share}: it must lie in 0 to 1")
         load = self.moe.load[a]
-        tensors = expert_tensors(self.moe, self.optimizer)
-        merged = [rows[b].lerp(rows[a], share) for rows in tensors]  # exactly equal where the two are
+        weights, moments = expert_tensors(self.moe, self.optimizer)
+        merged = [rows[b].lerp(rows[a], share) for rows in weights]  # exactly equal where the two are
+        merged += [rows[b].lerp(rows[a], 0.5) for rows in moments]
         surgery = self.remove(expert)
         b = self._index(into)
-        for rows, mean in zip(expert_tensors(self.moe, self.optimizer), merged, strict=True):
+        weights, moments = expert_tensors(self.moe, self.optimizer)
+        for rows, mean in zip(weights + moments, merged, strict=True):
             rows[b] = mean
+        scale_moments(self.moe, self.optimizer, "expert", {b: 2})
         self.moe.load[b] += load
         return replace(surgery, operation="merge", parent=into)
 
@@ -149,6 +171,10 @@ class ExpertManager:
         moe.next_id += 1
         moe.refresh()
         return Surgery(operation, int(moe.expert_id[-1]), parent, tuple(families), n, moe.n_routed)
+
+    def _scale(self, axis: str, shares: dict[int, float]) -> None:
+        if self.moments == "scaled":
+            scale_moments(self.moe, self.optimizer, axis, shares)
 
     def _index(self, expert: int) -> int:
         found = (self.moe.expert_id == expert).nonzero().flatten().tolist()

@@ -92,6 +92,18 @@ class Probe:
         """Return the tokens that expert index e runs, (M, D)."""
         return self.routing.tokens[0][(self.routing.experts[0] == e).any(-1)]
 
+    def share_of_copy(self, e: int) -> float:
+        """Return what gate either copy of expert index e would get on its tokens, relative to the expert's own gate.
+
+        Where the expert is a token's last choice, one of the two is chosen; elsewhere both are, and the last choice
+        goes. An expert without tokens has halves.
+        """
+        gates, runs = self.routing.gates[0], self.routing.experts[0] == e  # (N, K)
+        copies = gates / (1 + gates - gates[:, -1:]).clamp(min=1)  # below one by a selection bias alone
+        copies[:, -1] /= 2
+        own = gates[runs].sum()
+        return float(copies[runs].sum() / own) if own else 0.5
+
     def per_expert(self, values: Tensor) -> Tensor:
         """Sum values of token slots (N, K) by the expert that they belong to -> (E,)."""
         return values.new_zeros(self.layer.n_routed).index_add(0, self.routing.experts[0].flatten(), values.flatten())

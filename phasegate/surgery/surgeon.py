@@ -18,7 +18,7 @@ from phasegate.params.phases import Grow, Prune
 from phasegate.params.plugins import Plugin
 from phasegate.surgery.controllers import Action, Allowed, Policy, Proposal, Situation
 from phasegate.surgery.hyperplanes import cut
-from phasegate.surgery.operations import ExpertManager, Surgery, SurgeryRefused
+from phasegate.surgery.operations import ExpertManager, Moments, Surgery, SurgeryRefused
 from phasegate.surgery.probe import Probe
 from phasegate.training import checkpoint, randomness
 from phasegate.training.course import Course
@@ -27,11 +27,12 @@ from phasegate.training.predictions import PROBE, correct, predict
 
 @dataclass(frozen=True)
 class Treatment:
-    """Say who decides, how an expert is added, and how one is removed."""
+    """Say who decides, how an expert is added and how one is removed, and what copies get of Adam's moments."""
 
     policy: Policy
     grow: Grow | Plugin = "split"
     prune: Prune | Plugin = "remove"
+    moments: Moments = "scaled"
 
     def files(self, seed: int) -> tuple[Path, ...]:
         """List the files that a trial of this seed reads: the files of the policy, and plugins."""
@@ -134,13 +135,14 @@ class Surgeon:
         """Carry out a proposal by the arm's kind of surgery, on the probed layer or on a copy of it."""
         e = proposal.expert
         expert = int(manager.moe.expert_id[e])
+        manager.moments = self.treatment.moments
         match self.treatment.grow if proposal.action == Action.GROW else self.treatment.prune:
             case Plugin() as plugin:
                 return _operate_by_plugin(plugin, manager, proposal, probe, draws)
             case "split":
                 return manager.split(expert, *cut(probe, e, self.course.schedule.split_direction, draws))
             case "clone":
-                return manager.clone(expert)
+                return manager.clone(expert, probe.share_of_copy(e))
             case "reinit":
                 return manager.reinit(draws)
             case "remove":

@@ -50,9 +50,15 @@ def start_files(prepared: Path, baseline: Path) -> tuple[Path, ...]:
 
 
 def load_start(prepared: Path, baseline: Path, seed: int, schedule: Schedule) -> tuple[Model, Optimizer, Course]:
-    """Load a 7a checkpoint with its optimizer, and the course that begins at it; `UserError` if it is damaged."""
+    """Load a 7a checkpoint with its optimizer, and the course that begins at it; `UserError` if it is damaged.
+
+    Hyperplanes of splits will learn only if the schedule says so.
+    """
     train, signal, gate = load_examples(prepared, device())
     model, optimizer, training = load_baseline(baseline, gate)
+    for moe in model.layers:
+        for hyperplane in (moe.node_weight, moe.node_offset):
+            hyperplane.requires_grad_(schedule.hyperplanes != "fixed")
     return model, optimizer, Course(train, signal, gate, training, schedule, seed)
 
 

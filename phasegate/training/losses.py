@@ -15,23 +15,26 @@ Objective = Callable[[Tensor, Tensor, int], Tensor]
 
 
 def load_balance(routing: Routing) -> Tensor:
-    """Return Switch's loss: F * sum over families of (share of slots) * (mean probability); one if even."""
+    """Return Switch's loss: F * sum over families of (share of slots) * (mean probability); one if even.
+
+    It is summed over gates, so that no gate's router is pressed less because there are others.
+    """
     if suit(routing.logits):
         loss: Tensor = Balance.apply(routing.logits, routing.families)  # type: ignore[no-untyped-call]
         return loss
     families, tokens = routing.logits.shape[-1], routing.logits.shape[1]
-    return (routing.probs @ shares(routing).unsqueeze(-1)).sum() * (families / tokens / len(routing.logits))
+    return (routing.probs @ shares(routing).unsqueeze(-1)).sum() * (families / tokens)
 
 
 def router_z(routing: Routing) -> Tensor:
-    """Return ST-MoE's z-loss: the mean squared log-partition of the router's scores (arXiv 2202.08906)."""
-    return routing.logits.logsumexp(-1).square().mean()
+    """Return ST-MoE's z-loss: the mean squared log-partition of a router's scores, summed over gates (2202.08906)."""
+    return routing.logits.logsumexp(-1).square().mean(-1).sum()
 
 
 def shares(routing: Routing) -> Tensor:
     """Return the share of the token slots that each family got, (G, F)."""
     chosen = routing.families.flatten(1)
-    slots = torch.zeros(len(chosen), routing.logits.shape[-1], device=chosen.device)
+    slots = routing.logits.new_zeros(len(chosen), routing.logits.shape[-1])
     return slots.scatter_add(1, chosen, torch.ones_like(chosen, dtype=slots.dtype)) / chosen.shape[1]
 
 

@@ -188,7 +188,7 @@ def _own(slope: Tensor | None, like: Tensor) -> Tensor:
 
 
 class Balance(torch.autograd.Function):
-    """Compute Switch's balancing loss of logits (G, N, F) and the chosen families (G, N, K), the mean over gates."""
+    """Compute Switch's balancing loss of logits (G, N, F) and the chosen families (G, N, K), summed over gates."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, families: Tensor) -> Tensor:
@@ -198,10 +198,10 @@ class Balance(torch.autograd.Function):
         for g in range(n_gates):
             _run(kernels().balance, logits[g], shares, families[g], value, slopes[g], n, n_families, top_k)
         ctx.save_for_backward(slopes)
-        return value / n_gates if n_gates > 1 else value
+        return value
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
         (slopes,) = ctx.saved_tensors
-        return slopes * (slope / len(slopes)), None
+        return slopes * slope, None
