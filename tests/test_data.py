@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from phasegate.base.errors import UserError
+from phasegate.data_sets import prepare as preparing
 from phasegate.data_sets.prepare import merge_tasks, prepare, shuffled, split_validation
 from phasegate.data_sets.raw import Raw
 from phasegate.records.prepared import FIT, TEST, Split, load_meta, load_splits
@@ -44,6 +45,18 @@ def test_a_sorted_source_is_shuffled_like_any_other() -> None:
     first = np.array([shuffled(Split(np.arange(8), y), np.random.default_rng(seed)).x[:2] for seed in range(1000)])
     assert np.abs(np.bincount(first.ravel(), minlength=8) - 250).max() < 60
     assert (y[first].sum(1) == 1).all() and 400 < y[first[:, 0]].sum() < 600
+
+
+def test_every_split_of_a_sorted_source_begins_with_all_classes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = Split(np.arange(60.0)[:, None, None], np.arange(60) // 20)
+    monkeypatch.setattr(preparing, "load_source", lambda *_: Raw(own, own, published=own))
+    prepare("own", tmp_path, tmp_path, 12, 0, {"first": [1, 0, 0]})
+    splits = load_splits(tmp_path / FIT) | load_splits(tmp_path / TEST)
+    assert list(splits) == ["train", "signal", "gate", "test", "published"]
+    for split in splits.values():
+        assert (np.sort(split.y.reshape(-1, 3)) == [0, 1, 2]).all()
 
 
 def test_splits_lose_no_example_share_none_and_follow_the_seed() -> None:
