@@ -59,7 +59,7 @@ def test_an_archive_goes_through_every_stage(
     run_all(params, tmp_path, monkeypatch)
 
     meta = load_meta(tmp_path / "data/prepared")
-    assert meta.splits == {"train": 49_000, "signal": 500, "gate": 500, "test": 10_000}
+    assert meta.splits == {"train": 49_000, "signal": 500, "gate": 500, "test": 10_000, "published": 0}
     assert meta.input_shape == (3, 32, 32) and meta.classes == form.names[[*form.names][-1]]
     assert list(meta.tasks) == [task] and len(set(meta.tasks[task])) == labels
 

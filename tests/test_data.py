@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from phasegate.base.errors import UserError
-from phasegate.data_sets.prepare import merge_tasks, prepare, split_validation, stratified
+from phasegate.data_sets import prepare as preparing
+from phasegate.data_sets.prepare import merge_tasks, prepare, shuffled, split_validation
 from phasegate.data_sets.raw import Raw
 from phasegate.records.prepared import FIT, TEST, Split, load_meta, load_splits
 
@@ -29,12 +30,33 @@ def prepare_own(folder: Path, **changed: Any) -> Path:
     return folder / "out"
 
 
-@given(st.lists(st.integers(0, 4), min_size=1, max_size=60), st.data())
-def test_a_stratified_draw_gives_every_class_its_share(labels: list[int], data: st.DataObject) -> None:
-    y, count = np.array(labels), data.draw(st.integers(1, len(labels)))
-    mask = stratified(y, count, np.random.default_rng(3))
-    share = np.bincount(y, minlength=5) * count / len(y)
-    assert mask.sum() == count and (np.abs(np.bincount(y[mask], minlength=5) - share) < 1).all()
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=60), st.integers(0, 60), st.booleans())
+def test_the_first_examples_have_nearly_every_classs_share(labels: list[int], count: int, even: bool) -> None:
+    y = np.arange(len(labels) // 5 * 5) % 5 if even else np.array(labels)
+    split = shuffled(Split(np.arange(len(y)), y), np.random.default_rng(3))
+    assert sorted(split.x) == list(range(len(y))) and (y[split.x] == split.y).all()
+    counts, found = (np.bincount(labels, minlength=5) for labels in (y, split.y[:count]))
+    away = np.abs(found - counts * len(split.y[:count]) / max(len(y), 1))
+    assert (away < (1 if even else 1 + 3 * counts / len(y))).all()
+
+
+def test_a_sorted_source_is_shuffled_like_any_other() -> None:
+    y = np.arange(8) // 4  # each example of a class comes at each of the first two places equally often
+    first = np.array([shuffled(Split(np.arange(8), y), np.random.default_rng(seed)).x[:2] for seed in range(1000)])
+    assert np.abs(np.bincount(first.ravel(), minlength=8) - 250).max() < 60
+    assert (y[first].sum(1) == 1).all() and 400 < y[first[:, 0]].sum() < 600
+
+
+def test_every_split_of_a_sorted_source_begins_with_all_classes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = Split(np.arange(60.0)[:, None, None], np.arange(60) // 20)
+    monkeypatch.setattr(preparing, "load_source", lambda *_: Raw(own, own, published=own))
+    prepare("own", tmp_path, tmp_path, 12, 0, {"first": [1, 0, 0]})
+    splits = load_splits(tmp_path / FIT) | load_splits(tmp_path / TEST)
+    assert list(splits) == ["train", "signal", "gate", "test", "published"]
+    for split in splits.values():
+        assert (np.sort(split.y.reshape(-1, 3)) == [0, 1, 2]).all()
 
 
 def test_splits_lose_no_example_share_none_and_follow_the_seed() -> None:
@@ -54,8 +76,9 @@ def test_prepared_data_come_back_standardised_by_train(tmp_path: Path) -> None:
     train, test, meta = load_splits(folder / FIT)["train"], load_splits(folder / TEST)["test"], load_meta(folder)
     np.testing.assert_allclose([train.x.mean((0, 2)), train.x.std((0, 2))], [[0, 0], [1, 1]], atol=1e-6)
     source = test.x * np.array(meta.std)[:, None] + np.array(meta.mean)[:, None]
-    np.testing.assert_allclose(source, np.load(tmp_path / "own.npz")["x_test"], rtol=1e-5, atol=1e-5)
-    assert meta.splits == {"train": 48, "signal": 6, "gate": 6, "test": 9}
+    given = np.load(tmp_path / "own.npz")["x_test"]
+    np.testing.assert_allclose(np.sort(source, axis=0), np.sort(given, axis=0), rtol=1e-5, atol=1e-5)
+    assert meta.splits == {"train": 48, "signal": 6, "gate": 6, "test": 9, "published": 0}
     assert (meta.input_shape, meta.class_names, meta.tasks) == ((2, 7), ("0", "1", "2"), {"first": (1, 0, 0)})
     assert train.x.dtype == np.float32 and train.y.dtype == np.int64
     before = [path.read_bytes() for path in sorted(folder.iterdir())]

@@ -32,7 +32,10 @@ def test_mnist1d_is_the_published_one_and_leaves_the_global_generators_alone() -
         draws.append((random.random(), np.random.rand()))
     assert draws[0] == draws[1] and raw is not None
     train, signal, gate = split_validation(raw, 6000, np.random.default_rng(0))
-    assert train.x.shape == (4000, 1, 40) and raw.test.x.shape == (1000, 1, 40)
+    assert train.x.shape == (4000, 1, 40) and raw.test.x.shape == (10_000, 1, 40)
+    assert raw.published is not None and raw.published.x.shape == (1000, 1, 40)
+    every = np.concatenate([split.x[:, 0] for split in (train, signal, gate, raw.test, raw.published)])
+    assert len(np.unique(every, axis=0)) == 17_000  # no example is in two splits
     assert (np.bincount(signal.y) == 100).all() and (np.bincount(gate.y) == 100).all()
 
 

@@ -137,7 +137,7 @@ def test_the_example_of_your_own_data_is_prepared(tmp_path: Path, monkeypatch: p
     apply_overrides(tmp_path / "params.yaml", [word for word in command[3:] if word != "-S"])
     prepare.main(load_params())
     meta = load_meta(tmp_path / "data/prepared")
-    assert meta.splits == {"train": 1600, "signal": 200, "gate": 200, "test": 500}
+    assert meta.splits == {"train": 1600, "signal": 200, "gate": 200, "test": 500, "published": 0}
     assert meta.input_shape == (20, 1) and meta.tasks == {"first": (1, 0, 0)}
 
 

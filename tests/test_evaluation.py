@@ -9,7 +9,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from safetensors.numpy import load_file
 
 from phasegate.base.errors import UserError
 from phasegate.evaluation import evaluate as evaluation
@@ -19,6 +18,8 @@ from phasegate.model.classifier import Model, ModelSpec, cost
 from phasegate.model.references import Reference, ReferenceSpec
 from phasegate.params.fields import override
 from phasegate.params.phases import Schedule
+from phasegate.records.predictions import read_predictions
+from phasegate.records.prepared import TEST, load_splits
 from phasegate.records.trial_folder import FAILURE_COLUMNS, LAST_GOOD, SURGERY_COLUMNS, Failure, write_failure
 from phasegate.surgery import continuation, controllers, surgeon
 from phasegate.surgery.operations import ExpertManager
@@ -129,6 +130,13 @@ def test_a_phase_is_evaluated_on_test_and_an_empty_one_refused(baselines: Path, 
     assert pd.read_csv(tmp_path / "out/split_halves.csv").empty
     assert columns(tmp_path / "out") == COLUMNS
     assert (tmp_path / "out/failures.csv").read_text() == ",".join(FAILURE_COLUMNS) + "\n"
+    labels, predictions = read_predictions(tmp_path / "out")
+    test = load_splits(prepared / TEST)
+    assert labels.tolist() == test["test"].y.tolist() and list(predictions) == ["p7a/baseline/seed-0"]
+    assert 100 * (predictions["p7a/baseline/seed-0"] == labels).mean() == pytest.approx(trials["accuracy"][0])
+    (tmp_path / "p7a").rename(tmp_path / "references")
+    evaluate_phase(tmp_path / "references", prepared, tmp_path / "published")
+    assert read_predictions(tmp_path / "published")[0].tolist() == test["published"].y.tolist()
     with pytest.raises(UserError, match="holds no checkpoints"):
         evaluate_phase(tmp_path / "none", prepared, tmp_path / "out")
 
@@ -141,11 +149,11 @@ def test_a_failed_trial_is_listed_and_not_evaluated(baselines: Path, prepared: P
     evaluate_phase(tmp_path / "p7a", prepared, tmp_path / "all failed")
     assert columns(tmp_path / "all failed") == COLUMNS
     assert all(pd.read_csv(tmp_path / f"all failed/{name}.csv").empty for name in TABLES)
-    assert load_file(tmp_path / "all failed/predictions.safetensors") == {}
+    assert read_predictions(tmp_path / "all failed")[1] == {}
     (arm / "seed-0").symlink_to(baselines / "seed-0", target_is_directory=True)
     evaluate_phase(tmp_path / "p7a", prepared, tmp_path / "one failed")
     assert pd.read_csv(tmp_path / "one failed/trials.csv")["seed"].tolist() == [0]
-    assert list(load_file(tmp_path / "one failed/predictions.safetensors")) == ["baseline/seed-0"]
+    assert list(read_predictions(tmp_path / "one failed")[1]) == ["p7a/baseline/seed-0"]
     for name in ("all failed", "one failed"):
         assert pd.read_csv(tmp_path / name / "failures.csv").to_dict("records") == [asdict(failed)]
 

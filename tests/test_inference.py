@@ -59,7 +59,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("study")
     split = Split(standardise(RAW, *MOMENTS), np.arange(len(RAW)) % 4)
     names, tasks = ("ash", "beech", "cherry", "durian"), {"half": (0, 0, 1, 1), "parity": (0, 1, 0, 1)}
-    splits, (mean, std) = dict.fromkeys(("train", "signal", "gate", "test"), split), MOMENTS
+    splits, (mean, std) = dict.fromkeys(("train", "signal", "gate", "test", "published"), split), MOMENTS
     save(folder / "data/prepared", splits, name="bytes", class_names=names, tasks=tasks, mean=mean, std=std)
     gate = Examples(torch.from_numpy(split.x), torch.from_numpy(split.y))
     for name, n_gates in (("p7b2/split", 1), ("p7b3/task_gates", 3)):

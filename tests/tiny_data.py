@@ -14,7 +14,7 @@ def write_tiny_data(folder: Path, shape: tuple[int, ...] = (1, 8)) -> Path:
     rng = np.random.default_rng(0)
     centres = rng.normal(size=(4, *shape))
     splits = {}
-    for name, examples in {"train": 320, "signal": 300, "gate": 200, "test": 100}.items():
+    for name, examples in {"train": 320, "signal": 300, "gate": 200, "test": 100, "published": 40}.items():
         y = np.arange(examples) % 4
         splits[name] = Split(centres[y] + rng.normal(0, 0.8, (examples, *shape)), y)
     tasks = {"half": (0, 0, 1, 1), "parity": (0, 1, 0, 1)}

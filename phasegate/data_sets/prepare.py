@@ -15,19 +15,21 @@ from phasegate.records.prepared import Array, Split, save
 def prepare(
     name: str, out_dir: Path, path: Path, validation: int, split_seed: int, tasks: Mapping[str, Sequence[int]]
 ) -> None:
-    """Write the splits of a data set, standardised by train's channels, into `out_dir`.
+    """Write the splits of a data set, shuffled and standardised by train's channels, into `out_dir`.
 
     `tasks` are label maps (name -> task label of every class), joined by the source's own.
     """
     raw = load_source(name, path)
-    train, signal, gate = split_validation(raw, validation, np.random.default_rng(split_seed))
+    generator = np.random.default_rng(split_seed)
+    train, signal, gate = split_validation(raw, validation, generator)
     class_names = raw.class_names or tuple(str(label) for label in np.unique(train.y))
     all_tasks = merge_tasks(tasks, raw.tasks, len(class_names))
     if not all_tasks:
         raise UserError(f"data.tasks has no label map for {name}: phase 7b.3 needs one, such as even: [0, 1, 0, …]")
     channels = train.x.shape[1]
     mean, std = channel_moments(train.x) if raw.standardise else ((0.0,) * channels, (1.0,) * channels)
-    splits = {"train": train, "signal": signal, "gate": gate, "test": raw.test}
+    splits = {"train": train, "signal": signal, "gate": gate, "test": shuffled(raw.test, generator)}
+    splits["published"] = shuffled(raw.published or _rows(raw.test, slice(0)), generator)
     for key, split in splits.items():
         splits[key] = Split(standardise(split.x, mean, std), split.y)
         if not np.isfinite(splits[key].x).all():
@@ -48,32 +50,37 @@ def load_source(name: str, path: Path) -> Raw:
 
 
 def split_validation(raw: Raw, validation: int, generator: np.random.Generator) -> tuple[Split, Split, Split]:
-    """Return train, signal and gate: signal and gate are stratified halves of validation.
+    """Return train, signal and gate, shuffled: signal and gate are stratified halves of validation.
 
     Unless the source brings its own, validation is a stratified draw of `validation` examples from train.
     """
-    train, held_out = raw.train, raw.validation
-    if held_out is None:
+    train = shuffled(raw.train, generator)
+    if raw.validation:
+        held_out = shuffled(raw.validation, generator)
+    else:
         if not 4 <= validation < len(train):  # a control head cannot learn from one example: it has no standard error
             raise UserError(
                 f"validation is {validation}: it must be from 4 to {len(train) - 1}, a part of train with two examples "
                 "for each of its halves, signal and gate"
             )
-        chosen = stratified(train.y, validation, generator)
-        train, held_out = _select(raw.train, ~chosen), _select(raw.train, chosen)
+        held_out, train = _rows(train, slice(validation)), _rows(train, slice(validation, None))
         if lost := sorted(set(np.unique(raw.train.y)) - set(np.unique(train.y))):
             raise UserError(f"validation is {validation}: it must leave examples of class {lost[0]} in train")
-    half = stratified(held_out.y, len(held_out) // 2, generator)
-    return train, _select(held_out, half), _select(held_out, ~half)
+    half = len(held_out) // 2
+    return train, _rows(held_out, slice(half)), _rows(held_out, slice(half, None))
 
 
-def stratified(y: Array, count: int, generator: np.random.Generator) -> Array:
-    """Draw a mask (N,) of `count` examples, with every class's share of them rounded down or up."""
-    order = generator.permutation(len(y))
-    order = order[np.argsort(y[order], kind="stable")]
-    mask = np.zeros(len(y), bool)  # systematic sampling: every (N / count)-th example
-    mask[order[(2 * np.arange(count) + 1) * len(y) // (2 * count)]] = True
-    return mask
+def shuffled(split: Split, generator: np.random.Generator) -> Split:
+    """Return a split in random order, stratified: each part in a row has nearly its share of every class.
+
+    So it never matters how a source is sorted, even to what looks at the first examples only.
+    """
+    place = np.empty(len(split))
+    for label in np.unique(split.y):
+        members = split.y == label
+        count = members.sum()  # the class is spread evenly from 0 to 1, one at random in each interval of 1 / count
+        place[members] = (generator.permutation(count) + generator.random(count)) / count
+    return _rows(split, np.argsort(place, kind="stable"))
 
 
 def merge_tasks(
@@ -109,5 +116,5 @@ def standardise(x: Array, mean: Sequence[float], std: Sequence[float]) -> Array:
     return result
 
 
-def _select(split: Split, mask: Array) -> Split:
-    return Split(split.x[mask], split.y[mask])
+def _rows(split: Split, rows: Array | slice) -> Split:
+    return Split(split.x[rows], split.y[rows])

@@ -13,6 +13,7 @@ class Raw:
     train: Split
     test: Split
     validation: Split | None = None  # None: it is taken from train
+    published: Split | None = None  # the published test split, where `test` is a larger one
     class_names: tuple[str, ...] = ()  # empty: unknown
     tasks: Mapping[str, list[int]] = field(default_factory=dict)  # the data set's own label maps
     standardise: bool = True  # False: the source's own scale is part of the benchmark

@@ -10,15 +10,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-import safetensors.numpy
 import torch
 
 from phasegate.base.errors import UserError
-from phasegate.base.files import write_atomic
 from phasegate.evaluation.split_halves import HALVES_COLUMNS, split_halves
 from phasegate.model.classifier import Cost, Network, Output
 from phasegate.model.moe import routing_entropy
+from phasegate.params.names import REFERENCES
 from phasegate.records import trial_folder
+from phasegate.records.predictions import write_predictions
 from phasegate.records.prepared import TEST, Array, load_meta, load_splits
 from phasegate.records.tables import read_table, write_table
 from phasegate.training import checkpoint
@@ -54,10 +54,13 @@ class Evaluation(NamedTuple):
 def evaluate_phase(models: Path, prepared: Path, output: Path, may_be_empty: bool = False) -> None:
     """Evaluate every checkpoint below `models`, and write the tables of the phase and of its failures into `output`.
 
-    `UserError` if a checkpoint does not load, or if there is nothing though there has to be.
+    References are evaluated on the published test split, where `test` is another one. `UserError` if a checkpoint does
+    not load, or if there is nothing though there has to be.
     """
     gate, tasks = load_examples(prepared, device())[2], load_meta(prepared).tasks
-    test = on_device(load_splits(prepared / TEST)["test"], device())
+    splits = load_splits(prepared / TEST)
+    published = splits["published"] if models.name == REFERENCES else None
+    test = on_device(published or splits["test"], device())
     names = (checkpoint.RECORD, trial_folder.FAILURE)
     folders, failed = (sorted(path.parent for path in models.glob(f"*/*/{name}")) for name in names)
     if not (folders or failed or may_be_empty):
@@ -66,7 +69,7 @@ def evaluate_phase(models: Path, prepared: Path, output: Path, may_be_empty: boo
     for folder in folders:
         left = {name: _read_left(folder / file, TABLES[name]) for name, file in FILES.items()}
         result = evaluate(checkpoint.load(folder, gate, device()), test, tasks, left["surgeries"])
-        predictions[f"{result.trial['arm']}/seed-{result.trial['seed']}"] = result.predictions
+        predictions["{phase}/{arm}/seed-{seed}".format(**result.trial)] = result.predictions
         for name, table in {"trials": pd.DataFrame([result.trial]), **result.tables, **left}.items():
             parts[name].append(table.assign(**{key: result.trial[key] for key in KEY}))
     failures = [astuple(failure) for failure in map(trial_folder.read_failure, failed) if failure]
@@ -74,7 +77,7 @@ def evaluate_phase(models: Path, prepared: Path, output: Path, may_be_empty: boo
     for name, columns in TABLES.items():
         table = pd.concat(parts[name]) if folders else pd.DataFrame()
         write_table(output / f"{name}.csv", table.reindex(columns=[*KEY, *columns]), digits=None)
-    write_atomic(output / "predictions.safetensors", safetensors.numpy.save(predictions))
+    write_predictions(output, test.y.cpu().numpy(), predictions)
 
 
 def evaluate(

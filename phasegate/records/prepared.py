@@ -1,7 +1,8 @@
 """Write prepared data sets, and read and verify them.
 
 The splits: *train* fits models; *signal* (labels for controllers) and *gate* (choosing, stopping) are the halves of
-validation; *test* is for evaluation only.
+validation; *test* is for evaluation only. *published* is the published test split where *test* is a larger one, else
+empty. Each is in random order and stratified, so that its first examples stand for all.
 
 Shapes: N examples, C channels; x is (N, C, L) or (N, C, H, W) in float32, y is (N,) in int64.
 """
@@ -27,7 +28,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 META, FIT, TEST = "dataset.json", "fit.safetensors", "test.safetensors"
 """The description of all arrays, which training may read but not depend on; training's splits; evaluation's split."""
-FILES = {FIT: ("train", "signal", "gate"), TEST: ("test",)}
+FILES = {FIT: ("train", "signal", "gate"), TEST: ("test", "published")}
 ARRAYS = {file: [f"{split}_{part}" for split in splits for part in "xy"] for file, splits in FILES.items()}
 LARGEST = memory() // 2  # bytes of arrays in a file: a file can claim any size
 LARGEST_META = 1 << 24  # bytes of `dataset.json`, which has thousands
@@ -62,7 +63,7 @@ class Meta:
     tasks: dict[str, tuple[NonNegativeInt, ...]]  # name -> task label of every class
     mean: tuple[FiniteFloat, ...]  # per channel: x = (source's value - mean) / std
     std: tuple[FiniteFloat, ...]
-    arrays: dict[str, ArrayInfo]  # train_x, train_y, signal_x, … test_y
+    arrays: dict[str, ArrayInfo]  # train_x, train_y, signal_x, … published_y
 
     def __post_init__(self) -> None:
         if sorted(self.arrays) != sorted(key for keys in ARRAYS.values() for key in keys):
@@ -96,7 +97,7 @@ class Meta:
 
 
 def save(folder: Path, splits: Mapping[str, Split], **described: Any) -> None:
-    """Write the splits train, signal, gate and test, and `dataset.json`; `described` are the other fields of `Meta`."""
+    """Write the splits that `FILES` names, and `dataset.json`; `described` are the other fields of `Meta`."""
     arrays = {f"{key}_x": np.ascontiguousarray(split.x, np.float32) for key, split in splits.items()}
     arrays |= {f"{key}_y": np.ascontiguousarray(split.y, np.int64) for key, split in splits.items()}
     for file, keys in ARRAYS.items():
