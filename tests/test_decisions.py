@@ -239,7 +239,7 @@ def searched(accuracy: Mapping[str, float], *failed: str, seeds: int = 2) -> pd.
     return table
 
 
-def test_the_winner_leads_then_the_chosen_then_who_raced_longer_then_the_more_accurate_then_the_cheaper() -> None:
+def test_candidates_rank_by_the_race_then_by_accuracy_cost_and_name() -> None:
     table = pd.concat([searched(CANDIDATES), searched({"y": 50}, seeds=3)]).assign(
         flops_per_example=[9, 9, 8, 8, 8, 8, *[1] * 5]
     )
