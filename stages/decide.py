@@ -56,12 +56,13 @@ def collect(name: str) -> pd.DataFrame:
     return table[table["seed"] == table["seed"].min()] if name in ("routing", "loads") else table
 
 
-def search(name: str) -> tuple[pd.DataFrame, str]:
-    """Return the trials of a search and the candidate that it chose."""
+def search(name: str) -> tuple[pd.DataFrame, str, str]:
+    """Return the trials of a search, the candidate that it chose, and its winner whatever the number of experts."""
     content = load_yaml(path := MODELS / f"{name}.yaml")
     if not isinstance(content, dict) or "candidate" not in content:
         raise UserError(f"{path} names no candidate: `dvc repro` makes it again")
-    return read_table(MODELS / f"{name}.csv"), str(content["candidate"])
+    chosen = str(content["candidate"])
+    return read_table(MODELS / f"{name}.csv"), chosen, str(content.get("winner", chosen))
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@ from phasegate.base.files import write_atomic
 from phasegate.base.paths import MODELS, PREPARED
 from phasegate.model.classifier import ModelSpec
 from phasegate.params import Params
-from phasegate.pretraining.ranking import winner
-from phasegate.pretraining.search import run_search, variants
+from phasegate.pretraining.ranking import race
+from phasegate.pretraining.search import trainer, variants
 from phasegate.records.prepared import load_meta
 from phasegate.stage import run
 
@@ -19,7 +19,7 @@ def main(params: Params) -> None:
     trainings = variants(params.training, params.q1, "q1.candidates")
     candidates = {name: (spec, training) for name, training in trainings.items()}
     folder = MODELS / "q1"
-    best = winner(run_search("q1", candidates, params.q1.candidates, params.q1.seeds.all, PREPARED, folder))
+    best = race([*candidates], {}, trainer("q1", candidates, params.q1, PREPARED, folder), params.q1)
     content = {"candidate": best, "training": trainings[best].model_dump()}
     write_atomic(folder.with_suffix(".yaml"), yaml.safe_dump(content, sort_keys=False))
 

@@ -15,7 +15,8 @@ def main(params: Params) -> None:
         name: (ReferenceSpec(meta.input_shape, meta.classes, model.hidden, model.channels), model.training())
         for name, model in params.references_of(meta.name).items()
     }
-    run_search("references", candidates, {}, params.seeds.all, PREPARED, MODELS / "references")
+    seeds = dict.fromkeys(candidates, params.seeds.all)
+    run_search("references", candidates, {}, seeds, PREPARED, MODELS / "references")
 
 
 if __name__ == "__main__":

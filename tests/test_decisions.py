@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from phasegate.base.errors import UserError
-from phasegate.pretraining.ranking import winner
+from phasegate.pretraining.ranking import ranked
 from phasegate.records.tables import COSTS, read_table, write_table
 from phasegate.records.trial_folder import FAILURE_COLUMNS
 from phasegate.verdicts import decisions
@@ -239,29 +239,28 @@ def searched(accuracy: Mapping[str, float], *failed: str, seeds: int = 2) -> pd.
     return table
 
 
-def test_the_winner_is_the_most_accurate_then_the_cheapest_then_the_first_by_name() -> None:
-    table = searched(CANDIDATES).assign(flops_per_example=[9, 9, 8, 8, 8, 8, 1, 1])
-    assert winner(table) == "a"
+def test_candidates_rank_by_the_race_then_by_accuracy_cost_and_name() -> None:
+    table = pd.concat([searched(CANDIDATES), searched({"y": 50}, seeds=3)]).assign(
+        flops_per_example=[9, 9, 8, 8, 8, 8, *[1] * 5]
+    )
+    assert [name for name, _ in ranked(table)] == ["y", "a", "b", "c", "z"]
     references = table[table["candidate"] == "z"].replace({"candidate": {"z": "mlp"}})
     tested = pd.DataFrame({"phase": "references", "arm": "mlp", "seed": [0, 1], "accuracy": [64.0, 66.0]})
-    board = leaderboard(table, "a", 0.95, reference_rows(references, tested, {"mlp": 68.0}, 0.95))
-    assert (
-        board["candidate"].tolist() == ["a", "b", "c", "z", "mlp"] and board["chosen"].tolist() == [True] + [False] * 4
-    )
+    board = leaderboard(table, "c", "z", 0.95, reference_rows(references, tested, {"mlp": 68.0}, 0.95))
+    assert board["candidate"].tolist() == ["z", "c", "y", "a", "b", "mlp"]
+    assert board["chosen"].tolist() == [False, True] + [False] * 4
+    assert board["winner"].tolist() == [True] + [False] * 5
     assert board.iloc[-1][["kind", "test_accuracy", "published_accuracy"]].tolist() == ["reference", 65.0, 68.0]
-    with pytest.raises(UserError, match="chosen candidate nobody"):
-        leaderboard(table, "nobody", 0.95)
+    for names in (("nobody", "a"), ("a", "nobody")):
+        with pytest.raises(UserError, match="chosen candidate nobody"):
+            leaderboard(table, *names, 0.95)
 
 
-def test_a_candidate_with_a_failed_trial_is_never_chosen_and_has_no_rank() -> None:
+def test_a_candidate_with_a_failed_trial_has_no_rank() -> None:
     table = searched(CANDIDATES, "a, seed 0", "z, seed 0", "z, seed 1")
-    assert winner(table) == "b"
     references = reference_rows(table[table["candidate"] == "a"], STUDY, {}, 0.95)
-    board = leaderboard(table, "b", 0.95, references).set_index("candidate")
+    board = leaderboard(table, "b", "b", 0.95, references).set_index("candidate")
     assert list(board.index) == ["b", "c", "a", "z", "a"] and board["rank"].tolist()[:2] == [1, 2]
     assert board["rank"].isna().tolist() == [False, False, True, True, True]
     assert board["n_seeds"].tolist() == [2, 2, 1, 0, 1] and board["n_failed"].tolist() == [0, 0, 1, 2, 1]
     assert board["accuracy"].tolist()[2] == 71 and board.loc["z", ["accuracy", "accuracy_lo", *COSTS]].isna().all()
-    assert winner(table[table["candidate"] == "b"]) == "b"
-    with pytest.raises(UserError, match=r"every candidate .* the first: q1, a, seed 0, step 3: the loss is nan"):
-        winner(table[table["candidate"].isin(["a", "z"])])

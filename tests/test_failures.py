@@ -192,7 +192,8 @@ def test_a_search_writes_what_failed_beside_what_finished(
 
     monkeypatch.setattr(search, "run_trials", run_trials)
     candidates = {"fast": (spec, training), "base": (spec, training)}
-    table = search.run_search("q1", candidates, {"fast": {"lr": 1}}, range(2), tmp_path, tmp_path / "q1")
+    seeds = dict.fromkeys(candidates, range(2))
+    table = search.run_search("q1", candidates, {"fast": {"lr": 1}}, seeds, tmp_path, tmp_path / "q1")
     assert table.columns.tolist() == search.COLUMNS
     pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "q1.csv"), table)
     settings = [["fast", 0, "lr=1"], ["fast", 1, "lr=1"], ["base", 0, "base"], ["base", 1, "base"]]

@@ -90,6 +90,15 @@ def test_results_come_back_from_the_store_when_the_output_is_gone(study: Study) 
     assert study.run(1) == [] and path.read_text() == "seed 0 lr 0.1"
 
 
+def test_a_result_that_is_there_stays_as_it_is_and_a_changed_one_does_not(study: Study) -> None:
+    study.run(1)
+    path = study.folder / "models/arm/seed-0/sub/result.txt"
+    before = path.stat().st_ino, path.stat().st_ctime_ns
+    assert study.run(2) == [1] and (path.stat().st_ino, path.stat().st_ctime_ns) == before
+    (path.parent / "other").write_text("of an earlier run")
+    assert study.run(2) == [] and not (path.parent / "other").exists()
+
+
 def test_a_changed_argument_or_input_trains_again(study: Study) -> None:
     study.run(2)
     assert study.run(2, lr=0.2) == [0, 1] and study.results()[1] == "seed 1 lr 0.2"

@@ -83,9 +83,11 @@ class Reference(Section):
 
 
 class Search(Section):
-    """Describe a search: named changes of a base configuration, each over several seeds."""
+    """Describe a search: named changes of a base configuration, and when one of them replaces another."""
 
-    seeds: fields.Seeds
+    seeds: fields.Seeds  # at most, of each candidate
+    gain: Fraction
+    confidence: Annotated[fields.Number, Field(gt=0.5, lt=1)]
     candidates: dict[Name, dict[str, fields.Scalar]]
 
     def check_together(self) -> None:

@@ -66,8 +66,8 @@ def run_trials(trials: list[Trial], output: Path) -> None:
     output.mkdir(parents=True, exist_ok=True)  # there may be no trials
     for trial in trials:
         folder = output / trial.name
-        shutil.rmtree(folder, ignore_errors=True)  # an earlier run may have left files
         if trial.name in failures:
+            shutil.rmtree(folder, ignore_errors=True)
             write_failure(folder, failures[trial.name])
         else:
             store.copy_kept(kept[trial.name], folder)

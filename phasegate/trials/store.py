@@ -25,6 +25,7 @@ STORE = Path(".phasegate/trials")
 UNFINISHED = "unfinished"  # the folder beside the store for trials that run
 KEEP_DAYS = 30
 MANIFEST = "manifest.json"
+NOT_COPIED = (SECONDS, MACHINE, MANIFEST)
 
 
 def kept_folders(trials: list[Trial], device: str) -> dict[str, Path]:
@@ -73,9 +74,15 @@ def keep(kept: Path, files: dict[str, bytes]) -> None:
 
 
 def copy_kept(kept: Path, destination: Path) -> None:
-    """Copy a kept trial's result to a new folder, or raise `UserError` with the first file that can't be written."""
+    """Make a folder hold a kept trial's result, or raise `UserError` with the first file that can't be written.
+
+    One that holds it, as when a search has trained another seed, stays as it is: the stage has read it.
+    """
+    if _dates(destination) == {name: date for name, date in _dates(kept).items() if name not in NOT_COPIED}:
+        return
+    shutil.rmtree(destination, ignore_errors=True)  # an earlier run may have left files
     try:
-        shutil.copytree(kept, destination, ignore=shutil.ignore_patterns(SECONDS, MACHINE, MANIFEST))
+        shutil.copytree(kept, destination, ignore=shutil.ignore_patterns(*NOT_COPIED))
     except shutil.Error as error:
         _, path, reason = error.args[0][0]
         raise UserError(f"{path} can't be written: {reason}") from None
@@ -94,6 +101,12 @@ def forget_old(in_use: Iterable[Path]) -> None:
     for folder in (*STORE.glob("*"), *STORE.with_name(UNFINISHED).glob("*")):
         if folder.suffix == ".tmp" or folder.stat().st_mtime < long_ago:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _dates(folder: Path) -> dict[str, tuple[int, int]]:
+    """Return size and date of each file below a folder, which copies have too, by its path there."""
+    found = {str(path.relative_to(folder)): path.stat() for path in folder.rglob("*") if path.is_file()}
+    return {name: (stat.st_size, stat.st_mtime_ns) for name, stat in found.items()}
 
 
 def _fingerprint(trial: Trial, data: dict[Path, str], shared: list[str]) -> str:

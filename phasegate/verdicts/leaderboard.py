@@ -12,24 +12,39 @@ from phasegate.records.tables import COSTS
 from phasegate.verdicts.statistics import interval_columns, mean_interval
 from phasegate.verdicts.wording import of_arm
 
-COLUMNS = ["candidate", "kind", "rank", "chosen", "n_seeds", "n_failed", "accuracy", "accuracy_lo", "accuracy_hi"]
+COLUMNS = [
+    "candidate",
+    "kind",
+    "rank",
+    "chosen",
+    "winner",
+    "n_seeds",
+    "n_failed",
+    "accuracy",
+    "accuracy_lo",
+    "accuracy_hi",
+]
 TEST = ["test_accuracy", "test_lo", "test_hi"]
 COLUMNS += [*TEST, "published_accuracy", *COSTS, "settings"]
 
 
 def leaderboard(
-    search: pd.DataFrame, chosen: str, confidence: float, references: Iterable[dict[str, Any]] = ()
+    search: pd.DataFrame, chosen: str, winner: str, confidence: float, references: Iterable[dict[str, Any]] = ()
 ) -> pd.DataFrame:
-    """Return candidates by mean gate accuracy (percent), then the rows of the references.
+    """Return the winner of a search, the candidate that is chosen, the others, then the rows of the references.
+
+    The two differ where the winner lacks the baseline's number of experts. Candidates that raced longer come before the
+    others, and then those with a higher mean gate accuracy (percent).
 
     A candidate with a failed trial has no rank: it comes after the others, with the means of its finished trials.
     """
-    if chosen not in set(search["candidate"]):
-        raise UserError(f"the chosen candidate {chosen} isn't in the search")
+    for name in (chosen, winner):
+        if name not in set(search["candidate"]):
+            raise UserError(f"the chosen candidate {name} isn't in the search")
     rows = [
-        {"kind": "search", "rank": None if n_failed(runs) else rank, "chosen": name == chosen}
+        {"kind": "search", "rank": None if n_failed(runs) else rank, "chosen": name == chosen, "winner": name == winner}
         | _describe(name, runs, confidence)
-        for rank, (name, runs) in enumerate(ranked(search), start=1)
+        for rank, (name, runs) in enumerate(ranked(search, (winner, chosen)), start=1)
     ]
     table = pd.DataFrame([*rows, *references]).reindex(columns=COLUMNS)
     return table.astype({"rank": "Int64", "published_accuracy": float})
@@ -40,7 +55,7 @@ def reference_rows(
 ) -> Iterator[dict[str, Any]]:
     """Yield the reference models as rows, by mean gate accuracy, from `search`; test accuracies are from `trials`."""
     for name, runs in ranked(search):
-        row = {"kind": "reference", "chosen": False, "published_accuracy": published.get(name)}
+        row = {"kind": "reference", "chosen": False, "winner": False, "published_accuracy": published.get(name)}
         test = of_arm(trials, REFERENCES, name)["accuracy"]
         measured = mean_interval(test, confidence) if len(test) else ()
         yield row | _describe(name, runs, confidence) | dict(zip(TEST, measured, strict=False))

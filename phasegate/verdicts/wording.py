@@ -247,7 +247,10 @@ def hypothesis(hypotheses: Mapping[str, str], phase: str) -> str:
 def leaderboard_cells(table: pd.DataFrame) -> Cells:
     """Return a leaderboard as people read it."""
     return [
-        {"rank": number(row.rank, 0), "candidate": f"{row.candidate} (chosen)" if row.chosen else row.candidate}
+        {
+            "rank": number(row.rank, 0),
+            "candidate": f"{row.candidate}{' (chosen)' * row.chosen or ' (winner)' * row.winner}",
+        }
         | {"gate accuracy, %": measure(row, "accuracy")}
         | {"test accuracy, %": interval(row.test_accuracy, row.test_lo, row.test_hi)}
         | {"published, %": number(row.published_accuracy)}
