@@ -71,7 +71,8 @@ def damaged(seed: int, schedule: Schedule, training: Training) -> Damaged:
     with torch.no_grad():
         for weights in (model.layers[0].w_in, model.layers[0].w_out):
             weights.copy_(weights[:1].expand_as(weights))  # experts that begin as copies can stand in for each other
-    course = Course(*(examples(n, n) for n in (4000, 4001, 4002)), training, schedule, seed)
+    train, signal, gate = (examples(4000, place) for place in (1, 2, 3))
+    course = Course(train, signal, gate, training, schedule, seed)
     optimizer = loop.make_optimizer(model.parameters(), training)
     objective, rates = losses.plain_objective(model, 0), loop.cosine(training.lr, training.steps)
     loop.fit(model, optimizer, Batches(course.train, training.batch, seed, training), objective, rates, lambda *_: None)

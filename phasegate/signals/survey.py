@@ -118,6 +118,8 @@ def _fork(surgeon: Surgeon, situation: Situation, truth: GroundTruth, everything
     parts = (torch.split(split, [*map(len, kinds)]) for split in forked)
     labels, half = {}, repeats // 2
     for change, kind, signal, gate in zip((Change.GROW, Change.RECOVERED), kinds, *parts, strict=True):
+        if not kind:  # torch warns of the variance of nothing
+            continue
         means = (gate.mean((1, 2)), signal[:, :half].mean((1, 2)), gate[:, half:].mean((1, 2)))
         for proposal, *values in zip(kind, *estimate(signal), *means, strict=True):
             labels[proposal] = _label(change, *map(float, values))
