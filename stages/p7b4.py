@@ -12,12 +12,13 @@ from phasegate.surgery.surgeon import Treatment
 def main(params: Params) -> None:
     """Compare a head that predicts the change, measuring it, plain usage, and a head that may not act."""
     truth = params.p7b4
-    measured = MeasuredPolicy(truth.price, truth.candidates, truth.recovery_steps, truth.repeats)
+    worth = truth.price, truth.certainty
+    measured = MeasuredPolicy(*worth, truth.candidates, truth.recovery_steps, truth.repeats, truth.every)
     arms = {
-        "counterfactual_head": Arm(Treatment(PredictedPolicy(HEADS, truth.price))),
+        "counterfactual_head": Arm(Treatment(PredictedPolicy(HEADS, *worth))),
         "oracle": Arm(Treatment(measured)),
         "frequency": Arm(Treatment(LabelPolicy(truth.usage))),
-        "keep": Arm(Treatment(PredictedPolicy(HEADS, truth.price, acts=False))),
+        "keep": Arm(Treatment(PredictedPolicy(HEADS, *worth, acts=False))),
     }
     run_phase("p7b4", arms, params)
 

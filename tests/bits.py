@@ -51,8 +51,8 @@ SCHEDULE = Schedule(
     eval_every=3, split_direction="principal", hyperplanes="fixed", sibling_balance=0.01,
 )  # fmt: skip
 TRUTH = GroundTruth(
-    recovery_steps=1, repeats=2, surveys=1, survey_every=2, surveyed=1, candidates=1, price=1e-8,
-    usage=UsageLabels(grow_above=1.3, prune_below=0.7),
+    recovery_steps=1, repeats=2, surveys=1, survey_every=2, surveyed=1, candidates=1, every=1,
+    certainty=0.9, price=1e-8, usage=UsageLabels(grow_above=1.3, prune_below=0.7),
 )  # fmt: skip
 NOISE = RandomLabels(grow=0.4, prune=0.3, loss_weight=1.0, head_lr=0.02)
 ENTROPY = EntropyLabels(grow_below=1.0, prune_above=1.0, head_lr=0.02)
@@ -83,8 +83,8 @@ def kinds(base: Path) -> Iterator[tuple[str, Callable[[Path], object]]]:
         "entropy_loss": Arm(entropy_weight=0.1),
         "task_gates": Arm(tasks=Tasks(TASKS, 0.5, own_gates=True)),
         "task_heads": Arm(tasks=Tasks(TASKS, 0.5, own_gates=False)),
-        "oracle": Arm(Treatment(MeasuredPolicy(1e-8, 1, 1, 2))),
-        "predicted": Arm(Treatment(PredictedPolicy(base / "heads", 1e-8))),
+        "oracle": Arm(Treatment(MeasuredPolicy(1e-8, 0.9, 1, 1, 2, 1))),
+        "predicted": Arm(Treatment(PredictedPolicy(base / "heads", 1e-8, 0.9))),
     }
     for name, arm in arms.items():
         yield name, partial(run_arm, **course, phase="p7b", name=name, arm=arm)

@@ -88,8 +88,8 @@ def schedule() -> Schedule:
 @pytest.fixture(scope="session")
 def truth() -> GroundTruth:
     return GroundTruth(
-        recovery_steps=3, repeats=2, surveys=2, survey_every=8, surveyed=1, candidates=1, price=1e-8,
-        usage=UsageLabels(grow_above=1.3, prune_below=0.7),
+        recovery_steps=3, repeats=2, surveys=2, survey_every=8, surveyed=1, candidates=1, every=1,
+        certainty=0.9, price=1e-8, usage=UsageLabels(grow_above=1.3, prune_below=0.7),
     )  # fmt: skip
 
 

@@ -3,7 +3,9 @@
 import functools
 from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean, variance
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ from phasegate.signals.forks import Estimate, estimate, removals
 from phasegate.signals.oracle import losses_without_each
 from phasegate.surgery.operations import ExpertManager
 from phasegate.surgery.probe import Probe
-from phasegate.training import predictions
+from phasegate.training import loop, predictions
 from phasegate.training.course import load_start
 from tests.models import Forks, draws, removed, seeds, unchanged
 
@@ -27,34 +29,42 @@ Make = Callable[..., Forks]
 @given(st.integers(1, 4), st.integers(2, 5), seeds)
 def test_an_estimate_has_the_errors_of_two_crossed_samples(repeats: int, examples: int, seed: int) -> None:
     changes = torch.randn(3, repeats, examples, generator=draws(seed)).double()
-    found = estimate(changes)
-    for p, table in enumerate(changes.tolist()):
-        mean = sum(map(sum, table)) / (repeats * examples)
-        of_example = [sum(column) / repeats for column in zip(*table, strict=True)]
-        of_repeat = [sum(row) / examples for row in table]
-        variance = sum((value - mean) ** 2 for value in of_example) / (examples - 1) / examples
+    found, of_batches = estimate(changes), []
+    for table in changes.tolist():
+        columns, means = zip(*table, strict=True), [fmean(row) for row in table]
         if repeats > 1:
-            variance += sum((value - mean) ** 2 for value in of_repeat) / (repeats - 1) / repeats
-        assert found.change[p] == pytest.approx(mean) and found.error[p] == pytest.approx(variance**0.5)
-        assert estimate(changes[p]).change == found.change[p]
+            within = fmean(variance(column) for column in columns)
+            of_batches.append((examples * variance(means) - within) / (examples - 1))
+    shared = max(0.0, fmean(of_batches)) / repeats if of_batches else 0.0
+    for table, *result in zip(changes.tolist(), *found, strict=True):
+        of_example = [fmean(column) for column in zip(*table, strict=True)]
+        expected = [fmean(of_example), (variance(of_example) / examples + shared) ** 0.5]
+        assert list(map(float, result)) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("sizes", [(1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0), (0.1, 1.0, 0.5)])
-def test_the_standard_error_is_that_of_the_mean_or_a_little_more(sizes: tuple[float, float, float]) -> None:
+def test_the_standard_error_is_that_of_the_mean(sizes: tuple[float, float, float]) -> None:
     repeats, examples, random = 3, 20, draws()
     shapes = ((repeats, 1), (1, examples), (repeats, examples))
     samples = [size * torch.randn(20_000, *shape, generator=random) for size, shape in zip(sizes, shapes, strict=True)]
     found = estimate(0.3 + samples[0] + samples[1] + samples[2])
-    true, claimed = float(found.change.var()), float(found.error.square().mean())
-    counted_twice = sizes[2] ** 2 / (repeats * examples)
     assert found.change.mean() == pytest.approx(0.3, abs=0.02)
-    assert claimed == pytest.approx(true + counted_twice, rel=0.05) and claimed > 0.95 * true
+    assert found.error.square().mean() == pytest.approx(float(found.change.var()), rel=0.05)
+
+
+def test_what_batches_add_is_pooled_over_operations() -> None:
+    shared = torch.randn(2000, 3, 2, 1, generator=draws())  # 2000 times, of 3 operations, 2 repeats
+    errors = torch.stack([estimate(changes.expand(-1, -1, 5)).error for changes in shared])
+    assert (errors == errors[:, :1]).all()
+    alone = torch.cat([estimate(changes.expand(1, -1, 5)).error for changes in shared[:, :1].unbind()])
+    assert errors[:, 0].square().var() < 0.5 * alone.square().var()
 
 
 @given(*[st.floats(-1, 1, width=32)] * 2, st.floats(0, 1, width=32))
-def test_a_certain_gain_pays_the_price_and_two_errors(change: float, price: float, error: float) -> None:
-    gain = Estimate(torch.tensor([change]), torch.tensor([error])).gain(price)
-    assert gain.tolist() == pytest.approx([-change - price - 2 * error], abs=1e-6)
+def test_a_gain_is_what_the_loss_falls_with_the_wanted_probability(change: float, price: float, error: float) -> None:
+    measured = Estimate(torch.tensor([change]), torch.tensor([error]))
+    for certainty, errors in ((0.5, 0.0), (0.9, 1.2815516), (0.975, 1.9599640)):
+        assert measured.gain(price, certainty).tolist() == pytest.approx([-change - price - errors * error], abs=1e-6)
 
 
 @pytest.fixture
@@ -118,11 +128,14 @@ def test_an_expert_that_can_not_go_costs_infinitely_much_for_certain(forks: Make
     assert change.tolist() == [0, float("inf"), 0] and not error.any()  # a half that its twin can stand in for is free
 
 
-def test_training_goes_on_as_the_phase_would_from_that_step(forks: Make) -> None:
-    early, late, over = (forks(3, 1).measure(1, step, [removed(2)])[0] for step in (0, 57, 60))
+def test_training_starts_at_the_rate_of_the_phase_and_falls_to_zero(forks: Make) -> None:
+    rates: list[float] = []
+    with mock.patch.object(loop, "fit", lambda *given: rates.extend(given[4])):
+        (made := forks(4, 1)).measure(1, 30, [])
+    assert rates == loop.cosine(made.course.rates[30], 4) and rates[0] == made.course.rates[30]
+    early, late = (forks(3, 1).measure(1, step, [removed(2)])[0] for step in (0, 57))
     immediate = forks(0, 1).measure(1, 0, [removed(2)])[0]
-    assert torch.equal(over, immediate)  # no step of the schedule is left
-    assert 0 < (late - immediate).norm() < 0.1 * (early - immediate).norm()  # its rate falls to zero
+    assert 0 < (late - immediate).norm() < 0.1 * (early - immediate).norm()
 
 
 def test_measuring_leaves_model_optimizer_and_gradients_as_they_were(forks: Make) -> None:

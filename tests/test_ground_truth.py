@@ -21,6 +21,7 @@ from phasegate.surgery.controllers import Action, Allowed, Controller, Policy, P
 from tests.models import draws, seeds
 
 E, SIZE = 5, 100  # experts, and parameters of one
+Z = 1.2815516  # standard errors that make a gain 90 % certain
 Masks = list[tuple[bool, bool]]  # may grow, may be pruned
 ALL = [(True, True)] * E
 GROW, PRUNE = Action.GROW, Action.PRUNE
@@ -30,15 +31,16 @@ prices = st.sampled_from([0.0, 0.001, 0.01, 0.05])  # nats per parameter
 
 def build(policy: Policy, seed: int = 0) -> Controller:
     unasked: Any = None
-    course: Any = SimpleNamespace(seed=seed, gate=SimpleNamespace(x=torch.zeros(1)))
+    schedule = SimpleNamespace(act_every=4)
+    course: Any = SimpleNamespace(seed=seed, gate=SimpleNamespace(x=torch.zeros(1)), schedule=schedule)
     return policy.build(unasked, unasked, course)
 
 
-def situation(allowed: Masks, load: Tensor | None = None) -> Situation:
+def situation(allowed: Masks, load: Tensor | None = None, step: int = 4) -> Situation:
     layer = SimpleNamespace(weights=lambda e: torch.zeros(SIZE))
     probe: Any = SimpleNamespace(layer=layer, signals=SimpleNamespace(load=load))
     unasked = mock.Mock(side_effect=AssertionError)
-    return Situation(probe, Allowed(*torch.tensor(allowed).T), torch.Generator(), 4, torch.zeros(E), unasked)
+    return Situation(probe, Allowed(*torch.tensor(allowed).T), torch.Generator(), step, torch.zeros(E), unasked)
 
 
 def best(gains: dict[Proposal, float]) -> Proposal | None:
@@ -54,12 +56,13 @@ def test_the_head_does_the_most_certain_gain_that_is_allowed(seed: int, allowed:
     for e, may in enumerate(allowed):
         for action, column, cost in ((GROW, Change.GROW, price), (PRUNE, Change.RECOVERED, -price)):
             if may[action]:
-                gains[Proposal(action, e)] = float(-change[e, column] - 2 * error[e, column]) - cost * SIZE
+                gains[Proposal(action, e)] = float(-change[e, column] - Z * error[e, column]) - cost * SIZE
     features = torch.randn(E, len(FEATURES))
     head = SimpleNamespace(predict=lambda x: Estimate(change, error) if x is features else None)
     given: Any = {"load_head": lambda *asked: head, "situation_features": lambda *asked: features}
     with mock.patch.multiple(ground_truth, **given):
-        controllers = [build(ground_truth.PredictedPolicy(Path("heads"), price, acts)) for acts in (False, True)]
+        policies = [ground_truth.PredictedPolicy(Path("heads"), price, 0.9, acts) for acts in (False, True)]
+        controllers = [build(policy) for policy in policies]
         idle, acting = (controller.propose(situation(allowed)) for controller in controllers)
     assert idle is None and acting == best(gains)
 
@@ -70,7 +73,7 @@ class Bench:
     def __init__(self, seed: int) -> None:
         random = draws(seed)
         self.load = torch.rand(E, generator=random)
-        self.immediate = Estimate(0.3 * torch.randn(E, generator=random), 0.1 * torch.rand(E, generator=random))
+        self.immediate = Estimate(0.3 * torch.randn(E, generator=random), torch.zeros(E))
         self.immediate.change[seed % E] = torch.inf  # an expert that can't go
         mean = 0.3 * torch.randn(2, 2, E, 1, 1, generator=random) - 0.1  # split, action, expert
         self.changes = (mean + 0.1 * torch.randn(2, 2, E, 3, 20, generator=random)).double()
@@ -83,41 +86,60 @@ class Bench:
         signal, gate = (torch.stack([split[proposal] for proposal in proposals]) for split in self.changes)
         return signal, gate
 
-    def gain(self, split: int, proposal: Proposal, price: float) -> float:
-        change, error = map(float, estimate(self.changes[split][proposal]))
-        return -change - 2 * error + (price if proposal.action == PRUNE else -price) * SIZE
+    def gains(self, split: int, proposals: list[Proposal], price: float, errors: float) -> dict[Proposal, float]:
+        change, error = estimate(torch.stack([self.changes[split][proposal] for proposal in proposals]))
+        prices = torch.tensor([-price if proposal.action == PRUNE else price for proposal in proposals]) * SIZE
+        return dict(zip(proposals, (-change - errors * error - prices).tolist(), strict=True))
 
-    def propose(self, price: float, candidates: int = E, allowed: Masks = ALL) -> Proposal | None:
-        controller = build(ground_truth.MeasuredPolicy(price, candidates, steps=7, repeats=3))
+    def propose(
+        self, price: float, candidates: int = E, allowed: Masks = ALL, every: int = 1, step: int = 4
+    ) -> Proposal | None:
+        controller = build(ground_truth.MeasuredPolicy(price, 0.9, candidates, steps=7, repeats=3, every=every))
         assert not list(controller.parameters())
         with mock.patch.multiple(ground_truth, removals=lambda probe: self.immediate, fork_proposals=self.forks):
-            return controller.propose(situation(allowed, self.load))
+            return controller.propose(situation(allowed, self.load, step))
 
 
 @settings(max_examples=60)
 @given(seeds, masks, prices, st.integers(1, E))
 @example(0, [(False, False)] * E, 0.0, E)
-def test_the_best_is_done_if_both_splits_say_so(seed: int, allowed: Masks, price: float, candidates: int) -> None:
+def test_the_signal_split_chooses_and_the_gate_split_decides(
+    seed: int, allowed: Masks, price: float, candidates: int
+) -> None:
     bench = Bench(seed)
     found = bench.propose(price, candidates, allowed)
     growable = [e for e in range(E) if allowed[e][GROW]]
-    change, error = bench.immediate.change.tolist(), bench.immediate.error.tolist()
-    prunable = [e for e in range(E) if allowed[e][PRUNE] and change[e] - 2 * error[e] <= price * SIZE]
+    change, prunable = bench.immediate.change.tolist(), [e for e in range(E) if allowed[e][PRUNE]]
     busiest = sorted(growable, key=lambda e: float(bench.load[e]), reverse=True)[:candidates]
     cheapest = sorted(prunable, key=lambda e: change[e])[:candidates]
     expected = [*(Proposal(GROW, e) for e in busiest), *(Proposal(PRUNE, e) for e in cheapest)]
     assert sorted(bench.asked) == sorted(expected) and bench.lengths == ([(7, 3)] if expected else [])
-    choice = best({proposal: bench.gain(0, proposal, price) for proposal in expected})
-    assert found == (choice if choice is not None and bench.gain(1, choice, price) > 0 else None)
+    if not expected:
+        assert found is None
+        return
+    signal, gate = bench.gains(0, expected, price, 0), bench.gains(1, expected, price, Z)
+    choice = max(signal, key=lambda proposal: signal[proposal])
+    assert found == (choice if gate[choice] > 0 else None)
 
 
 @pytest.mark.parametrize("action", [GROW, PRUNE])
-@pytest.mark.parametrize("gaining", [(0, 1), (0,), (1,), ()])
-def test_a_gain_that_only_one_split_shows_is_none(action: Action, gaining: tuple[int, ...]) -> None:
+def test_a_gain_that_the_gate_split_does_not_show_is_none(action: Action) -> None:
     bench = Bench(0)
-    bench.immediate, bench.changes[:] = Estimate(torch.zeros(E), torch.zeros(E)), 0.5
-    bench.changes[gaining, action, 3] = -0.5
-    assert bench.propose(0.001) == ((action, 3) if len(gaining) == 2 else None)
+    bench.changes[:] = 0.5
+    bench.changes[0, action, 3] = -0.5
+    assert bench.propose(0.001) is None
+    bench.changes[1, action, 3] = -0.5
+    assert bench.propose(0.001) == (action, 3)
+
+
+@pytest.mark.parametrize(("every", "steps"), [(1, [4, 8, 12, 16, 20, 24]), (2, [4, 12, 20]), (3, [4, 16])])
+def test_it_measures_at_the_first_of_so_many_chances(every: int, steps: list[int]) -> None:
+    bench, asked = Bench(0), []
+    for step in range(4, 28, 4):
+        bench.asked.clear()
+        bench.propose(0.0, every=every, step=step)
+        asked += [step] if bench.asked else []
+    assert asked == steps
 
 
 def test_a_predicted_policy_reads_the_head_of_its_seed(tmp_path: Path) -> None:
@@ -127,9 +149,9 @@ def test_a_predicted_policy_reads_the_head_of_its_seed(tmp_path: Path) -> None:
         log_sizes[:, 0], weights[gaining] = 0, -1
         scales = (torch.zeros(f), torch.ones(f), torch.ones(c), torch.zeros(1, f))
         save_head(CounterfactualHead(*scales, log_sizes, torch.ones(c, 1, 1), weights), tmp_path / f"seed-{seed}")
-    policy, shown = ground_truth.PredictedPolicy(tmp_path, price=1e-8), situation(ALL)
+    policy, shown = ground_truth.PredictedPolicy(tmp_path, price=1e-8, certainty=0.9), situation(ALL)
     with mock.patch.object(ground_truth, "situation_features", lambda situation, course: torch.zeros(E, f)):
         assert [build(policy, seed).propose(shown) for seed in (0, 1)] == [(GROW, 0), (PRUNE, 0)]
-        assert build(ground_truth.PredictedPolicy(tmp_path, 1e-8, acts=False)).propose(shown) is None
+        assert build(ground_truth.PredictedPolicy(tmp_path, 1e-8, 0.9, acts=False)).propose(shown) is None
     with pytest.raises(UserError, match=r"seed-2.* is missing"):
         build(policy, 2)

@@ -56,6 +56,7 @@ def test_the_committed_parameters_are_right() -> None:
         ("p7b.steps", 1200, "is 440, the step of the last survey: it must be at least 1040, the step of the last"),
         ("p7b4.survey_every", 439, "(p7b4.surveys - 1) is 439, the step of the last survey: it must be at least 440"),
         ("p7b4.repeats", 1, "p7b4.repeats is 1: input should be greater than or equal to 2"),
+        ("p7b4.certainty", 0.5, "p7b4.certainty is 0.5: input should be greater than 0.5"),
         ("p7b4.usage.grow_above", 0.5, "prune_below is 0.7: it must be at most grow_above = 0.5"),
         ("decisions.phases.p7b2.primary", "splt", "p7b2: primary is 'splt', no arm: did you mean split?"),
         ("decisions.phases", {}, "decisions: phases has : it must have p7b1, p7b2, p7b3, p7b4, surgery"),

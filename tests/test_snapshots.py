@@ -90,8 +90,8 @@ def runs(
         "merge": Arm(Treatment(PlannedPolicy(grow=2, prune=2), prune="merge")),
         "entropy_loss": Arm(entropy_weight=0.1),
         "task_gates": Arm(tasks=Tasks(TASKS, 0.5, own_gates=True)),
-        "oracle": Arm(Treatment(MeasuredPolicy(1e-8, 1, 3, 2))),
-        "counterfactual_head": Arm(Treatment(PredictedPolicy(heads, 1e-8))),
+        "oracle": Arm(Treatment(MeasuredPolicy(1e-8, 0.9, 1, 3, 2, 1))),
+        "counterfactual_head": Arm(Treatment(PredictedPolicy(heads, 1e-8, 0.9))),
     }
     proceed = partial(run_arm, prepared=prepared, start=start, phase="p7b", seed=0, schedule=schedule)
     trained = schedule.model_copy(update={"hyperplanes": "balanced", "split_direction": "loss"})

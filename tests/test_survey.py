@@ -79,6 +79,8 @@ def test_features_are_those_of_the_gate_split(table: pd.DataFrame, forks: Forks,
 @pytest.mark.parametrize("block", [0, 1])
 def test_labels_are_measured_on_both_splits(table: pd.DataFrame, forks: Forks, block: int) -> None:
     course, rows = forks.course, table[(table["step"] == 0) & (table["block"] == block)].set_index("expert")
+    all_signal, all_gate = forks.measure(block, 0, [*map(removed, range(5))])
+    labels = estimate(all_signal)
     for expert in (0, 3):
         row = {name: float(rows[name][expert]) for name in rows.columns}
         probes = [Probe(forks.model, block, split) for split in (course.signal, course.gate)]
@@ -87,10 +89,9 @@ def test_labels_are_measured_on_both_splits(table: pd.DataFrame, forks: Forks, b
         assert [row["prune"], row["prune_part"]] == pytest.approx([on_signal] * 2, abs=1e-6)
         assert [row["prune_gate"], row["prune_gate_rest"]] == pytest.approx([on_gate] * 2, abs=1e-6)
         assert row["prune_error"] == pytest.approx(float(changes[0].std() / len(changes[0]) ** 0.5), rel=1e-3)
-        signal, gate = forks.measure(block, 0, [removed(expert)])
-        label, (first, second) = estimate(signal[0]), gate[0].mean(1).tolist()
-        assert [row["recovered"], row["recovered_error"]] == pytest.approx([*map(float, label)], abs=1e-6)
-        assert row["recovered_part"] == pytest.approx(float(signal[0, 0].mean()), abs=1e-6)
+        label, (first, second) = [float(part[expert]) for part in labels], all_gate[expert].mean(1).tolist()
+        assert [row["recovered"], row["recovered_error"]] == pytest.approx(label, abs=1e-6)
+        assert row["recovered_part"] == pytest.approx(float(all_signal[expert, 0].mean()), abs=1e-6)
         assert row["recovered_gate_rest"] == pytest.approx(second, abs=1e-6)
         assert row["recovered_gate"] == pytest.approx((first + second) / 2, abs=1e-6)
 

@@ -11,6 +11,7 @@ from phasegate.params.plugins import Plugin
 
 Grow = Literal["split", "clone", "reinit"]
 Prune = Literal["remove", "merge"]
+Chance = Annotated[Number, Field(gt=0.5, lt=1)]
 SURGERIES: dict[str, tuple[str, ...]] = {"grow": get_args(Grow), "prune": get_args(Prune)}
 """The built-in surgeries, by the parameter that may name one."""
 
@@ -96,6 +97,8 @@ class GroundTruth(Section):
     survey_every: Count
     surveyed: Count
     candidates: Count
+    every: Count
+    certainty: Chance
     price: NonNegative
     usage: UsageLabels
 
@@ -128,7 +131,7 @@ class Decisions(Section):
     """Say how verdicts are reached."""
 
     margin_pp: NonNegative
-    confidence: Annotated[Number, Field(gt=0.5, lt=1)]
+    confidence: Chance
     phases: dict[str, Claim]
 
     def check_together(self) -> None:

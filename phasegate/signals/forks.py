@@ -1,14 +1,16 @@
 """Measure how an operation changes the loss: fork a model in training in pairs, and compare.
 
-A fork is a copy of model and optimizer that is trained for some more steps. Two forks that see the same batches differ
-by what was done to one of them at the start. An exact split has no immediate effect, so its value shows only after
-training. Pruning hurts immediately and may recover.
+A fork is a copy of model and optimizer that is trained for some more steps, while its learning rate falls to zero: that
+takes out most of the noise of single batches. Two forks that see the same batches differ by what was done to one of
+them at the start. An exact split has no immediate effect, so its value shows only after training. Pruning hurts
+immediately and may recover.
 
 Shapes: P operations, R repeats, N examples.
 """
 
 import copy
 from collections.abc import Sequence
+from statistics import NormalDist
 from typing import NamedTuple
 
 import torch
@@ -31,21 +33,23 @@ class Estimate(NamedTuple):
     change: Tensor
     error: Tensor
 
-    def gain(self, price: Tensor | float) -> Tensor:
-        """Return the certain gain: the fall of the loss, less a price (nats) and two standard errors."""
-        return -self.change - price - 2 * self.error
+    def gain(self, price: Tensor | float, certainty: float = 0.5) -> Tensor:
+        """Return by how much (nats) the loss falls more than a price, at least, with a probability of `certainty`."""
+        return -self.change - price - NormalDist().inv_cdf(certainty) * self.error
 
 
 def estimate(changes: Tensor) -> Estimate:
-    """Average changes (..., R, N) over repeats and examples, with the standard error, (...).
+    """Average changes (P, R, N) over repeats and examples, with standard errors, (P,) each.
 
-    Examples and batches are both samples: var(example means) / N + var(repeat means) / R, where a single repeat has the
-    first term alone. The sum counts their interaction twice, so it is not too small in expectation.
+    Examples and batches are both samples. What examples add is the variance of their means. What batches add, beyond
+    their interaction with examples, which those means hold, is known badly from R repeats, so it is pooled over the
+    operations; a single repeat does not tell it.
     """
     repeats, examples = changes.shape[-2:]
     variance = changes.mean(-2).var(-1) / examples
     if repeats > 1:
-        variance = variance + changes.mean(-1).var(-1) / repeats
+        batches = (examples * changes.mean(-1).var(-1) - changes.var(-2).mean(-1)) / (examples - 1)
+        variance = variance + batches.mean().clamp(min=0) / repeats
     return Estimate(changes.mean((-2, -1)), root(variance))
 
 
@@ -64,6 +68,7 @@ def fork_proposals(
     example's loss on the signal and the gate split, (P, R, N) each.
     """
     probe, step, found = situation.probe, situation.step, []
+    rates = loop.cosine(course.rates[step], steps)
     for repeat in range(repeats):
         seed = randomness.derived_seed(course.seed, "fork", step, repeat)
         drawn = batches.Batches(course.train, course.training.batch, seed, course.training)
@@ -76,7 +81,6 @@ def fork_proposals(
             objective = losses.plain_objective(model, course.training.label_smoothing)
             try:
                 with torch.enable_grad():
-                    rates = course.rates[step : step + steps]
                     loop.fit(model, trained_by, drawn, objective, rates, lambda step, loss: None)
             except Diverged as error:
                 raise Diverged(f"{error.what} in a fork", step) from None

@@ -1,8 +1,8 @@
 """Control by ground truth (phase 7b.4): act on how an operation changes the loss, as predicted or as measured.
 
-An operation is worth doing if the loss falls by more than a price and two standard errors of the change. The price is
-per parameter: growth pays it, and pruning earns it. No controller trusts the examples by which it chose: labels come
-from the signal split, and the gate split decides whether to act.
+An operation is done if the loss is likely enough to fall by more than a price. The price is per parameter: growth pays
+it, and pruning earns it. No controller trusts the examples by which it chose: labels come from the signal split, and
+the gate split decides whether to act.
 
 Shapes: E experts, C changes (`features.CHANGES`).
 """
@@ -22,7 +22,7 @@ from phasegate.training.course import Course
 
 
 class PredictingController(Controller):
-    """Do the allowed operation with the greatest gain, as a head predicts it, if that gain is certain."""
+    """Do the allowed operation with the most certain gain, as a head predicts it, if it is certain enough."""
 
     policy: "PredictedPolicy"
 
@@ -34,7 +34,8 @@ class PredictingController(Controller):
         predicted = self.head.predict(situation_features(situation, self.course))
         price, gains = _price(self.policy.price, situation), dict[Proposal, float]()
         for action, change in ((Action.GROW, Change.GROW), (Action.PRUNE, Change.RECOVERED)):
-            gain = Estimate(predicted.change[:, change], predicted.error[:, change]).gain(price[action]).cpu()
+            estimate = Estimate(predicted.change[:, change], predicted.error[:, change])
+            gain = estimate.gain(price[action], self.policy.certainty).cpu()
             gains |= {proposal: float(gain[proposal.expert]) for proposal in situation.allowed.proposals(action)}
         best = max(gains, key=lambda proposal: gains[proposal], default=None)
         return best if self.policy.acts and best is not None and gains[best] > 0 else None
@@ -49,6 +50,7 @@ class PredictedPolicy(Policy):
 
     heads: Path  # holds seed-0, seed-1, ...
     price: float  # nats per parameter
+    certainty: float  # probability of a gain above the price at which it acts
     acts: bool = True
     controller = PredictingController
 
@@ -57,31 +59,30 @@ class PredictedPolicy(Policy):
 
 
 class MeasuringController(Controller):
-    """Measure the most promising operations by forks, and do the best if its gain is certain on both splits.
+    """Measure the most promising operations by forks: choose on the signal split, decide on the gate split.
 
-    Candidates to grow are the busiest experts. Candidates to prune cost least right after the removal, and not
-    certainly more than they earn: training has never been seen to recover that.
+    Candidates to grow are the busiest experts. Candidates to prune cost least right after the removal.
     """
 
     policy: "MeasuredPolicy"
 
     def propose(self, situation: Situation) -> Proposal | None:
-        """Propose the operation with the most certain gain on the signal split, if the gate split confirms it."""
+        """Propose the operation that gains most on the signal split, if its gain on the gate split is certain."""
         price, policy = _price(self.policy.price, situation), self.policy
-        if not (proposals := self._candidates(situation, price[Action.GROW])):
+        chance = situation.step // self.course.schedule.act_every - 1
+        if chance % policy.every or not (proposals := self._candidates(situation)):
             return None
         prices = torch.tensor([price[proposal.action] for proposal in proposals])
         forked = fork_proposals(proposals, situation, self.optimizer, self.course, policy.steps, policy.repeats)
-        signal, gate = (estimate(changes).gain(prices.to(changes)) for changes in forked)
-        best = int(signal.argmax())
-        return proposals[best] if signal[best] > 0 and gate[best] > 0 else None
+        signal, gate = (estimate(changes) for changes in forked)
+        best = int(signal.gain(prices.to(signal.change)).argmax())
+        return proposals[best] if gate.gain(prices.to(gate.change), policy.certainty)[best] > 0 else None
 
-    def _candidates(self, situation: Situation, price: float) -> list[Proposal]:
-        load, cost, allowed = situation.probe.signals.load, removals(situation.probe), situation.allowed
+    def _candidates(self, situation: Situation) -> list[Proposal]:
+        load, cost, allowed = situation.probe.signals.load, removals(situation.probe).change, situation.allowed
         busiest = sorted(allowed.proposals(Action.GROW), key=lambda proposal: -float(load[proposal.expert]))
-        cheap = sorted(allowed.proposals(Action.PRUNE), key=lambda proposal: float(cost.change[proposal.expert]))
-        cheap = [p for p in cheap if cost.change[p.expert] - 2 * cost.error[p.expert] <= price]
-        return busiest[: self.policy.candidates] + cheap[: self.policy.candidates]
+        cheapest = sorted(allowed.proposals(Action.PRUNE), key=lambda proposal: float(cost[proposal.expert]))
+        return busiest[: self.policy.candidates] + cheapest[: self.policy.candidates]
 
 
 @dataclass(frozen=True)
@@ -89,9 +90,11 @@ class MeasuredPolicy(Policy):
     """Let measurements decide."""
 
     price: float  # nats per parameter
+    certainty: float  # probability of a gain above the price at which it acts
     candidates: int  # operations of each kind that are measured at most
     steps: int  # of training in each fork
     repeats: int  # of each fork, with other batches
+    every: int  # it decides at the first of so many chances
     controller = MeasuringController
 
 

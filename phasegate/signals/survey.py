@@ -109,20 +109,20 @@ def _survey(surgeon: Surgeon, step: int, truth: GroundTruth) -> list[Row]:
 
 def _fork(surgeon: Surgeon, situation: Situation, truth: GroundTruth, everything: bool) -> dict[Proposal, Row]:
     """Measure allowed operations by forks, all or a few of each kind drawn at random; return the columns of each."""
-    proposals: list[Proposal] = []
-    for action in (Action.GROW, Action.PRUNE):
-        allowed = situation.allowed.proposals(action)
-        if not everything:
-            order = torch.randperm(len(allowed), generator=situation.draws).tolist()
-            allowed = [allowed[place] for place in order[: truth.surveyed]]
-        proposals += allowed
+    kinds = [situation.allowed.proposals(action) for action in (Action.GROW, Action.PRUNE)]
+    if not everything:
+        orders = [torch.randperm(len(kind), generator=situation.draws).tolist() for kind in kinds]
+        kinds = [[kind[place] for place in order[: truth.surveyed]] for kind, order in zip(kinds, orders, strict=True)]
     steps, repeats = truth.recovery_steps, truth.repeats
-    forked = fork_proposals(proposals, situation, surgeon.optimizer, surgeon.course, steps, repeats)
+    forked = fork_proposals([*kinds[0], *kinds[1]], situation, surgeon.optimizer, surgeon.course, steps, repeats)
+    parts = (torch.split(split, [*map(len, kinds)]) for split in forked)
     labels, half = {}, repeats // 2
-    for proposal, signal, gate in zip(proposals, *forked, strict=True):
-        change, label = Change.GROW if proposal.action == Action.GROW else Change.RECOVERED, estimate(signal)
-        values = (label.change, label.error, gate.mean(), signal[:half].mean(), gate[half:].mean())
-        labels[proposal] = _label(change, *map(float, values))
+    for change, kind, signal, gate in zip((Change.GROW, Change.RECOVERED), kinds, *parts, strict=True):
+        if not kind:  # torch warns of the variance of nothing
+            continue
+        means = (gate.mean((1, 2)), signal[:, :half].mean((1, 2)), gate[:, half:].mean((1, 2)))
+        for proposal, *values in zip(kind, *estimate(signal), *means, strict=True):
+            labels[proposal] = _label(change, *map(float, values))
     return labels
 
 
