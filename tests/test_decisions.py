@@ -1,7 +1,7 @@
 """Words and verdicts follow from the trials, the margins, the claims and the surgeries, and from nothing else."""
 
 from collections.abc import Iterable, Mapping
-from math import inf, isfinite, nan
+from math import inf, isfinite, isnan, nan
 from pathlib import Path
 from typing import Any
 
@@ -182,13 +182,9 @@ def test_a_phase_whose_known_winner_does_not_win_has_no_verdict() -> None:
     upside_down = decided(better="p7a/baseline", worse="p7a/continue")
     assert set(upside_down.loc[["noise_acting", "split"], "verdict"]) == {"NO ASSAY"}
     never_both = decided(*failing(*(f"p7a/baseline/{seed}" for seed in range(4))))
-    assert never_both["verdict"]["split"] == "NO ASSAY" and isnan_all(never_both.loc["split", ["assay_pp"]])
+    assert never_both["verdict"]["split"] == "NO ASSAY" and isnan(never_both["assay_pp"]["split"])
     with pytest.raises(UserError, match="an assay needs the arm p7b9/prune: it has no trials"):
         decided(worse="p7b9/prune")
-
-
-def isnan_all(values: "pd.Series[float]") -> bool:
-    return bool(values.isna().all())
 
 
 def test_an_arm_that_did_nothing_has_neither_a_p_value_nor_a_verdict() -> None:
@@ -198,7 +194,7 @@ def test_an_arm_that_did_nothing_has_neither_a_p_value_nor_a_verdict() -> None:
         "baseline": "", "continue": "", "split": "NOTHING DONE", "clone": "NOTHING DONE", "a": "NO WORSE",
         "b": "NO WORSE",
     }  # fmt: skip
-    assert isnan_all(table.loc[["split", "clone"], ["p_value", "p_holm"]].stack())
+    assert table.loc[["split", "clone"], ["p_value", "p_holm"]].isna().all(axis=None)
     assert (table["verdict"]["split"], table["as_expected"]["split"]) == ("INCONCLUSIVE", "open")
     assert table["p_holm"]["a"] == pytest.approx(3 * table["p_value"]["a"])  # the idle arm counts
     assert table["operations"].to_dict() == dict.fromkeys(table.index, 0) | {"b": 2}

@@ -23,10 +23,10 @@ def drawn(seeds: int, skew: float) -> Draw:
 
     def draw(mean: float, spread: float) -> NDArray[np.float64]:
         if not skew:
-            return mean + spread * generator.normal(size=(STUDIES, seeds))
+            return np.asarray(mean + spread * generator.normal(size=(STUDIES, seeds)))
         shape = 4 / skew**2  # of the gamma distribution with this skewness
         gamma = generator.gamma(shape, size=(STUDIES, seeds))
-        return mean + np.sign(skew) * spread * (gamma - shape) / np.sqrt(shape)
+        return np.asarray(mean + np.sign(skew) * spread * (gamma - shape) / np.sqrt(shape))
 
     return draw
 

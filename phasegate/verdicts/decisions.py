@@ -88,7 +88,8 @@ def decide(tables: Mapping[str, pd.DataFrame], claims: Mapping[str, Claim], rule
             raise UserError(f"the primary arm of phase {phase} is {primary.get(phase)}: it has no trials")
     # The study's phases in order, then the plugins; arms keep their order, after the primary.
     keys = sorted(arms, key=lambda key: (key[0] == PLUGINS, key[0], primary[key[0]] != key[1]))
-    control, sampling = arms[START, CONTROL], tables["sampling"].set_index(["phase", "arm"])
+    control, errors = arms[START, CONTROL], tables["sampling"][["phase", "arm", "accuracy_se", "delta_se"]]
+    sampling = {(phase, arm): (own, pair) for phase, arm, own, pair in errors.itertuples(index=False, name=None)}
     margins = _margins(control, rule)
     rows = []
     for phase, arm in keys:
@@ -143,7 +144,7 @@ def verdict(row: Decision, assay_margin_pp: float) -> str:
     return GO if go and not row.n_failed else NO_GO if no_go else INCONCLUSIVE
 
 
-def _margins(control: pd.DataFrame, rule: Decisions) -> dict[str, float]:
+def _margins(control: pd.DataFrame, rule: Decisions) -> dict[str, Any]:
     """Return the margins of a run, without rounding error: a difference may be exactly as large."""
     error, nll = 100 - control["accuracy"].mean(), control["nll"].mean()
     shares = {"margin_pp": rule.margin * error, "margin_nll": rule.margin * nll, "gain_pp": rule.gain * error}
@@ -155,10 +156,10 @@ def _compare(
     trials: pd.DataFrame,
     control: pd.DataFrame,
     surgeries: pd.DataFrame,
-    sampling: pd.DataFrame,
+    sampling: Mapping[tuple[str, str], tuple[float, float]],
     confidence: float,
 ) -> Decision:
-    """Return the row of an arm with its numbers; trials are indexed by seed, `sampling` by phase and arm."""
+    """Return the row of an arm with its numbers; trials are indexed by seed, both standard errors by arm."""
     done, compared = trials["accuracy"].notna(), control["accuracy"].notna()
     failed = ~done if row.phase == START else ~done & compared
     row = row._replace(n_seeds=int((done & compared).sum()), n_failed=int(failed.sum()))
@@ -166,7 +167,7 @@ def _compare(
         return row
     trials, control = trials[done & compared], control[done & compared]
     deltas, nll = (paired_difference(trials[name], control[name]) for name in ("accuracy", "nll"))
-    accuracy_se, delta_se = sampling.loc[(row.phase, row.arm), ["accuracy_se", "delta_se"]].astype(float)
+    accuracy_se, delta_se = sampling[row.phase, row.arm]
     numbers: dict[str, Any] = {column: float(trials[column].mean()) for column in AVERAGED}
     numbers |= interval_columns("accuracy", trials["accuracy"], confidence, accuracy_se)
     numbers |= interval_columns("delta_pp", deltas, confidence)
@@ -178,7 +179,7 @@ def _compare(
     return row if row.phase == START or word(row) == NOTHING_DONE else row._replace(p_value=margin_p_value(deltas, 0))
 
 
-def _assay(claim: Claim, arms: Mapping[tuple[str, str], pd.DataFrame], confidence: float) -> dict[str, float]:
+def _assay(claim: Claim, arms: Mapping[tuple[str, str], pd.DataFrame], confidence: float) -> dict[str, Any]:
     """Return the interval by which a phase's known winner beats its known loser; blank if no seed finished both."""
     accuracy = []
     for name in (claim.assay.better, claim.assay.worse):
