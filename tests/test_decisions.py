@@ -203,7 +203,7 @@ def test_an_arm_that_did_nothing_has_neither_a_p_value_nor_a_verdict() -> None:
     assert decided(other, idle=["split"])["word"]["split"] == "EQUIVALENT"  # it did something else
 
 
-def test_the_interval_of_an_accuracy_takes_in_the_test_examples_and_that_of_a_difference_does_not() -> None:
+def test_the_interval_of_an_accuracy_takes_in_the_test_examples_too() -> None:
     tables = tables_of(STUDY)
     tables["sampling"] = tables["sampling"].assign(accuracy_se=3.0, delta_se=0.25)
     wide, narrow = (decide(found, claims_of(PRIMARY), rule_of(1.0)) for found in (tables, tables_of(STUDY)))

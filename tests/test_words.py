@@ -14,6 +14,7 @@ from tests.test_decisions import claims_of, rule_of, tables_of, trials_of
 MARGIN, GAIN, SPREAD, STUDIES = 0.33, 0.33, 0.5, 1500  # pp, but for the last
 SKEWS = {"normal": 0.0, "skewed to losses": -1.0, "skewed to gains": 1.0}  # of most arms in two runs: within 1.3
 ASIDE = 0.025  # the share of wrong claims on either side of a 95 % interval
+SKEWED = {5: 0.057, 10: 0.053, 20: 0.046}  # on the worse side, of Student's t at skewness 1, from 200,000 other studies
 Draw = Callable[[float, float], NDArray[np.float64]]
 
 
@@ -49,19 +50,20 @@ def shares(values: Iterable[str]) -> Counter[str]:
     return Counter({name: count / counts.total() for name, count in counts.items()})
 
 
-def allowed(skew: float) -> tuple[float, float]:
-    """How rarely and how often one side may be wrong: nominal for normal differences, at most 6 % for skewed ones."""
-    noise = 3 * np.sqrt(ASIDE * (1 - ASIDE) / STUDIES)
-    return (ASIDE - noise, ASIDE + noise) if not skew else (0, 0.06)
+def allowed(skew: float, seeds: int) -> tuple[float, float]:
+    """How rarely and how often one side may be wrong, with three standard errors of the simulation."""
+    share = SKEWED[seeds] if skew else ASIDE
+    noise = 3 * np.sqrt(share * (1 - share) / STUDIES)
+    return (0 if skew else share - noise), share + noise
 
 
 @pytest.mark.parametrize("skew", SKEWS.values(), ids=SKEWS)
 @pytest.mark.parametrize("seeds", [5, 10, 20])
 def test_words_are_wrong_as_rarely_as_they_claim(seeds: int, skew: float) -> None:
-    draw, (least, most) = drawn(seeds, skew), allowed(skew)
+    draw, (least, most) = drawn(seeds, skew), allowed(skew, seeds)
     zero = shares(row.word for row in rows(draw(0, SPREAD)))
     assert least <= zero["BETTER"] <= most and least <= zero["WORSE"] <= most
-    assert zero["BETTER"] + zero["WORSE"] <= (0.05 + 3 * np.sqrt(0.05 * 0.95 / STUDIES) if not skew else 0.075)
+    assert zero["BETTER"] + zero["WORSE"] <= most + ASIDE
     far = shares(row.word for row in rows(draw(-MARGIN, SPREAD)))  # as much harm as counts
     assert far["BETTER"] + far["EQUIVALENT"] + far["NO WORSE"] <= most  # or WORSE, which is right
     above = shares(row.word for row in rows(draw(MARGIN, 0.1 * SPREAD)))  # certainly better
@@ -73,7 +75,7 @@ def test_words_are_wrong_as_rarely_as_they_claim(seeds: int, skew: float) -> Non
 @pytest.mark.parametrize("skew", SKEWS.values(), ids=SKEWS)
 @pytest.mark.parametrize("seeds", [5, 10, 20])
 def test_verdicts_are_wrong_as_rarely_as_they_claim(seeds: int, skew: float) -> None:
-    draw, (least, most) = drawn(seeds, skew), allowed(skew)
+    draw, (least, most) = drawn(seeds, skew), allowed(skew, seeds)
     for claim, edge, wrong in (("gain", 0.0, "GO"), ("gain", GAIN, "NO-GO"), ("harmless", -MARGIN, "GO")):
         found = shares(verdict(row._replace(claim=claim), 0.5) for row in rows(draw(edge, SPREAD)))
         assert least * (claim == wrong) <= found[wrong] <= most, (claim, edge)

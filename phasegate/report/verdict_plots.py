@@ -11,26 +11,19 @@ from phasegate.params import Params
 from phasegate.params.names import CONTROL
 from phasegate.report import drawing
 from phasegate.report.drawing import DotStyle, Tables, dot_rows
+from phasegate.verdicts import decisions as words
 from phasegate.verdicts import wording
 from phasegate.verdicts.attribution import ACCOUNTS, WHOLE, account_finding, account_label, effect
-from phasegate.verdicts.decisions import (
-    BETTER,
-    EQUIVALENT,
-    NO_WORSE,
-    NOTHING_DONE,
-    UNDECIDED,
-    WORSE,
-    decision_rows,
-)
+from phasegate.verdicts.decisions import decision_rows
 from phasegate.verdicts.wording import phase_label, rows_of
 
 WORD_STYLES = {  # colour and marker: no meaning hangs on colour alone
-    BETTER: (drawing.BLUE, "^"),
-    WORSE: (drawing.VERMILION, "X"),
-    EQUIVALENT: (drawing.GREEN, "o"),
-    NO_WORSE: (drawing.SKY, "P"),
-    UNDECIDED: (drawing.ORANGE, "D"),
-    NOTHING_DONE: (drawing.GREY, "|"),
+    words.BETTER: (drawing.BLUE, "^"),
+    words.WORSE: (drawing.VERMILION, "X"),
+    words.EQUIVALENT: (drawing.GREEN, "o"),
+    words.NO_WORSE: (drawing.SKY, "P"),
+    words.UNDECIDED: (drawing.ORANGE, "D"),
+    words.NOTHING_DONE: (drawing.BLACK, "d"),
     "": (drawing.GREY, "s"),  # 7a, and arms of which no trial finished
 }
 REFERENCE_STYLES = {
@@ -55,8 +48,8 @@ def differences(tables: Tables, params: Params) -> Figure:
         style = DotStyle(*WORD_STYLES[row.word], row.primary, None if row.primary else "white")
         drawing.dot(axes, y, (row.delta_pp, row.delta_lo, row.delta_hi), style)
         said = ", ".join(filter(None, [wording.measure(row, "delta_pp", signed=True), wording.failed(row)]))
-        words = ", ".join(filter(None, [row.verdict, row.word]))
-        drawing.note(axes, y, f"{words}  {said}", weight="bold" if row.primary else "normal")
+        short = ", ".join(filter(None, [row.verdict, row.word]))
+        drawing.note(axes, y, f"{short}  {said}", weight="bold" if row.primary else "normal")
     axes.set_yticks(positions, [f"{phase_label(row.phase)}  {row.arm}" for row in rows])
     drawing.embolden(axes, [row.primary for row in rows])
     axes.set_ylim(max(positions) + 0.8, min(positions) - 0.8)

@@ -2,6 +2,9 @@
 
 All functions are pure and take one value per seed. They refuse NaN and infinities, and return no NaN. Too few seeds
 give values that decide nothing: one seed has the interval (-inf, inf) and the p-value 1.
+
+Student's t supposes normal differences. If they are skewed by 1, more than most arms here, an interval of 95 % errs on
+one side in 5 to 6 % of studies instead of 2.5 %, and on both together in 6 to 7 % instead of 5 %.
 """
 
 from math import inf, sqrt
