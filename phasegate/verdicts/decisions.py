@@ -88,13 +88,11 @@ def decide(tables: Mapping[str, pd.DataFrame], claims: Mapping[str, Claim], rule
             raise UserError(f"the primary arm of phase {phase} is {primary.get(phase)}: it has no trials")
     # The study's phases in order, then the plugins; arms keep their order, after the primary.
     keys = sorted(arms, key=lambda key: (key[0] == PLUGINS, key[0], primary[key[0]] != key[1]))
-    control, errors = arms[START, CONTROL], tables["sampling"][["phase", "arm", "accuracy_se", "delta_se"]]
-    sampling = {(phase, arm): (own, pair) for phase, arm, own, pair in errors.itertuples(index=False, name=None)}
+    control, rows = arms[START, CONTROL], []
     margins = _margins(control, rule)
-    rows = []
     for phase, arm in keys:
         row = Decision(phase, arm, primary[phase] == arm, 0, 0, **margins)
-        row = _compare(row, arms[phase, arm], control, tables["surgeries"], sampling, rule.confidence)
+        row = _compare(row, arms[phase, arm], control, tables, rule.confidence)
         if row.primary and phase != START:
             claim = claims[phase]
             row = row._replace(claim=claim.claim, expected=claim.expected, **_assay(claim, arms, rule.confidence))
@@ -152,14 +150,9 @@ def _margins(control: pd.DataFrame, rule: Decisions) -> dict[str, Any]:
 
 
 def _compare(
-    row: Decision,
-    trials: pd.DataFrame,
-    control: pd.DataFrame,
-    surgeries: pd.DataFrame,
-    sampling: Mapping[tuple[str, str], tuple[float, float]],
-    confidence: float,
+    row: Decision, trials: pd.DataFrame, control: pd.DataFrame, tables: Mapping[str, pd.DataFrame], confidence: float
 ) -> Decision:
-    """Return the row of an arm with its numbers; trials are indexed by seed, both standard errors by arm."""
+    """Return the row of an arm with its numbers, from trials that are indexed by seed."""
     done, compared = trials["accuracy"].notna(), control["accuracy"].notna()
     failed = ~done if row.phase == START else ~done & compared
     row = row._replace(n_seeds=int((done & compared).sum()), n_failed=int(failed.sum()))
@@ -167,15 +160,18 @@ def _compare(
         return row
     trials, control = trials[done & compared], control[done & compared]
     deltas, nll = (paired_difference(trials[name], control[name]) for name in ("accuracy", "nll"))
-    accuracy_se, delta_se = sampling[row.phase, row.arm]
+    surgeries, sampling = (
+        table[(table["phase"] == row.phase) & (table["arm"] == row.arm)]
+        for table in (tables["surgeries"], tables["sampling"])
+    )
+    [(accuracy_se, delta_se)] = sampling[["accuracy_se", "delta_se"]].itertuples(index=False, name=None)
     numbers: dict[str, Any] = {column: float(trials[column].mean()) for column in AVERAGED}
     numbers |= interval_columns("accuracy", trials["accuracy"], confidence, accuracy_se)
     numbers |= interval_columns("delta_pp", deltas, confidence)
     numbers |= dict(zip(("nll_delta", "nll_lo", "nll_hi"), mean_interval(nll, confidence), strict=True))
-    own = (surgeries["phase"] == row.phase) & (surgeries["arm"] == row.arm) & surgeries["seed"].isin(trials.index)
-    numbers |= {"worst_delta": float(deltas.min()), "operations": own.sum() / row.n_seeds}
-    numbers |= {"delta_sd": float(deltas.std(ddof=1)) if len(deltas) > 1 else nan}
-    row = row._replace(**numbers, delta_test_se=delta_se)
+    numbers |= {"worst_delta": float(deltas.min()), "delta_test_se": delta_se}
+    numbers |= {"operations": surgeries["seed"].isin(trials.index).sum() / row.n_seeds}
+    row = row._replace(**numbers, delta_sd=float(deltas.std(ddof=1)) if len(deltas) > 1 else nan)
     return row if row.phase == START or word(row) == NOTHING_DONE else row._replace(p_value=margin_p_value(deltas, 0))
 
 
