@@ -13,12 +13,18 @@ from phasegate.base.paths import SCHEMA
 from phasegate.params import Params
 from phasegate.params.check import check
 from phasegate.params.fields import suggestion
+from phasegate.params.names import PLUGINS
+from phasegate.params.phases import Assay
 from phasegate.stage import run
 from phasegate.verdicts.attribution import ACCOUNTS
+from phasegate.verdicts.wording import reach
 
 
 def main(params: Params) -> None:
-    """Check what the parameters need from outside: arms that stages define, memory, and files in `plugins/`."""
+    """Check what the parameters need from outside: arms that stages define, memory, and files in `plugins/`.
+
+    It also says, before anything runs, what the seeds can decide.
+    """
     for phase, claim in params.decisions.phases.items():
         defined = arms_of(phase)
         for place, arm in enumerate(claim.arms):
@@ -30,8 +36,19 @@ def main(params: Params) -> None:
         phase, _, name = arm.partition("/")
         if name not in params.arms()[phase]:
             raise UserError(f"decisions.phases.{phase}.arms lacks {name!r}, with which other arms are compared: add it")
+    for phase, claim in params.claims().items():
+        check_assay(f"{PLUGINS if phase == PLUGINS else f'decisions.phases.{phase}'}.assay", claim.assay, params)
     check(params)
+    print(reach(params.seeds.count, params.decisions))
     write_atomic(SCHEMA, schema())
+
+
+def check_assay(key: str, assay: Assay, params: Params) -> None:
+    """Raise `UserError` for an arm of an assay, which stands under `key`, that no phase lists."""
+    known = [f"{phase}/{arm}" for phase, arms in params.arms().items() for arm in arms]
+    for end, arm in (("better", assay.better), ("worse", assay.worse)):
+        if arm not in known:
+            raise UserError(f"{key}.{end} is {arm!r}, which no phase runs: {suggestion(arm, known)}")
 
 
 def arms_of(phase: str) -> list[str]:

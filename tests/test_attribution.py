@@ -14,7 +14,7 @@ from phasegate.verdicts.attribution import ACCOUNTS, COLUMNS, CONTINUED, FACTORI
 from phasegate.verdicts.decisions import decide
 from phasegate.verdicts.statistics import holm
 from tests.small_study import ROOT
-from tests.test_decisions import NONE, failing, trials_of
+from tests.test_decisions import NONE, RULE, claims_of, failing, tables_of, trials_of
 
 CONTRASTS = {(name, part): weights for name, account in ACCOUNTS.items() for part, weights in account.items()}
 NEEDED = sorted({arm for contrast in CONTRASTS.values() for arm in contrast})
@@ -79,7 +79,8 @@ def test_the_table_has_every_contrast_in_order_with_corrected_p_values() -> None
 
 def test_a_part_that_is_an_arm_minus_the_control_is_this_arm_in_the_decisions() -> None:
     parts = TABLE.query("part == 'noise gradient in the trunk'")
-    arms = decide(TRIALS, NONE, 1.0, 0.95, {"p7b1": "noise", "p7b2": "split"}).query("arm == 'noise'")
+    claims = claims_of({"p7b1": "noise", "p7b2": "split"})
+    arms = decide(tables_of(TRIALS), claims, RULE).query("arm == 'noise'")
     assert parts[EFFECT].to_numpy().tolist() == arms[["delta_pp", "delta_lo", "delta_hi"]].to_numpy().tolist()
 
 

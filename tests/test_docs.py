@@ -143,7 +143,7 @@ def test_the_example_of_your_own_data_is_prepared(tmp_path: Path, monkeypatch: p
 
 def test_the_readme_names_the_margin_and_the_confidence_of_the_parameters() -> None:
     decisions, words = load_params(ROOT / "params.yaml").decisions, (ROOT / "README.md").read_text().split()
-    assert f"above −{decisions.margin_pp:g} pp" in " ".join(words)
+    assert f"{100 * decisions.margin:g} % of the error" in " ".join(words)
     assert f"with {100 * decisions.confidence:g} % intervals" in " ".join(words)
 
 

@@ -131,17 +131,19 @@ def test_figures_say_what_failed(study: Path) -> None:
 
 def test_a_finding_says_what_failed_and_failures_alike_share_a_line() -> None:
     rows = {row.phase: row for row in wording.headline_rows(decided())}
-    inconclusive = rows["p7b2"]._replace(verdict="INCONCLUSIVE", n_seeds=2, n_failed=1)
-    text = wording.finding(inconclusive, 1.0)  # an interval within the margin is no GO
-    assert re.match(r"INCONCLUSIVE: split stands at \+2.* against continue, but 1 of 3 trials failed$", text)
-    assert wording.outcome(inconclusive, decided(), 1.0).endswith("but 1 of 3 trials failed (2 seeds).")
-    no_go = wording.finding(rows["p7b1"]._replace(n_seeds=2, n_failed=1), 1.0)
-    assert no_go.startswith("NO-GO: noise_acting loses 4.90 pp") and no_go.endswith(", and 1 of 3 trials failed")
-    equal = wording.finding(rows["surgery"]._replace(verdict="INCONCLUSIVE", n_seeds=2, n_failed=1), 1.0)
-    assert equal.startswith("INCONCLUSIVE: split changed nothing and equals continue in every seed that finished, but")
+    inconclusive = rows["p7b2"]._replace(
+        verdict="INCONCLUSIVE", word="UNDECIDED", as_expected="open", n_seeds=2, n_failed=1
+    )
+    text = wording.finding(inconclusive)
+    assert re.match(r"INCONCLUSIVE: split is UNDECIDED against continue, \+2.*, but 1 of 3 trials failed$", text)
+    assert wording.outcome(inconclusive, decided()).endswith("but 1 of 3 trials failed (2 seeds).")
+    no_go = wording.finding(rows["p7b1"]._replace(n_seeds=2, n_failed=1))
+    assert no_go.startswith("NO-GO: noise_acting is WORSE than") and no_go.endswith(", and 1 of 3 trials failed")
+    idle = rows["surgery"]._replace(word="NOTHING DONE", verdict="INCONCLUSIVE", n_seeds=2, n_failed=1)
+    assert "never operated and equals continue in every seed that finished (NOTHING" in wording.finding(idle)
     for total, text in ((1, "the one trial failed"), (3, "all 3 trials failed")):
         nothing = rows["p7b1"]._replace(n_seeds=0, n_failed=total)
-        assert wording.outcome(nothing, decided(), 1.0) == f"NO-GO: noise_acting, {text}."
+        assert wording.outcome(nothing, decided()) == f"NO-GO: noise_acting, {text}."
     alike = [("p7b1", "a_b", 0, 0, "x"), ("p7b1", "c", 0, 0, "x"), ("p7b1", "c", 1, 0, "x")]
     said = wording.failure_list(pd.DataFrame(alike, columns=FAILURE_COLUMNS))
     assert said == ["7b.1 a_b, c, seed 0, step 0: x", "7b.1 c, seed 1, step 0: x"]

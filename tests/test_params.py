@@ -12,6 +12,8 @@ from phasegate.model.classifier import ModelSpec, Network
 from phasegate.model.references import ReferenceSpec, build
 from phasegate.params import Params, check, load_params
 from phasegate.params.fields import parse
+from phasegate.params.phases import Assay
+from stages.check import check_assay
 from tests.damage import BOMBS, put
 from tests.small_study import ROOT
 
@@ -43,6 +45,9 @@ def test_the_committed_parameters_are_right() -> None:
         ("p7b.min_experts", 13, "p7b.min_experts + 1 is 14: it must be at most p7a.n_routed = 12"),
         ("p7b.min_experts", 12, "p7b.min_experts + 1 is 13: it must be at most p7a.n_routed = 12"),
         ("q2.candidates.top_1.top_k", 12, "q2.candidates.top_1 has top_k = n_routed = 12 = p7a.n_routed: no expert"),
+        ("decisions.phases.p7b2.claim", "harmles", "decisions.phases.p7b2.claim is 'harmles': did you mean harmless?"),
+        ("decisions.phases.p7b2.assay.better", "continue", "p7b2.assay.better is 'continue': string should match"),
+        ("decisions.margin", -0.1, "decisions.margin is -0.1: input should be greater than or equal to 0"),
         ("decisions.phases.p7b2.hypothesis", " \n\x1c", "decisions.phases.p7b2.hypothesis: it is blank: state it"),
         ("plugins.hypothesis", "", "plugins.hypothesis: it is blank: state it before the phase runs"),
         ("p7b.cooldown", 200, "p7b.cooldown is 200: it must be at most p7b.act_every * surgery.operations / 2 = 160"),
@@ -178,3 +183,12 @@ def test_the_limit_of_a_container_counts_as_its_memory(tmp_path: Path, monkeypat
     for text, expected in (("max", memory.memory()), ("1000000", 1_000_000)):
         (tmp_path / "memory.max").write_text(f"{text}\n")
         assert memory.memory() == expected
+
+
+def test_an_assay_names_arms_that_run() -> None:
+    params = load_params(PATH)
+    [arm, *_] = params.arms()["p7b1"]
+    claim = Assay(better="p7a/continue", worse=f"p7b1/{arm}", margin_pp=0.5)
+    check_assay("plugins.assay", claim, params)
+    with pytest.raises(UserError, match=r"plugins\.assay\.worse is 'p7a/contine', which no phase runs: did"):
+        check_assay("plugins.assay", claim.model_copy(update={"worse": "p7a/contine"}), params)

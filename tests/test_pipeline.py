@@ -85,7 +85,8 @@ def test_every_phase_and_arm_gets_a_verdict(checkout: Checkout) -> None:
     assert verdicts["p7a", "baseline"] == "BASELINE" and verdicts["p7a", "continue"] == "CONTROL"
     arms = load_params(ROOT / "params.yaml").arms() | {"plugins": ("loudest",)}
     assert set(verdicts) == {(phase, arm) for phase in arms for arm in arms[phase]}
-    assert set(verdicts.values()) <= {"BASELINE", "CONTROL", "GO", "NO-GO", "INCONCLUSIVE"}
+    assert set(decisions.query("primary")["verdict"]) <= {"BASELINE", "GO", "NO-GO", "INCONCLUSIVE", "NO ASSAY"}
+    assert decisions.query("phase != 'p7a'")["word"].notna().all()
     assert decisions.groupby("phase")["primary"].sum().drop("p7a").eq(1).all()
     assert (checkout.table("trials").groupby(["phase", "arm"]).size() == 2).all()
     assert not checkout.table("surgeries").empty

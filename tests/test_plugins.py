@@ -50,7 +50,7 @@ def probe(prepared: Path, baselines: Path) -> Probe:
 
 def with_arm(**arm: Any) -> Params:
     params = load_params(ROOT / "params.yaml").model_dump()
-    return Params.model_validate(params | {"plugins": {"hypothesis": "It pays.", "arms": {"mine": arm}}})
+    return Params.model_validate(params | {"plugins": params["plugins"] | {"arms": {"mine": arm}}})
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,7 @@ def test_dvc_compares_phases_saved_as_experiments(checkout: Checkout) -> None:
     old, new = rows["p7a", "baseline"], rows["p7b2", "clone"]
     assert save("p7a", "p7b2/clone").splitlines() == [
         f"phase-7a: baseline, BASELINE, {old['accuracy']:.2f} %",
-        f"phase-7b2-clone: clone, {new['verdict']}, {new['accuracy']:.2f} %",
+        f"phase-7b2-clone: clone, {new['word']}, {new['accuracy']:.2f} %",
     ]
     for reference in (name for name in references() if "/phase-" in name):  # nothing else was made anew
         files = checkout.command("git", "diff", "--name-only", "HEAD", reference).split()
@@ -70,7 +70,7 @@ def test_dvc_compares_phases_saved_as_experiments(checkout: Checkout) -> None:
     table = checkout.command("dvc", "exp", "show", "--md", "--only-changed")
     assert all(
         any(name in line and verdict in line for line in table.splitlines())
-        for name, verdict in zip(pair, (old["verdict"], new["verdict"]), strict=True)
+        for name, verdict in zip(pair, (old["verdict"], new["word"]), strict=True)
     )
     checkout.command("dvc", "plots", "diff", *pair)
     page = (checkout.folder / "dvc_plots/index.html").read_text()

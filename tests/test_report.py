@@ -9,7 +9,6 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from phasegate.base.errors import UserError
 from phasegate.params import load_params
 from phasegate.report import drawing, page
 from phasegate.report.figures import FIGURES, draw
@@ -17,7 +16,7 @@ from phasegate.verdicts import attribution, surgery_summary, wording
 from phasegate.verdicts.decisions import decide
 from phasegate.verdicts.leaderboard import leaderboard, reference_rows
 from tests.small_study import ROOT
-from tests.test_decisions import NONE, searched, trials_of
+from tests.test_decisions import NONE, RULE, claims_of, rule_of, searched, tables_of, trials_of
 
 PARAMS = load_params(ROOT / "params.yaml")
 COMMITTED = {path.stem: pd.read_csv(path) for path in (ROOT / "reports/tables").glob("*.csv")}
@@ -25,14 +24,16 @@ DELTAS = {"p7a/continue": 0.0, "p7a/baseline": -1.0, "p7b1/noise_acting": -5.0, 
 DELTAS |= {"p7b3/task_gates": -0.9, "surgery/split": 0.0, "surgery/clone": -3.0, "surgery/merge": -0.2}
 ARMS = [key.split("/") for key in DELTAS]
 PRIMARY = {"p7b1": "noise_acting", "p7b2": "split", "p7b3": "task_gates", "surgery": "split"}
-HYPOTHESES = {phase: claim.hypothesis for phase, claim in PARAMS.claims().items()}
+CLAIMS = claims_of(PRIMARY)
 
 
 def decided(seeds: int = 3) -> pd.DataFrame:
     """Decisions with a NO-GO (7b.1), a GO (7b.2) and an INCONCLUSIVE (7b.3), if there are three seeds."""
     steps = 0.1 * np.arange(seeds)
     trials = trials_of({key: 67 + delta + steps * (delta != 0) for key, delta in DELTAS.items()})
-    return decide(trials, NONE, 1.0, 0.95, PRIMARY)
+    return decide(
+        tables_of(trials, idle=["merge"]), CLAIMS, rule_of(1.0, trials[trials["arm"] == "continue"]["accuracy"])
+    )
 
 
 def board(seeds: int = 2) -> pd.DataFrame:
@@ -139,12 +140,38 @@ def test_numbers_read_well() -> None:
 
 def test_each_finding_agrees_with_its_row() -> None:
     rows = {row.phase: row for row in wording.headline_rows(decided())}
-    assert re.match(r"NO-GO: noise_acting loses 4\.90 pp \[", wording.finding(rows["p7b1"], 1.0))
-    assert re.match(r"GO: split stands at \+2\.10 pp \[.*\] against continue$", wording.finding(rows["p7b2"], 1.0))
-    near = rows["p7b2"]._replace(delta_pp=0.5, delta_lo=0.2, delta_hi=0.8)
-    assert wording.finding(near, 1.0) == "GO: split stays within 1 pp of continue, +0.50 pp [+0.20, +0.80]"
-    assert wording.outcome(rows["p7b3"], decided(), 1.0).startswith("INCONCLUSIVE: task_gates may or may not")
-    assert wording.finding(rows["surgery"], 1.0) == "GO: split changed nothing and equals continue in every seed"
+    assert wording.finding(rows["p7b1"]).startswith("NO-GO: noise_acting is WORSE than continue, −4.90 pp [")
+    nll = "NLL 0.000 [0.000, 0.000]"
+    assert re.fullmatch(
+        rf"GO: split is BETTER than continue, \+2\.10 pp \[.*\], {re.escape(nll)}", wording.finding(rows["p7b2"])
+    )
+    near = rows["p7b2"]._replace(delta_pp=0.5, delta_lo=-0.2, delta_hi=0.8, word="EQUIVALENT", nll_delta=-0.0123)
+    assert (
+        wording.finding(near)
+        == f"GO: split is EQUIVALENT to continue, +0.50 pp [−0.20, +0.80], {nll.replace('0.000 ', '−0.012 ')}"
+    )
+    assert wording.finding(rows["p7b3"]).startswith("INCONCLUSIVE: task_gates is WORSE than continue")
+    idle = rows["surgery"]._replace(word="NOTHING DONE", verdict="INCONCLUSIVE")
+    said = "INCONCLUSIVE: split never operated and equals continue in every seed (NOTHING DONE)"
+    assert wording.finding(idle) == said
+
+
+def test_an_outcome_says_whether_it_was_expected_and_why_there_is_no_assay() -> None:
+    rows = {row.phase: row for row in wording.headline_rows(decided())}
+    for phase, remark in (("p7b1", "not as expected"), ("p7b2", "as expected")):
+        assert f"(3 seeds; {remark})" in wording.outcome(rows[phase], decided())
+    assert "(3 seeds)" in wording.outcome(rows["p7b3"], decided())
+    failed = rows["p7b2"]._replace(verdict="NO ASSAY", as_expected="open", assay_pp=0.1, assay_lo=-0.1, assay_hi=0.3)
+    assert "the assay's better arm against its worse one: +0.10 pp [−0.10, +0.30])" in wording.outcome(
+        failed, decided()
+    )
+
+
+def test_the_rule_names_the_margins_and_what_so_many_seeds_can_decide() -> None:
+    text = wording.rule(decided(10), RULE.model_copy(update={"margin": 0.03, "spread_pp": 0.5}))
+    assert "within the margin of ±1.00 pp" in text and "3 % of the error of `continue`" in text
+    assert "With 10 seeds a difference that spreads by 0.5 pp" in text and "is known to ±0.36 pp." in text
+    assert wording.reach(1, RULE) == "One seed decides nothing."
 
 
 def test_an_arm_that_spends_more_than_the_control_says_so() -> None:
@@ -174,12 +201,11 @@ def test_lineages_count_births_and_name_phases_that_changed_nothing() -> None:
 
 
 def test_the_markdown_table_has_a_cell_for_every_column_and_bold_primary_arms() -> None:
-    text = wording.decisions_markdown(decided(), NONE, HYPOTHESES, 1.0, 0.95)
+    text = wording.decisions_markdown(decided(), NONE, CLAIMS, RULE)
     rows = [line for line in text.splitlines() if line.startswith("|")]
     assert len({len(re.findall(r"(?<!\\)\|", row)) for row in rows}) == 1 and len(rows) == 2 + len(ARMS)
     assert r"**noise\_acting**" in text and r"| a\|b\_c |" in text
-    with pytest.raises(UserError, match="phase p7b3 has no hypothesis"):
-        wording.decisions_markdown(decided(), NONE, HYPOTHESES | {"p7b3": " "}, 1.0, 0.95)
+    assert "- **7b.2** It is so. (Claim: harmless; expected: GO; assay: p7a/continue beats p7a/baseline by" in text
 
 
 def rows_by_key(summary: pd.DataFrame) -> dict[tuple[str, str, str], dict[Any, Any]]:

@@ -69,37 +69,87 @@ def test_the_lock_knows_the_schema_that_the_first_stage_writes(results: Path) ->
 def test_the_decisions_follow_from_the_trials_by_textbook_formulas(results: Path) -> None:
     claims = yaml.safe_load((results / "params.yaml").read_text())["decisions"]
     folder = ROOT / TABLES if results == ROOT else results / "tables"
-    trials, decisions = (pd.read_csv(folder / f"{name}.csv") for name in ("trials", "decisions"))
+    trials, surgeries, decisions = (
+        pd.read_csv(folder / f"{name}.csv") for name in ("trials", "surgeries", "decisions")
+    )
+    operated = set(zip(surgeries["phase"], surgeries["arm"], strict=True))
     keys = ["phase", "arm"]
-    expected = textbook(trials[trials["phase"] != "references"], **claims).sort_values(keys, ignore_index=True)
-    found = decisions[expected.columns].sort_values(keys, ignore_index=True)
-    pd.testing.assert_frame_equal(found, expected, rtol=1e-6, atol=1e-9)
+    expected = textbook(trials[trials["phase"] != "references"], operated, **claims).sort_values(
+        keys, ignore_index=True
+    )
+    decisions = decisions[decisions["phase"] != "plugins"]
+    texts = dict.fromkeys(["verdict", "word", "as_expected"], "")
+    found = decisions[expected.columns].fillna(texts).sort_values(keys, ignore_index=True)
+    pd.testing.assert_frame_equal(found, expected, rtol=1e-6, atol=1e-8)
 
 
-def textbook(trials: pd.DataFrame, margin_pp: float, confidence: float, phases: dict[Any, Any]) -> pd.DataFrame:
-    """Paired t intervals, t-tests against the margin, Holm's correction by hand, and the rule of the verdicts."""
-    accuracy = {key: rows.set_index("seed")["accuracy"] for key, rows in trials.groupby(["phase", "arm"])}
-    rows = []
-    for (phase, arm), values in accuracy.items():
-        deltas = (values - accuracy["p7a", "continue"]).round(9)
-        if deltas.nunique() == 1:  # without variance there is no t statistic, but nothing uncertain either
-            mean = lo = hi = deltas.iloc[0]
-            p = float(mean == -margin_pp)
-        else:
-            test = stats.ttest_1samp(deltas, -margin_pp)
-            mean, p, (lo, hi) = deltas.mean(), float(test.pvalue), test.confidence_interval(confidence)
-        primary = arm == ("baseline" if phase == "p7a" else phases[phase]["primary"])
-        rows.append((phase, arm, primary, mean, lo, hi, np.nan if phase == "p7a" else p))
-    columns = ["phase", "arm", "primary", "delta_pp", "delta_lo", "delta_hi", "p_value"]
-    table = pd.DataFrame(rows, columns=columns).assign(p_holm=np.nan, verdict="INCONCLUSIVE")
+def textbook(
+    trials: pd.DataFrame, operated: set[tuple[str, str]], margin: float, gain: float, confidence: float,
+    phases: dict[str, Any], **_: Any,
+) -> pd.DataFrame:  # fmt: skip
+    """Paired t intervals and tests by scipy, Holm's correction by hand, and the rules of the words and the verdicts."""
+    arms = {key: rows.set_index("seed")[["accuracy", "nll"]] for key, rows in trials.groupby(["phase", "arm"])}
+    control = arms["p7a", "continue"]
+    error, rows = 100 - control["accuracy"].mean(), []
+    primary: dict[Any, str] = {"p7a": "baseline"} | {phase: claim["primary"] for phase, claim in phases.items()}
+    for (phase, arm), values in arms.items():
+        if phase == "plugins":
+            continue
+        deltas = (values - control).round(9)
+        mean, lo, hi, p = interval(deltas["accuracy"], confidence)
+        row = {
+            "phase": phase,
+            "arm": arm,
+            "primary": arm == primary[phase],
+        }
+        row |= {"delta_pp": mean, "delta_lo": lo, "delta_hi": hi, "worst_delta": deltas["accuracy"].min()}
+        row |= dict(zip(("nll_delta", "nll_lo", "nll_hi"), interval(deltas["nll"], confidence)[:3], strict=True))
+        idle = (phase, arm) not in operated and not deltas.to_numpy().any()
+        rows.append(row | {"idle": idle, "p_value": np.nan if phase == "p7a" or idle else p})
+    table = pd.DataFrame(rows).assign(p_holm=np.nan)
     for phase in phases:
-        ordered = table[(table["phase"] == phase) & ~table["primary"]]["p_value"].sort_values()
-        table.loc[ordered.index, "p_holm"] = (ordered * np.arange(len(ordered), 0, -1)).cummax().clip(upper=1)
-    certain = table["primary"] | (table["p_holm"] < 1 - confidence)
-    table.loc[certain & (table["delta_lo"] >= -margin_pp), "verdict"] = "GO"
-    table.loc[certain & (table["delta_hi"] < -margin_pp), "verdict"] = "NO-GO"
-    table.loc[table["phase"] == "p7a", "verdict"] = table["arm"].map({"baseline": "BASELINE", "continue": "CONTROL"})
-    return table
+        ordered = table[(table["phase"] == phase) & ~table["primary"]]["p_value"].fillna(1).sort_values()
+        adjusted = (ordered * np.arange(len(ordered), 0, -1)).cummax().clip(upper=1)
+        table.loc[ordered.index, "p_holm"] = adjusted.mask(table["p_value"].isna())
+    said = [judge(row, arms, margin * error, margin * control["nll"].mean(), gain * error, confidence,
+                  phases.get(row["phase"])) for row in table.to_dict("records")]  # fmt: skip
+    return pd.concat(
+        [table.drop(columns="idle"), pd.DataFrame(said, columns=["word", "verdict", "as_expected"])], axis=1
+    )
+
+
+def interval(x: "pd.Series[float]", confidence: float) -> tuple[float, float, float, float]:
+    """The mean, its t interval, and the p-value of no difference."""
+    if x.nunique() == 1:  # without variance there is no t statistic, but nothing uncertain either
+        return x.iloc[0], x.iloc[0], x.iloc[0], float(x.iloc[0] == 0)
+    test: Any = stats.ttest_1samp(x, 0)
+    lo, hi = test.confidence_interval(confidence)
+    return x.mean(), lo, hi, test.pvalue
+
+
+def judge(
+    row: dict[Any, Any], arms: dict[Any, pd.DataFrame], m: float, m_nll: float, gain: float, confidence: float,
+    claim: dict[str, Any] | None,
+) -> tuple[str, str, str]:  # fmt: skip
+    """The word of a row, and of a primary arm the verdict, and whether it was expected."""
+    if claim is None:
+        return "", {"baseline": "BASELINE", "continue": "CONTROL"}[row["arm"]], ""
+    lo, hi, certain = row["delta_lo"], row["delta_hi"], row["primary"] or row["p_holm"] < 1 - confidence
+    word = "NO WORSE" if lo >= -m else "UNDECIDED"
+    word = "EQUIVALENT" if -m <= lo and hi <= m else word
+    word = "BETTER" if lo > 0 and certain else "WORSE" if hi < 0 and certain else word
+    word = "NOTHING DONE" if row["idle"] else word
+    if not row["primary"]:
+        return word, "", ""
+    better, worse = (arms[tuple(claim["assay"][end].split("/"))]["accuracy"] for end in ("better", "worse"))
+    if claim["claim"] == "gain":
+        go, no_go = lo > 0, hi < gain
+    else:
+        go, no_go = lo >= -m and row["nll_hi"] <= m_nll, hi < -m or row["nll_lo"] > m_nll
+    verdict = "INCONCLUSIVE" if row["idle"] else "GO" if go else "NO-GO" if no_go else "INCONCLUSIVE"
+    if not interval((better - worse).round(9), confidence)[1] > claim["assay"]["margin_pp"]:
+        verdict = "NO ASSAY"
+    return word, verdict, {claim["expected"]: "yes", "INCONCLUSIVE": "open", "NO ASSAY": "open"}.get(verdict, "no")
 
 
 def test_the_documents_show_the_committed_results() -> None:

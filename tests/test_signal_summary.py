@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from phasegate.verdicts import signal_summary as signals
-from phasegate.verdicts.decisions import Decision
+from phasegate.verdicts.decisions import Decision, word
 from phasegate.verdicts.signal_summary import beats_chance, signal_summary
 
 NAN = float("nan")
@@ -44,7 +44,9 @@ def decisions(**failed: tuple[int, int]) -> pd.DataFrame:
     for key, (delta, half) in ARMS.items():
         phase, arm = key.split("/")
         row = Decision(phase, arm, arm == "counterfactual_head", *failed.get(arm, (10, 0)))
-        rows.append(row._replace(delta_pp=delta, delta_lo=delta - half, delta_hi=delta + half))
+        row = row._replace(delta_pp=delta, delta_lo=delta - half, delta_hi=delta + half, margin_pp=1.0)
+        row = row._replace(worst_delta=delta, nll_delta=0.0, operations=float(half > 0))
+        rows.append(row._replace(word=word(row)))
     return pd.DataFrame(rows)
 
 

@@ -12,6 +12,7 @@ from phasegate.params.plugins import Plugin
 Grow = Literal["split", "clone", "reinit"]
 Prune = Literal["remove", "merge"]
 Chance = Annotated[Number, Field(gt=0.5, lt=1)]
+Arm = Annotated[str, Field(pattern=r"^[a-z0-9_]+/[a-z0-9_]+$")]
 SURGERIES: dict[str, tuple[str, ...]] = {"grow": get_args(Grow), "prune": get_args(Prune)}
 """The built-in surgeries, by the parameter that may name one."""
 
@@ -115,12 +116,28 @@ class SurgeryStudy(Section):
     in_a_row: Count
 
 
-class Claim(Section):
-    """State what a phase claims, before it runs."""
+class Assay(Section):
+    """Name two arms, `phase/arm`, whose order is known: a phase that does not tell them apart gets no verdict."""
+
+    better: Arm
+    worse: Arm
+    margin_pp: NonNegative  # the lower bound of better minus worse must lie above it
+
+
+class Stated(Section):
+    """State what is claimed, before it runs."""
+
+    claim: Literal["harmless", "gain"]
+    hypothesis: Hypothesis
+    expected: Literal["GO", "NO-GO"]  # the verdict if the hypothesis is right
+    assay: Assay
+
+
+class Claim(Stated):
+    """State what a phase claims, and by which of its arms."""
 
     arms: Annotated[tuple[Name, ...], Field(min_length=1)]  # the arms that run, by the names that its stage gives them
     primary: Text
-    hypothesis: Hypothesis
 
     def check_together(self) -> None:
         if self.primary not in self.arms:
@@ -128,9 +145,11 @@ class Claim(Section):
 
 
 class Decisions(Section):
-    """Say how verdicts are reached."""
+    """Say how verdicts are reached. Shares are of the control's mean error in the run, or of its mean NLL."""
 
-    margin_pp: NonNegative
+    margin: NonNegative  # share: a loss within it does no harm
+    gain: NonNegative  # share: the smallest gain worth having
+    spread_pp: NonNegative  # standard deviation over seeds of a difference, in earlier runs
     confidence: Chance
     phases: dict[str, Claim]
 
@@ -163,10 +182,9 @@ class PluginArm(Section):
         return Plugin(name, "signal" if key == "signal" else "operate")
 
 
-class Plugins(Section):
+class Plugins(Stated):
     """Describe people's own arms, the first of which decides the phase."""
 
-    hypothesis: Hypothesis
     arms: dict[Name, PluginArm]
 
 

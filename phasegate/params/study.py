@@ -103,7 +103,7 @@ class Params(Section):
         """Return the claim of each phase that has arms."""
         if not (arms := tuple(self.plugins.arms)):
             return self.decisions.phases
-        claim = phases.Claim(arms=arms, primary=arms[0], hypothesis=self.plugins.hypothesis)
+        claim = phases.Claim(arms=arms, primary=arms[0], **self.plugins.model_dump(exclude={"arms"}))
         return self.decisions.phases | {names.PLUGINS: claim}
 
     def references_of(self, name: str) -> dict[str, Reference]:

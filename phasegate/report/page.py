@@ -20,8 +20,7 @@ def render(
 ) -> str:
     """Return the page as HTML, with the SVG texts of `FIGURES`, by name, and nested mappings of provenance."""
     decisions, summary = tables["decisions"], tables["surgery_summary"]
-    margin, confidence = params.decisions.margin_pp, params.decisions.confidence
-    hypotheses = {phase: claim.hypothesis for phase, claim in params.claims().items()}
+    claims, confidence = params.claims(), params.decisions.confidence
     text = Path(__file__).with_name("page.html.j2").read_text(encoding="utf-8")
     template = Template(text, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     page: str = template.render(
@@ -29,11 +28,10 @@ def render(
         seeds=int(decisions["n_seeds"].max()),
         phases=[
             {"label": wording.phase_label(row.phase), "verdict": row.verdict}
-            | {"hypothesis": wording.hypothesis(hypotheses, row.phase)}
-            | {"outcome": wording.outcome(row, decisions, margin)}
+            | {"hypothesis": wording.stated(claims[row.phase]), "outcome": wording.outcome(row, decisions)}
             for row in wording.headline_rows(decisions)
         ],
-        rule=wording.rule(margin, confidence),
+        rule=wording.rule(decisions, params.decisions),
         decisions=wording.decision_cells(decisions),
         failures=wording.failure_list(tables["failures"]),
         primary=list(decisions["primary"]),

@@ -13,7 +13,7 @@ from phasegate.report import drawing
 from phasegate.report.drawing import DotStyle, Tables, name_rows, new_figure, wrapped
 from phasegate.verdicts import surgery_summary
 from phasegate.verdicts.surgery_summary import OPERATIONS, STUDY, study_rows
-from phasegate.verdicts.wording import of_arm, rows_of
+from phasegate.verdicts.wording import control_row, of_arm, rows_of
 
 NOTHING = 1e-10  # where a relative change of zero is drawn on a logarithmic axis
 PALETTE = [drawing.GREY, drawing.BLUE, drawing.VERMILION, drawing.ORANGE, drawing.BLACK, drawing.GREEN]
@@ -45,7 +45,7 @@ def surgery(tables: Tables, params: Params) -> Figure:
     longest = max([row.recovery_steps for row in rows if isfinite(row.recovery_steps)], default=0) or 1
     third.set_xlim(-0.05 * longest, 1.05 * longest)
     third.locator_params(axis="x", integer=True)
-    fourth.axvline(-params.decisions.margin_pp, color=drawing.BLACK, linewidth=1, linestyle="--")
+    fourth.axvline(-control_row(tables["decisions"]).margin_pp, color=drawing.BLACK, linewidth=1, linestyle="--")
     blank = [""] * len(rows)
     name_rows(first, [_name(row, summary) for row in rows], "immediate output\nchange (relative)")
     name_rows(second, blank, "immediate loss of\ngate accuracy, pp")

@@ -33,7 +33,7 @@ BLOCK = 0  # the block whose experts are drawn
 def learning_curves(tables: Tables, params: Params) -> Figure:
     """Draw gate accuracy (percent) over training steps, a panel per phase: mean and interval over seeds of each arm."""
     curves, decisions, surgeries = tables["curves"], tables["decisions"], tables["surgeries"]
-    margin, confidence = params.decisions.margin_pp, params.decisions.confidence
+    confidence = params.decisions.confidence
     shown = curves[curves["arm"] != CONTROL]["phase"].unique()
     heads = [row for row in decision_rows(decisions) if row.primary and row.phase in shown]
     columns = min(2, len(heads))
@@ -47,7 +47,7 @@ def learning_curves(tables: Tables, params: Params) -> Figure:
             rows = of_arm(curves, head.phase, arm)
             band(axes, rows, "accuracy", style, confidence, arm, 2.2 if arm == head.arm else 1.3)
         _mark_surgeries(axes, surgeries[surgeries["phase"] == head.phase], arms)
-        axes.set_title(wrapped(f"{phase_label(head.phase)} {wording.finding(head, margin)}"))
+        axes.set_title(wrapped(f"{phase_label(head.phase)} {wording.finding(head)}"))
         axes.set(xlabel="training step", ylabel="gate accuracy, %")
         more = len(every) - len(arms)
         title = f"and {more} more arm{'s' if more > 1 else ''}" if more else None

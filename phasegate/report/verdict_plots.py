@@ -11,16 +11,20 @@ from phasegate.params import Params
 from phasegate.params.names import CONTROL
 from phasegate.report import drawing
 from phasegate.report.drawing import DotStyle, Tables, dot_rows
+from phasegate.verdicts import decisions as words
 from phasegate.verdicts import wording
 from phasegate.verdicts.attribution import ACCOUNTS, WHOLE, account_finding, account_label, effect
 from phasegate.verdicts.decisions import decision_rows
 from phasegate.verdicts.wording import phase_label, rows_of
 
-VERDICT_STYLES = {  # colour and marker: no meaning hangs on colour alone
-    "GO": (drawing.GREEN, "o"),
-    "NO-GO": (drawing.VERMILION, "X"),
-    "INCONCLUSIVE": (drawing.ORANGE, "D"),
-    "BASELINE": (drawing.GREY, "s"),
+WORD_STYLES = {  # colour and marker: no meaning hangs on colour alone
+    words.BETTER: (drawing.BLUE, "^"),
+    words.WORSE: (drawing.VERMILION, "X"),
+    words.EQUIVALENT: (drawing.GREEN, "o"),
+    words.NO_WORSE: (drawing.SKY, "P"),
+    words.UNDECIDED: (drawing.ORANGE, "D"),
+    words.NOTHING_DONE: (drawing.BLACK, "d"),
+    "": (drawing.GREY, "s"),  # 7a, and arms of which no trial finished
 }
 REFERENCE_STYLES = {
     "gate": DotStyle(drawing.GREY),
@@ -30,25 +34,28 @@ REFERENCE_STYLES = {
 
 
 def differences(tables: Tables, params: Params) -> Figure:
-    """Draw each arm's difference from the control (pp) with its interval, beside the margin and zero."""
-    decisions, margin = tables["decisions"], params.decisions.margin_pp
+    """Draw each arm's difference from the control (pp) with its interval, beside zero and the margins."""
+    decisions = tables["decisions"]
+    margin = wording.control_row(decisions).margin_pp
     rows = [row for row in decision_rows(decisions) if row.verdict != "CONTROL"]
     gaps = [1.6 if before.phase != row.phase else 1.0 for before, row in zip([rows[0], *rows], rows, strict=False)]
     positions = list(accumulate(gaps))
     figure, (axes,) = drawing.new_figure(9, 1.6 + 0.32 * positions[-1])
     axes.axvline(0, color=drawing.GREY, linewidth=1)
-    axes.axvline(-margin, color=drawing.BLACK, linewidth=1, linestyle="--")
+    for edge in (-margin, margin):
+        axes.axvline(edge, color=drawing.BLACK, linewidth=1, linestyle="--")
     for y, row in zip(positions, rows, strict=True):
-        style = DotStyle(*VERDICT_STYLES[row.verdict], row.primary, None if row.primary else "white")
+        style = DotStyle(*WORD_STYLES[row.word], row.primary, None if row.primary else "white")
         drawing.dot(axes, y, (row.delta_pp, row.delta_lo, row.delta_hi), style)
         said = ", ".join(filter(None, [wording.measure(row, "delta_pp", signed=True), wording.failed(row)]))
-        drawing.note(axes, y, f"{row.verdict}  {said}", weight="bold" if row.primary else "normal")
+        short = ", ".join(filter(None, [row.verdict, row.word]))
+        drawing.note(axes, y, f"{short}  {said}", weight="bold" if row.primary else "normal")
     axes.set_yticks(positions, [f"{phase_label(row.phase)}  {row.arm}" for row in rows])
     drawing.embolden(axes, [row.primary for row in rows])
     axes.set_ylim(max(positions) + 0.8, min(positions) - 0.8)
-    axes.set_xlabel(f"test accuracy minus {CONTROL}, pp (dashed: the margin, {wording.MINUS}{margin:g} pp)")
+    axes.set_xlabel(f"test accuracy minus {CONTROL}, pp (dashed: the margins, ±{wording.number(margin)} pp)")
     heads = wording.headline_rows(decisions)
-    findings = [drawing.wrapped(f"{phase_label(row.phase)} {wording.finding(row, margin)}", 100) for row in heads]
+    findings = [drawing.wrapped(f"{phase_label(row.phase)} {wording.finding(row)}", 100) for row in heads]
     figure.suptitle("\n".join(findings), x=0.01, ha="left")
     return figure
 

@@ -45,7 +45,7 @@ def written(root: Path) -> dict[str, str]:
 
 def blocks(studies: Mapping[str, Tables], params: Params) -> dict[str, str]:
     """Write every block of results from studies by data set: the findings are the first one's."""
-    study, margin_pp, confidence = next(iter(studies.values())), params.decisions.margin_pp, params.decisions.confidence
+    study, confidence = next(iter(studies.values())), params.decisions.confidence
     findings = {
         "attribution": attribution.attribution_findings(study["attribution"], confidence),
         "surgery": surgery_summary.surgery_finding(study["surgery_summary"]),
@@ -59,7 +59,7 @@ def blocks(studies: Mapping[str, Tables], params: Params) -> dict[str, str]:
         results += wording.failed_lines(tables["failures"], f"Failed trials on {DATA_SETS[name]}")
     return {
         "results": "\n".join(results),
-        "rule": wording.rule(margin_pp, confidence),
+        "rule": wording.rule(study["decisions"], params.decisions),
         "phases": "\n".join(claims(decisions, params)),
         **{name: "\n".join(f"- {sentence}" for sentence in sentences) for name, sentences in findings.items()},
     }
@@ -83,20 +83,19 @@ def primary_cells(decisions: pd.DataFrame) -> dict[tuple[str, str], str]:
         if row.phase == START:
             found[row.phase, row.arm] = f"{cells['verdict']}: {cells['accuracy, %']} %"
         elif row.primary:
-            nothing = ", it changed nothing" if wording.changed_nothing(row) else ""
-            found[row.phase, row.arm] = f"**{cells['verdict']}**: {cells['difference, pp']} pp{nothing}"
+            said = ", ".join(filter(None, [cells["word"], cells["difference, pp"]]))
+            found[row.phase, row.arm] = f"**{cells['verdict']}**: {said} pp"
     return found
 
 
 def claims(decisions: Tables, params: Params) -> Iterator[str]:
     """Write each phase's hypothesis, and its outcome on every data set, as a Markdown list."""
-    hypotheses = {phase: claim.hypothesis for phase, claim in params.claims().items()}
     primary = [(name, table, row) for name, table in decisions.items() for row in wording.headline_rows(table)]
     for phase in dict.fromkeys(row.phase for _, _, row in primary):
-        yield f"- **{wording.phase_label(phase)}** {wording.hypothesis(hypotheses, phase)}"
+        yield f"- **{wording.phase_label(phase)}** {wording.escaped(wording.stated(params.claims()[phase]))}"
         for name, table, row in primary:
             if row.phase == phase:
-                text = wording.outcome(row, table, params.decisions.margin_pp)
+                text = wording.outcome(row, table)
                 yield f"  - {DATA_SETS[name]}: {wording.escaped(text)}"
 
 

@@ -54,7 +54,7 @@ def save(name: str, choice: Headline) -> dict[str, Any]:
 def summary(metrics: dict[str, Any]) -> str:
     """Write the metrics of a headline in a few words."""
     accuracy = f"{metrics['accuracy']:.2f} %" if metrics["n_seeds"] else "no trial finished"
-    return f"{metrics['arm']}, {metrics['verdict']}, {accuracy}"
+    return ", ".join([metrics["arm"], *[metrics[name] for name in ("verdict", "word") if name in metrics], accuracy])
 
 
 if __name__ == "__main__":

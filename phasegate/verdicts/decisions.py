@@ -1,4 +1,4 @@
-"""Decide on every arm: compare it with the control arm, paired by seed, against a non-inferiority margin."""
+"""Decide on every arm: compare it with the control arm, paired by seed, and say it in a word; and on every phase."""
 
 from collections.abc import Iterator, Mapping
 from itertools import groupby
@@ -9,29 +9,32 @@ import pandas as pd
 
 from phasegate.base.errors import UserError
 from phasegate.params.names import BASELINE, CONTROL, PLUGINS, PRIMARY, REFERENCES, START
-from phasegate.records.tables import COSTS, check_numbers
-from phasegate.verdicts.statistics import holm, interval_columns, margin_p_value, paired_difference, seeds_needed
+from phasegate.params.phases import Claim, Decisions
+from phasegate.records.tables import COSTS, DECIMALS, check_numbers
+from phasegate.verdicts.statistics import holm, interval_columns, margin_p_value, mean_interval, paired_difference
 
 AVERAGED = ["n_routed_start", "n_routed_end", *COSTS]
+BETTER, WORSE, EQUIVALENT, NO_WORSE = "BETTER", "WORSE", "EQUIVALENT", "NO WORSE"
+UNDECIDED, NOTHING_DONE = "UNDECIDED", "NOTHING DONE"
+GO, NO_GO, INCONCLUSIVE, NO_ASSAY = "GO", "NO-GO", "INCONCLUSIVE", "NO ASSAY"
 
 
 class Decision(NamedTuple):
-    """Hold one arm beside the control: a row of the decisions table, in which unknown numbers are NaN."""
+    """Hold one arm beside the control: a row of the decisions table, in which unknown numbers are NaN, words blank."""
 
     phase: str
     arm: str
     primary: bool  # whether the arm decides its phase
     n_seeds: int  # finished by the arm and by the control
     n_failed: int
-    accuracy: float = nan  # on the test split, percent
+    accuracy: float = nan  # on the test split, percent; its bounds are over seeds and test examples
     accuracy_lo: float = nan
     accuracy_hi: float = nan
-    delta_pp: float = nan  # the arm's accuracy minus the control's
+    delta_pp: float = nan  # the arm's accuracy minus the control's; its bounds are over seeds
     delta_lo: float = nan
     delta_hi: float = nan
-    p_value: float = nan  # of a difference of exactly the margin
-    verdict: str = ""
-    seeds_needed: float = nan
+    p_value: float = nan  # of no difference
+    verdict: str = ""  # of a primary arm
     n_routed_start: float = nan
     n_routed_end: float = nan
     params_total: float = nan
@@ -39,95 +42,168 @@ class Decision(NamedTuple):
     flops_per_example: float = nan
     p_holm: float = nan
     delta_sd: float = nan
+    claim: str = ""  # of a primary arm, as the next two
+    expected: str = ""  # the verdict if the hypothesis is right
+    as_expected: str = ""  # yes | no | open
+    word: str = ""
+    nll_delta: float = nan  # the arm's NLL minus the control's, nats
+    nll_lo: float = nan
+    nll_hi: float = nan
+    worst_delta: float = nan  # of all seeds, pp
+    operations: float = nan  # mean per seed
+    delta_test_se: float = nan  # what the choice of test examples adds to the standard error of delta_pp
+    assay_pp: float = nan  # of a primary arm: by how much the phase's known winner beats its known loser
+    assay_lo: float = nan
+    assay_hi: float = nan
+    margin_pp: float = nan  # these three are the same in all rows
+    margin_nll: float = nan  # nats
+    gain_pp: float = nan  # the smallest gain worth having
 
 
 def decision_rows(decisions: pd.DataFrame) -> list[Decision]:
-    """Return the rows of a decisions table, also of one that was read from a file."""
-    kinds = list(Decision.__annotations__.values())
-    cells = decisions[list(Decision._fields)].itertuples(index=False, name=None)
-    return [Decision(*[kind(value) for kind, value in zip(kinds, row, strict=True)]) for row in cells]
+    """Return the rows of a decisions table, also of one that was read from a file, where blank words are missing."""
+    kinds = Decision.__annotations__
+    filled = decisions.fillna({name: "" for name, kind in kinds.items() if kind is str})
+    cells = filled[list(Decision._fields)].itertuples(index=False, name=None)
+    return [Decision(*[kind(value) for kind, value in zip(kinds.values(), row, strict=True)]) for row in cells]
 
 
-def decide(
-    trials: pd.DataFrame, failures: pd.DataFrame, margin_pp: float, confidence: float, primary: Mapping[str, str]
-) -> pd.DataFrame:
+def decide(tables: Mapping[str, pd.DataFrame], claims: Mapping[str, Claim], rule: Decisions) -> pd.DataFrame:
     """Return the decisions table: a `Decision` for each phase and arm of `trials` and `failures` (phase, arm, seed).
 
-    `primary` names the arm that decides each phase. Its verdict follows from the interval alone. The verdict of another
-    arm also needs a p-value that survives Holm's correction over these exploratory arms of the phase, so another phase
-    changes no verdict. An arm without numbers counts there with p = 1.
+    Of `tables` it takes these two, `surgeries`, and `sampling` (phase, arm, accuracy_se, delta_se; pp): the standard
+    errors that the choice of test examples gives the mean accuracy of an arm and its difference from the control.
+    Margins are shares of the control's mean error, and of its mean NLL, over the seeds that it finished.
 
     A row compares the seeds that both the arm and the control finished. It counts the arm's failures in the seeds that
-    the control finished; for the arms of 7a, all failures. An arm with a failed trial is NO-GO if its interval says so
-    or if nothing is left to compare, else INCONCLUSIVE. More seeds would not make it GO, so `seeds_needed` is blank
-    unless they could show a NO-GO. Raises UserError for a phase without its primary arm, and as `paired_arms` does.
+    the control finished; for the arms of 7a, all failures. `word` and `verdict` say what follows from a row. Holm's
+    correction is over the exploratory arms of a phase, so another phase changes nothing in this one; an arm without a
+    p-value counts there with p = 1. Raises UserError for a phase without its primary arm or the arms of its assay, and
+    as `paired_arms` does.
     """
-    arms = paired_arms(trials, failures)
-    primary = {**primary, START: BASELINE}
+    arms = paired_arms(tables["trials"], tables["failures"])
+    primary = {phase: claim.primary for phase, claim in claims.items()} | {START: BASELINE}
     for phase in {phase for phase, _ in arms} - {START}:
         if (phase, primary.get(phase, "")) not in arms:
             raise UserError(f"the primary arm of phase {phase} is {primary.get(phase)}: it has no trials")
     # The study's phases in order, then the plugins; arms keep their order, after the primary.
     keys = sorted(arms, key=lambda key: (key[0] == PLUGINS, key[0], primary[key[0]] != key[1]))
-    control = arms[START, CONTROL]
-    rows = [
-        _compare(Decision(phase, arm, primary[phase] == arm, 0, 0), arms[phase, arm], control, margin_pp, confidence)
-        for phase, arm in keys
-    ]
+    control, rows = arms[START, CONTROL], []
+    margins = _margins(control, rule)
+    for phase, arm in keys:
+        row = Decision(phase, arm, primary[phase] == arm, 0, 0, **margins)
+        row = _compare(row, arms[phase, arm], control, tables, rule.confidence)
+        if row.primary and phase != START:
+            claim = claims[phase]
+            row = row._replace(claim=claim.claim, expected=claim.expected, **_assay(claim, arms, rule.confidence))
+        rows.append(row)
     phases = groupby(rows, key=lambda row: row.phase)
-    return pd.DataFrame(row for _, phase in phases for row in _decide_phase(list(phase), margin_pp, confidence))
+    return pd.DataFrame(row for phase, group in phases for row in _decide_phase(list(group), claims.get(phase), rule))
+
+
+def word(row: Decision, certain: bool = True) -> str:
+    """Return in a word what a row says of its arm, from the interval of the difference in accuracy.
+
+    `certain`: whether a difference from zero may be claimed. An arm with a failed trial is WORSE or UNDECIDED. An arm
+    that did no operation and is the control in every seed, in accuracy and in NLL, is NOTHING DONE.
+    """
+    if not row.n_seeds or row.phase == START:
+        return ""
+    if row.operations == 0 and row.worst_delta == row.delta_pp == row.nll_delta == 0:
+        return NOTHING_DONE
+    if certain and row.delta_hi < 0:
+        return WORSE
+    if row.n_failed or row.delta_lo < -row.margin_pp:
+        return UNDECIDED
+    if certain and row.delta_lo > 0:
+        return BETTER
+    return EQUIVALENT if row.delta_hi <= row.margin_pp else NO_WORSE
+
+
+def verdict(row: Decision, assay_margin_pp: float) -> str:
+    """Return the verdict of a phase from the row of its primary arm, by the claim.
+
+    `harmless`: GO if neither accuracy nor NLL loses more than its margin, NO-GO if either certainly does. `gain`: GO if
+    the arm is better, NO-GO if it certainly gains less than is worth having. INCONCLUSIVE otherwise, and if nothing was
+    done. NO ASSAY if the phase's known winner does not beat its known loser by more than `assay_margin_pp`. An arm with
+    a failed trial is never GO, and NO-GO if nothing is left to compare.
+    """
+    if not row.n_seeds:
+        return NO_GO
+    if not row.assay_lo > assay_margin_pp:
+        return NO_ASSAY
+    if row.word == NOTHING_DONE:
+        return INCONCLUSIVE
+    if row.claim == "gain":
+        go, no_go = row.delta_lo > 0, row.delta_hi < row.gain_pp
+    else:
+        go = row.delta_lo >= -row.margin_pp and row.nll_hi <= row.margin_nll
+        no_go = row.delta_hi < -row.margin_pp or row.nll_lo > row.margin_nll
+    return GO if go and not row.n_failed else NO_GO if no_go else INCONCLUSIVE
+
+
+def _margins(control: pd.DataFrame, rule: Decisions) -> dict[str, Any]:
+    """Return the margins of a run, without rounding error: a difference may be exactly as large."""
+    error, nll = 100 - control["accuracy"].mean(), control["nll"].mean()
+    shares = {"margin_pp": rule.margin * error, "margin_nll": rule.margin * nll, "gain_pp": rule.gain * error}
+    return {name: round(float(value), DECIMALS) for name, value in shares.items()}
 
 
 def _compare(
-    row: Decision, trials: pd.DataFrame, control: pd.DataFrame, margin_pp: float, confidence: float
+    row: Decision, trials: pd.DataFrame, control: pd.DataFrame, tables: Mapping[str, pd.DataFrame], confidence: float
 ) -> Decision:
     """Return the row of an arm with its numbers, from trials that are indexed by seed."""
-    on_trial = row.phase != START
     done, compared = trials["accuracy"].notna(), control["accuracy"].notna()
-    failed = ~done & compared if on_trial else ~done
+    failed = ~done if row.phase == START else ~done & compared
     row = row._replace(n_seeds=int((done & compared).sum()), n_failed=int(failed.sum()))
     if not row.n_seeds:
         return row
     trials, control = trials[done & compared], control[done & compared]
-    deltas = paired_difference(trials["accuracy"], control["accuracy"])
+    deltas, nll = (paired_difference(trials[name], control[name]) for name in ("accuracy", "nll"))
+    surgeries, sampling = (
+        table[(table["phase"] == row.phase) & (table["arm"] == row.arm)]
+        for table in (tables["surgeries"], tables["sampling"])
+    )
+    [(accuracy_se, delta_se)] = sampling[["accuracy_se", "delta_se"]].itertuples(index=False, name=None)
     numbers: dict[str, Any] = {column: float(trials[column].mean()) for column in AVERAGED}
-    numbers |= interval_columns("accuracy", trials["accuracy"], confidence)
+    numbers |= interval_columns("accuracy", trials["accuracy"], confidence, accuracy_se)
     numbers |= interval_columns("delta_pp", deltas, confidence)
-    spread = float(deltas.std(ddof=1)) if len(deltas) > 1 else nan
-    return row._replace(**numbers, delta_sd=spread, p_value=margin_p_value(deltas, margin_pp) if on_trial else nan)
+    numbers |= dict(zip(("nll_delta", "nll_lo", "nll_hi"), mean_interval(nll, confidence), strict=True))
+    numbers |= {"worst_delta": float(deltas.min()), "delta_test_se": delta_se}
+    numbers |= {"operations": surgeries["seed"].isin(trials.index).sum() / row.n_seeds}
+    row = row._replace(**numbers, delta_sd=float(deltas.std(ddof=1)) if len(deltas) > 1 else nan)
+    return row if row.phase == START or word(row) == NOTHING_DONE else row._replace(p_value=margin_p_value(deltas, 0))
 
 
-def _decide_phase(rows: list[Decision], margin_pp: float, confidence: float) -> Iterator[Decision]:
-    """Yield the rows of one phase with their corrected p-values, verdicts and seeds needed."""
-    exploratory = [row for row in rows if not row.primary and row.phase != START]
-    adjusted = holm([row.p_value if row.n_seeds else 1 for row in exploratory])
-    p_holm = {row.arm: float(p) for row, p in zip(exploratory, adjusted, strict=True) if row.n_seeds}
-    # In the worst case an exploratory arm has to reach Holm's strictest level: its seeds are planned for this level.
-    strictest = 1 - (1 - confidence) / max(1, len(exploratory))
+def _assay(claim: Claim, arms: Mapping[tuple[str, str], pd.DataFrame], confidence: float) -> dict[str, Any]:
+    """Return the interval by which a phase's known winner beats its known loser; blank if no seed finished both."""
+    accuracy = []
+    for name in (claim.assay.better, claim.assay.worse):
+        phase, _, arm = name.partition("/")
+        if (phase, arm) not in arms:
+            raise UserError(f"an assay needs the arm {name}: it has no trials")
+        accuracy.append(arms[phase, arm]["accuracy"])
+    both = accuracy[0].notna() & accuracy[1].notna()
+    if not both.any():
+        return {}
+    return interval_columns("assay_pp", paired_difference(*(values[both] for values in accuracy)), confidence)
+
+
+def _decide_phase(rows: list[Decision], claim: Claim | None, rule: Decisions) -> Iterator[Decision]:
+    """Yield the rows of one phase, 7a without a claim, with their corrected p-values, words and verdicts."""
+    exploratory = [row for row in rows if not row.primary and claim]
+    adjusted = holm([1 if isnan(row.p_value) else row.p_value for row in exploratory])
+    p_holm = {row.arm: p for row, p in zip(exploratory, adjusted.tolist(), strict=True) if not isnan(row.p_value)}
     for row in rows:
         row = row._replace(p_holm=p_holm.get(row.arm, nan))
-        row = row._replace(verdict=_verdict(row, margin_pp, confidence))
-        yield row._replace(seeds_needed=_seeds(row, margin_pp, confidence if row.primary else strictest))
-
-
-def _verdict(row: Decision, margin_pp: float, confidence: float) -> str:
-    if row.phase == START:
-        return "BASELINE" if row.arm == BASELINE else "CONTROL"
-    if not row.n_seeds:
-        return "NO-GO"
-    certain = row.primary or row.p_holm < 1 - confidence
-    if certain and row.delta_lo >= -margin_pp and not row.n_failed:
-        return "GO"
-    if certain and row.delta_hi < -margin_pp:
-        return "NO-GO"
-    return "INCONCLUSIVE"
-
-
-def _seeds(row: Decision, margin_pp: float, confidence: float) -> float:
-    """Return the number of seeds that would decide an inconclusive row; NaN if none would, or if none is needed."""
-    if row.verdict != "INCONCLUSIVE" or isnan(row.delta_sd) or (row.n_failed and row.delta_pp >= -margin_pp):
-        return nan
-    return seeds_needed(row.delta_pp, row.delta_sd, margin_pp, confidence) or nan
+        row = row._replace(word=word(row, row.primary or row.p_holm < 1 - rule.confidence))
+        if not claim:
+            row = row._replace(verdict="BASELINE" if row.primary else "CONTROL")
+        elif row.primary:
+            found = verdict(row, claim.assay.margin_pp)
+            known = "open" if found not in (GO, NO_GO) else "yes" if found == row.expected else "no"
+            row = row._replace(verdict=found, as_expected=known)
+        yield row
 
 
 def metrics(decisions: pd.DataFrame, phase: str, arm: str) -> dict[str, str | bool | int | float]:
@@ -137,8 +213,8 @@ def metrics(decisions: pd.DataFrame, phase: str, arm: str) -> dict[str, str | bo
     if len(found) != 1:
         known = ", ".join(f"{row.phase}/{row.arm}" for row in rows)
         raise UserError(f"the decisions have {len(found)} rows for phase {phase}, arm {arm}: they have {known}")
-    values = {name: value for name, value in found[0]._asdict().items() if isinstance(value, str) or isfinite(value)}
-    return {name: int(value) if name == "seeds_needed" else value for name, value in values.items()}
+    values = found[0]._asdict().items()
+    return {name: value for name, value in values if (value if isinstance(value, str) else isfinite(value))}
 
 
 def paired_arms(trials: pd.DataFrame, failures: pd.DataFrame) -> dict[tuple[str, str], pd.DataFrame]:
@@ -149,7 +225,7 @@ def paired_arms(trials: pd.DataFrame, failures: pd.DataFrame) -> dict[tuple[str,
     """
     keys = ["phase", "arm", "seed"]
     trials, failures = (table[table["phase"] != REFERENCES] for table in (trials, failures))
-    check_numbers(trials, ["accuracy", *AVERAGED], keys)
+    check_numbers(trials, ["accuracy", "nll", *AVERAGED], keys)
     if len(failures):
         trials = pd.concat([trials, failures[keys]])
         check_numbers(trials, [], keys)

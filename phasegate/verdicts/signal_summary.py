@@ -10,7 +10,7 @@ import pandas as pd
 
 from phasegate.params.names import MEASURED
 from phasegate.verdicts import wording
-from phasegate.verdicts.decisions import Decision, decision_rows
+from phasegate.verdicts.decisions import BETTER, NOTHING_DONE, WORSE, Decision, decision_rows
 from phasegate.verdicts.statistics import column_names, holm, interval_columns, margin_p_value, paired_difference
 from phasegate.verdicts.wording import measure, number, rows_of
 
@@ -179,8 +179,5 @@ def _count(row: Decision, control: Decision, surgeries: pd.DataFrame) -> str:
 
 
 def _compare(row: Decision) -> str:
-    if row.delta_lo > 0:
-        return "beats"
-    if row.delta_hi < 0:
-        return "is worse than"
-    return "equals" if wording.changed_nothing(row) else "neither beats nor loses to"
+    known = {BETTER: "beats", WORSE: "is worse than", NOTHING_DONE: "equals"}
+    return known.get(row.word, "neither beats nor loses to")

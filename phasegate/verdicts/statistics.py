@@ -1,10 +1,12 @@
-"""Compute statistics over seeds: intervals, the paired test against the margin, Holm's correction, and power.
+"""Compute statistics over seeds: intervals, the paired t-test, and Holm's correction.
 
 All functions are pure and take one value per seed. They refuse NaN and infinities, and return no NaN. Too few seeds
 give values that decide nothing: one seed has the interval (-inf, inf) and the p-value 1.
+
+Student's t supposes normal differences. If they are skewed by 1, more than most arms here, an interval of 95 % errs on
+one side in 5 to 6 % of studies instead of 2.5 %, and on both together in 6 to 7 % instead of 5 %.
 """
 
-from bisect import bisect_left
 from math import inf, sqrt
 
 import numpy as np
@@ -14,23 +16,26 @@ from scipy import stats
 from phasegate.base.errors import UserError
 from phasegate.records.tables import DECIMALS
 
-MOST_SEEDS = 100_000  # more seeds than this is no advice
-POWER = 0.8  # the probability with which the seeds that are needed decide
 
+def mean_interval(values: ArrayLike, confidence: float, further_error: float = 0.0) -> tuple[float, float, float]:
+    """Return the mean of `values` (seeds,) and the bounds of Student's t interval; equal values are their bounds.
 
-def mean_interval(values: ArrayLike, confidence: float) -> tuple[float, float, float]:
-    """Return the mean of `values` (seeds,) and the bounds of Student's t interval; equal values are their bounds."""
+    `further_error` is a standard error of the mean from another source than the seeds, in the units of the values.
+    """
     x = _check(values)
     mean, error = _mean_and_error(x)
-    if len(x) == 1:
-        return mean, -inf, inf
-    half = float(stats.t.ppf((1 + confidence) / 2, len(x) - 1)) * error
+    half = half_width(sqrt(error * error + further_error * further_error), len(x), confidence)
     return mean, mean - half, mean + half
 
 
-def interval_columns(name: str, values: ArrayLike, confidence: float) -> dict[str, float]:
+def half_width(error: float, seeds: int, confidence: float) -> float:
+    """Return half the width of Student's t interval of a mean over seeds with this standard error."""
+    return float(stats.t.ppf((1 + confidence) / 2, seeds - 1)) * error if seeds > 1 else inf
+
+
+def interval_columns(name: str, values: ArrayLike, confidence: float, further_error: float = 0.0) -> dict[str, float]:
     """Return the interval of `values` as three columns of a table; `delta_pp` has the bounds `delta_lo`, `delta_hi`."""
-    return dict(zip(column_names(name), mean_interval(values, confidence), strict=True))
+    return dict(zip(column_names(name), mean_interval(values, confidence, further_error), strict=True))
 
 
 def column_names(name: str) -> tuple[str, str, str]:
@@ -59,26 +64,6 @@ def holm(p_values: ArrayLike) -> NDArray[np.float64]:
     adjusted = np.empty_like(p)
     adjusted[order] = np.minimum(1, np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)))
     return adjusted
-
-
-def seeds_needed(mean: float, sd: float, margin: float, confidence: float) -> int | None:
-    """Return the smallest number of seeds at which the t-test against `-margin` has the power `POWER`.
-
-    `mean` and `sd` of the paired differences are taken for the true values. None: more than `MOST_SEEDS` are needed.
-    """
-    distance = abs(mean + margin)
-    if distance == 0:
-        return None
-    effect = min(distance / sd, 1e3) if sd > 0 else 1e3  # beyond this two seeds suffice; keeps nct in its range
-
-    def power(n: int) -> float:
-        critical, shift = stats.t.ppf((1 + confidence) / 2, n - 1), effect * sqrt(n)
-        lower = np.nan_to_num(stats.nct.cdf(-critical, n - 1, shift))  # scipy says NaN where it is next to nothing
-        return float(stats.nct.sf(critical, n - 1, shift) + lower)
-
-    candidates = range(2, MOST_SEEDS + 1)  # power rises with the number of seeds
-    index = bisect_left(candidates, POWER, key=power)
-    return candidates[index] if index < len(candidates) else None
 
 
 def _mean_and_error(x: NDArray[np.float64]) -> tuple[float, float]:

@@ -4,19 +4,27 @@ A finding is always made from the row that it describes, so no sentence or title
 """
 
 from collections.abc import Mapping, Sequence
-from math import isfinite, isnan
+from math import isfinite, sqrt
 from typing import Any
 
 import pandas as pd
 
-from phasegate.base.errors import UserError
 from phasegate.params.names import CONTROL, START
+from phasegate.params.phases import Decisions, Stated
 from phasegate.records.tables import COSTS
+from phasegate.verdicts import decisions as words
 from phasegate.verdicts.decisions import Decision, decision_rows
-from phasegate.verdicts.statistics import column_names, mean_interval
+from phasegate.verdicts.statistics import column_names, half_width, mean_interval
 
 MINUS = "\N{MINUS SIGN}"
 TIMES = "\N{MULTIPLICATION SIGN}"
+SAID = {
+    words.BETTER: "is BETTER than",
+    words.WORSE: "is WORSE than",
+    words.EQUIVALENT: "is EQUIVALENT to",
+    words.NO_WORSE: "is NO WORSE than",
+    words.UNDECIDED: "is UNDECIDED against",
+}
 Cells = list[dict[str, str]]
 """A table as people read it: one dict of column title and text per row."""
 
@@ -74,47 +82,41 @@ def failure_list(failures: pd.DataFrame) -> list[str]:
     ]
 
 
-def finding(row: Decision, margin_pp: float) -> str:
-    """Return what a row of the decisions says in a few words: verdict, arm, difference with interval, failures."""
+def finding(row: Decision) -> str:
+    """Return what a row of the decisions says in short: verdict, arm, word, differences with intervals, failures."""
     if not row.n_seeds:
         return f"{row.verdict}: {row.arm}, {failed(row)}"
-    text = f"{row.verdict}: {row.arm} {_compare(row, margin_pp)}"
+    text = f"{row.verdict}: {row.arm} {_compare(row)}"
     if not row.n_failed:
         return text
-    return f"{text}, {'but' if row.verdict == 'INCONCLUSIVE' else 'and'} {failed(row)}"
+    return f"{text}, {'but' if row.verdict == words.INCONCLUSIVE else 'and'} {failed(row)}"
 
 
-def _compare(row: Decision, margin_pp: float) -> str:
+def _compare(row: Decision) -> str:
     """Return where the finished trials of an arm stand beside the control."""
-    margin, difference = f"{margin_pp:g} pp", measure(row, "delta_pp", signed=True, unit="pp")
-    within = row.verdict == "GO" or (row.verdict == "INCONCLUSIVE" and row.primary and row.delta_lo >= -margin_pp)
-    if row.verdict == "NO-GO":
-        return f"loses {interval(-row.delta_pp, -row.delta_hi, -row.delta_lo, unit='pp')} against {CONTROL}"
-    if changed_nothing(row):
-        return f"changed nothing and equals {CONTROL} in every seed{' that finished' if row.n_failed else ''}"
-    if within and row.delta_hi <= margin_pp:
-        return f"stays within {margin} of {CONTROL}, {difference}"
-    if row.verdict == "INCONCLUSIVE" and not within:
-        return f"may or may not stay within {margin} of {CONTROL}, {difference}"
-    return f"stands at {difference} against {CONTROL}"
+    if row.word == words.NOTHING_DONE:
+        finished = " that finished" if row.n_failed else ""
+        return f"never operated and equals {CONTROL} in every seed{finished} ({row.word})"
+    said = SAID.get(row.word, "stands beside")
+    difference = measure(row, "delta_pp", signed=True, unit="pp")
+    return f"{said} {CONTROL}, {difference}, NLL {nll(row)}"
 
 
-def changed_nothing(row: Decision) -> bool:
-    """Tell whether an arm equals the control in every seed, as an arm does that never operates."""
-    return row.delta_lo == row.delta_hi == 0
+def nll(row: Decision) -> str:
+    """Return the difference in NLL, nats, with its interval; above zero the arm is worse."""
+    return interval(row.nll_delta, row.nll_lo, row.nll_hi, 3, signed=True)
 
 
-def outcome(row: Decision, decisions: pd.DataFrame, margin_pp: float) -> str:
-    """Return the finding as a sentence, with the number of seeds, the number that would decide, and extra costs."""
+def outcome(row: Decision, decisions: pd.DataFrame) -> str:
+    """Return the finding as a sentence: with the number of seeds, what was expected, a failed assay, extra costs."""
     if not row.n_seeds:
-        return f"{finding(row, margin_pp)}."
-    seeds = f"{row.n_seeds} seed{'s' if row.n_seeds != 1 else ''}"
-    if row.verdict == "INCONCLUSIVE":
-        if not isnan(row.seeds_needed):
-            seeds += f"; about {int(row.seeds_needed):,} would decide"
-        elif not row.n_failed:
-            seeds += "; no realistic number would decide" if row.n_seeds > 1 else "; one can't decide"
-    return f"{finding(row, margin_pp)} ({seeds}){spending(row, control_row(decisions))}."
+        return f"{finding(row)}."
+    remarks = [f"{row.n_seeds} seed{'s' if row.n_seeds != 1 else ''}"]
+    remarks += {"yes": ["as expected"], "no": ["not as expected"]}.get(row.as_expected, [])
+    if row.verdict == words.NO_ASSAY:
+        assay = measure(row, "assay_pp", signed=True, unit="pp")
+        remarks += [f"the assay's better arm against its worse one: {assay or 'no seed finished both'}"]
+    return f"{finding(row)} ({'; '.join(remarks)}){spending(row, control_row(decisions))}."
 
 
 def spending(row: Decision, control: Decision) -> str:
@@ -151,15 +153,23 @@ def decision_cells(decisions: pd.DataFrame) -> Cells:
     """Return the decisions as people read them."""
     return [
         {"phase": phase_label(row.phase), "arm": row.arm}
-        | {"verdict": f"{row.verdict}, {failed(row)}" if row.n_failed else row.verdict}
-        | {"accuracy, %": measure(row, "accuracy")}
-        | {"difference, pp": "" if row.verdict == "CONTROL" else measure(row, "delta_pp", signed=True)}
-        | {"p": p_text(row.p_value), "p (Holm)": p_text(row.p_holm)}
-        | {"seeds": str(row.n_seeds), "seeds needed": number(row.seeds_needed, 0)}
+        | {"verdict": ", ".join(filter(None, [row.verdict, failed(row)])), "word": row.word}
+        | {"as expected": row.as_expected, "accuracy, %": measure(row, "accuracy")}
+        | (_difference_cells(row) if row.verdict != "CONTROL" else dict.fromkeys(_difference_cells(row), ""))
+        | {"p": p_text(row.p_value), "p (Holm)": p_text(row.p_holm), "seeds": str(row.n_seeds)}
+        | {"operations": number(row.operations, 1)}
         | {"experts": f"{row.n_routed_start:g} → {round(row.n_routed_end, 1):g}" if row.n_seeds else ""}
         | _cost_cells(row)
         for row in decision_rows(decisions)
     ]
+
+
+def _difference_cells(row: Decision) -> dict[str, str]:
+    return {
+        "difference, pp": measure(row, "delta_pp", signed=True),
+        "worst seed, pp": number(row.worst_delta, signed=True),
+        "NLL difference": nll(row),
+    }
 
 
 def _cost_cells(row: Any) -> dict[str, str]:
@@ -185,28 +195,48 @@ def cost_cells(decisions: pd.DataFrame) -> Cells:
     ]
 
 
-def rule(margin_pp: float, confidence: float) -> str:
-    """Return in one paragraph what is compared with what, and what the verdicts mean."""
-    bound = f"{MINUS}{margin_pp:g} pp"
+def rule(decisions: pd.DataFrame, shares: Decisions) -> str:
+    """Return in one paragraph what is compared with what, what words and verdicts mean, and what the seeds can show."""
+    control = control_row(decisions)
+    margin = f"{number(control.margin_pp)} pp"
     return (
         f"Every arm is compared seed by seed with `{CONTROL}`: the same 7a checkpoints, trained for as many steps "
-        f"without control head or surgery. GO: the {100 * confidence:g} % interval of the difference lies at or above "
-        f"{bound} (the margin). NO-GO: it lies below. INCONCLUSIVE: neither. Only the primary arm decides its phase. "
-        "The other arms are exploratory: they also have to pass Holm's correction within their phase. An arm with a "
-        f"failed trial is never GO, and NO-GO if all its trials failed. A seed that `{CONTROL}` failed counts against "
-        "no arm."
+        f"without control head or surgery. The {100 * shares.confidence:g} % interval of the difference in test "
+        f"accuracy says its word: BETTER, it lies above zero; WORSE, below; EQUIVALENT, within the margin of "
+        f"±{margin}; NO WORSE, at or above {MINUS}{margin}; UNDECIDED, else. NOTHING DONE: the arm never operated and "
+        f"equals `{CONTROL}` in every seed. The margin is {100 * shares.margin:g} % of the error of `{CONTROL}`; that "
+        f"of the negative log-likelihood (NLL), {number(control.margin_nll, 4)} nats, is as large a share of its NLL. "
+        "The primary arm decides its phase by the claim. Harmless: GO if accuracy and NLL lose no more than their "
+        "margins, NO-GO if one of them certainly does. Gain: GO if accuracy is BETTER, NO-GO if it certainly gains "
+        f"less than {number(control.gain_pp)} pp. INCONCLUSIVE: neither, or NOTHING DONE. NO ASSAY: the known winner "
+        "of the phase did not beat its known loser, so the phase could not have shown anything. Phases are decided "
+        "one by one, in an order fixed beforehand, without correction across them. The other arms are exploratory: "
+        "BETTER and WORSE also have to pass Holm's correction within their phase. An arm with a failed trial is WORSE "
+        f"or UNDECIDED, never GO, and NO-GO if all its trials failed. A seed that `{CONTROL}` failed counts against "
+        f"no arm. {reach(control.n_seeds, shares)}"
+    )
+
+
+def reach(seeds: int, shares: Decisions) -> str:
+    """Return in a sentence what so many seeds can decide: the half width of the interval of a usual difference."""
+    if seeds < 2:
+        return "One seed decides nothing."
+    half = half_width(shares.spread_pp / sqrt(seeds), seeds, shares.confidence)
+    return (
+        f"With {seeds} seeds a difference that spreads by {shares.spread_pp:g} pp from seed to seed, as differences "
+        f"of harmless arms did in earlier runs, is known to ±{number(half)} pp."
     )
 
 
 def decisions_markdown(
-    decisions: pd.DataFrame, failures: pd.DataFrame, hypotheses: Mapping[str, str], margin_pp: float, confidence: float
+    decisions: pd.DataFrame, failures: pd.DataFrame, claims: Mapping[str, Stated], shares: Decisions
 ) -> str:
     """Return the text of `reports/decisions.md`: the rule, a line per phase, the decisions, and the failed trials."""
-    lines = ["# Decisions", "", rule(margin_pp, confidence), ""]
+    lines = ["# Decisions", "", rule(decisions, shares), ""]
     for row in headline_rows(decisions):
-        claim = hypothesis(hypotheses, row.phase)
-        lines.append(f"- **{phase_label(row.phase)}** {claim} **{outcome(row, decisions, margin_pp)}**")
-    lines += ["", "Primary arms in bold; intervals over seeds.", "", *markdown_rows(decisions)]
+        lines.append(f"- **{phase_label(row.phase)}** {stated(claims[row.phase])} **{outcome(row, decisions)}**")
+    lines += ["", "Primary arms in bold; intervals over seeds, of accuracies also over test examples."]
+    lines += ["", *markdown_rows(decisions)]
     return "\n".join(lines + failed_lines(failures, "Failed trials")) + "\n"
 
 
@@ -214,7 +244,7 @@ def markdown_rows(decisions: pd.DataFrame, columns: Sequence[str] = ()) -> list[
     """Return the decisions as a Markdown table, with all columns of `decision_cells` or some, primary arms in bold."""
     cells = decision_cells(decisions)
     for row, primary in zip(cells, decisions["primary"], strict=True):
-        bold = ("arm", "verdict", "difference, pp") if primary else ()
+        bold = ("arm", "verdict", "word", "difference, pp") if primary else ()
         row |= {title: f"**{row[title]}**" for title in bold if row[title]}
     return markdown_table([{title: row[title] for title in columns or row} for row in cells])
 
@@ -236,12 +266,13 @@ def escaped(text: str) -> str:
     return text.replace("|", "\\|").replace("_", "\\_")
 
 
-def hypothesis(hypotheses: Mapping[str, str], phase: str) -> str:
-    """Return the phase's hypothesis, ending in a full stop; UserError if there is none."""
-    text = " ".join(hypotheses.get(phase, "").split())
-    if not text:
-        raise UserError(f"phase {phase} has no hypothesis: state one before the phase runs")
-    return text if text.endswith((".", "?", "!")) else f"{text}."
+def stated(claim: Stated) -> str:
+    """Return a hypothesis as a sentence, with its claim, and the assay that has to hold for a verdict."""
+    text, assay = " ".join(claim.hypothesis.split()), claim.assay
+    return (
+        f"{text if text.endswith(('.', '?', '!')) else f'{text}.'} (Claim: {claim.claim}; expected: {claim.expected}; "
+        f"assay: {assay.better} beats {assay.worse} by more than {assay.margin_pp:g} pp.)"
+    )
 
 
 def leaderboard_cells(table: pd.DataFrame) -> Cells:
