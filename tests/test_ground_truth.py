@@ -130,6 +130,5 @@ def test_a_predicted_policy_reads_the_head_of_its_seed(tmp_path: Path) -> None:
     policy, shown = ground_truth.PredictedPolicy(tmp_path, price=1e-8), situation(ALL)
     with mock.patch.object(ground_truth, "situation_features", lambda situation, course: torch.zeros(E, f)):
         assert [build(policy, seed).propose(shown) for seed in (0, 1)] == [(GROW, 0), (PRUNE, 0)]
-        assert build(ground_truth.PredictedPolicy(tmp_path, 1e-8, acts=False)).propose(shown) is None
     with pytest.raises(UserError, match=r"seed-2.* is missing"):
         build(policy, 2)

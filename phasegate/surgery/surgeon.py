@@ -4,7 +4,7 @@ import math
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -27,11 +27,12 @@ from phasegate.training.predictions import PROBE, correct, predict
 
 @dataclass(frozen=True)
 class Treatment:
-    """Say who decides, how an expert is added, and how one is removed."""
+    """Say who decides, how an expert is added, and how one is removed; None: never."""
 
     policy: Policy
-    grow: Grow | Plugin = "split"
-    prune: Prune | Plugin = "remove"
+    grow: Grow | Plugin | None = "split"
+    prune: Prune | Plugin | None = "remove"
+    moments: Literal["scaled", "carried"] = "scaled"  # Adam's, of the experts that come
 
     def files(self, seed: int) -> tuple[Path, ...]:
         """List the files that a trial of this seed reads: the files of the policy, and plugins."""
@@ -107,8 +108,8 @@ class Surgeon:
         else:
             prunable = (moe.path != 0).any(1).cpu() | (moe.n_families > moe.top_k)
         return Allowed(
-            grow=rested & (moe.n_routed < schedule.max_experts),
-            prune=rested & prunable & (moe.n_routed > schedule.min_experts),
+            grow=rested & (self.treatment.grow is not None and moe.n_routed < schedule.max_experts),
+            prune=rested & prunable & (self.treatment.prune is not None and moe.n_routed > schedule.min_experts),
         )
 
     def _carry_out(self, proposal: Proposal, probe: Probe, draws: torch.Generator) -> dict[str, Any]:
@@ -151,6 +152,8 @@ class Surgeon:
                 load = probe.visits.count_nonzero(0)
                 both = load[e] + load[manager.moe.expert_id == sibling].sum()
                 return manager.merge(expert, sibling, float(load[e] / both) if both else 0.5)
+            case None:
+                raise AssertionError("an arm proposes only what it does")
 
 
 def _operate_by_plugin(
