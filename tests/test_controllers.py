@@ -170,8 +170,9 @@ def test_a_yoked_controller_repeats_each_operation_of_its_block_on_any_allowed_e
     log = log.assign(n_routed_before=5, n_routed_after=[6 if grew else 4 for grew in grew]).reindex(
         columns=SURGERY_COLUMNS
     )
+    optimizer, course = mock.Mock(), mock.Mock(seed=seed)
     with mock.patch.object(controllers, "read_table", return_value=log) as read:
-        controller = YokedPolicy(Path("models/p7b1/split")).build(MODEL, None, SimpleNamespace(seed=seed))
+        controller = YokedPolicy(Path("models/p7b1/split")).build(MODEL, optimizer, course)
     assert read.call_args.args[0] == Path(f"models/p7b1/split/seed-{seed}/surgeries.csv")
     for step, masks in enumerate(rounds, start=1):
         allowed = Allowed(*torch.tensor(masks).T)

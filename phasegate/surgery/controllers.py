@@ -194,7 +194,7 @@ class YokedController(Controller):
 
     def __init__(self, policy: "YokedPolicy", model: Model, optimizer: Optimizer, course: Course) -> None:
         super().__init__(policy, model, optimizer, course)
-        log = read_table(*policy.files(course.seed), SURGERY_COLUMNS)
+        log = read_table(policy.files(course.seed)[0], SURGERY_COLUMNS)
         grown = log["n_routed_after"] > log["n_routed_before"]
         actions = [Action.GROW if grew else Action.PRUNE for grew in grown]
         self.actions = dict(zip(zip(log["step"], log["block"], strict=True), actions, strict=True))
