@@ -229,9 +229,7 @@ def test_the_log_of_surgeries_tells_what_each_did_and_when_the_model_recovered(a
 
 
 @pytest.mark.parametrize("arm", STUDY)
-def test_the_study_grows_at_every_step_or_removes_half_as_often_or_merges_what_it_split(
-    arm: str, ended: Folders
-) -> None:
+def test_the_study_grows_or_removes_half_as_often_or_merges_what_it_split(arm: str, ended: Folders) -> None:
     _, log = tables(ended[arm])
     assert set(log["block"]) == {0, 1}
     growth, pruned = (OPERATIONS[arm] & names for names in ({"split", "clone", "reinit"}, {"remove", "merge"}))

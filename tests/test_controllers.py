@@ -162,7 +162,7 @@ def test_the_heads_gradient_reaches_the_trunk_unless_it_is_detached(detach: bool
 
 
 @given(st.dictionaries(st.integers(1, 9), st.booleans()), st.lists(masks, min_size=9, max_size=9), seeds)
-def test_a_yoked_controller_repeats_each_operation_of_its_block_on_any_allowed_expert(
+def test_a_yoked_controller_repeats_operations_on_any_allowed_expert(
     plan: dict[int, bool], rounds: list[list[tuple[bool, bool]]], seed: int
 ) -> None:
     log = pd.DataFrame({"step": [*plan, *plan], "block": [0] * len(plan) + [1] * len(plan)}, dtype=int)

@@ -16,13 +16,14 @@ from phasegate.params.names import CONTROL, START
 from phasegate.records.tables import DECIMALS
 from phasegate.verdicts.decisions import paired_arms
 from phasegate.verdicts.statistics import column_names, holm, interval_columns, margin_p_value
-from phasegate.verdicts.wording import Cells, measure, number, p_text, phase_label, rows_of
+from phasegate.verdicts.wording import Cells, measure, number, of_arm, p_text, phase_label, rows_of
 
 Contrast = Mapping[str, float]  # "phase/arm" -> weight; the weights sum to zero
 
 CONTINUED = f"{START}/{CONTROL}"
 ADDING, REMOVING, BOTH, CHOOSING = "adding alone", "removing alone", "both", "choosing the experts"
-COLUMNS = ["account", "part", "contrast", "n_seeds", "added", "removed", *column_names("effect_pp")]
+COUNTS = ["added", "removed"]
+COLUMNS = ["account", "part", "contrast", "n_seeds", *COUNTS, *column_names("effect_pp")]
 COLUMNS += ["p_value", "p_holm", *column_names("each_pp")]
 """added: experts; removed: whole families: the contrast of their numbers, means over seeds. effect_pp: on test
 accuracy. p_value: of no effect; p_holm: corrected over the parts of the account. each_pp: the effect divided by the
@@ -69,11 +70,13 @@ def attribution(
     A part without a seed that all its arms finished is blank, and counts for Holm with p = 1. Raises UserError for an
     arm of an account that neither `trials` nor `failures` have, and as `decide` does.
     """
-    arms = {f"{phase}/{arm}": rows for (phase, arm), rows in paired_arms(trials, failures).items()}
-    done = {f"{phase}/{arm}": _count(rows) for (phase, arm), rows in surgeries.groupby(["phase", "arm"])}
+    arms = {
+        f"{phase}/{arm}": rows.join(_count(of_arm(surgeries, phase, arm))).fillna(dict.fromkeys(COUNTS, 0))
+        for (phase, arm), rows in paired_arms(trials, failures).items()
+    }
     rows = []
     for name, account in ACCOUNTS.items():
-        measured = [_measure(name, part, contrast, arms, done, confidence) for part, contrast in account.items()]
+        measured = [_measure(name, part, contrast, arms, confidence) for part, contrast in account.items()]
         for row, p in zip(measured, holm([row.get("p_value", 1) for row in measured]), strict=True):
             row |= {"p_holm": p} if row["n_seeds"] else {}
         rows += measured
@@ -97,40 +100,25 @@ def _count(log: pd.DataFrame) -> pd.DataFrame:
                 more[family] -= more[family] > 0
             added += row.n_routed_after > row.n_routed_before
         counts[seed] = added, removed
-    return pd.DataFrame.from_dict(counts, orient="index", columns=["added", "removed"])
+    return pd.DataFrame.from_dict(counts, orient="index", columns=COUNTS, dtype=float)
 
 
 def _measure(
-    account: str,
-    part: str,
-    contrast: Contrast,
-    arms: Mapping[str, pd.DataFrame],
-    done: Mapping[str, pd.DataFrame],
-    confidence: float,
+    account: str, part: str, contrast: Contrast, arms: Mapping[str, pd.DataFrame], confidence: float
 ) -> dict[str, Any]:
     if lacking := set(contrast) - set(arms):
         raise UserError(f"the account of {account} needs the arm {min(lacking)}: it has no trials")
-    weighted = pd.DataFrame({arm: weight * arms[arm]["accuracy"] for arm, weight in contrast.items()})
-    effects = weighted.dropna().sum(axis=1).round(DECIMALS)  # of the seeds that all arms finished
+    weighted = pd.concat(weight * arms[arm][["accuracy", *COUNTS]] for arm, weight in contrast.items())
+    seeds = weighted.groupby(level=0).sum(min_count=len(contrast)).dropna().round(DECIMALS)  # that all arms finished
     named = " ".join(f"{weight:+.3g} {arm}" for arm, weight in contrast.items())
-    row = {"account": account, "part": part, "contrast": named, "n_seeds": len(effects)}
-    if effects.empty:
+    row = {"account": account, "part": part, "contrast": named, "n_seeds": len(seeds)}
+    if seeds.empty:
         return row
-    none = pd.DataFrame(columns=["added", "removed"])
-    counts = pd.concat(
-        weight * done.get(arm, none).reindex(effects.index, fill_value=0).astype(float)
-        for arm, weight in contrast.items()
-    )
-    counts = counts.groupby(level=0).sum()
-    row |= (
-        dict(counts.mean())
-        | interval_columns("effect_pp", effects, confidence)
-        | {"p_value": margin_p_value(effects, 0.0)}
-    )
-    if part in (ADDING, REMOVING) and counts.any(axis=None):
-        each = (effects / counts.sum(axis=1))[counts.any(axis=1)]
-        row |= interval_columns("each_pp", each, confidence)
-    return row
+    row |= dict(seeds[COUNTS].mean()) | interval_columns("effect_pp", seeds["accuracy"], confidence)
+    operations = seeds[COUNTS].sum(axis=1)
+    if part in (ADDING, REMOVING) and operations.any():
+        row |= interval_columns("each_pp", (seeds["accuracy"] / operations)[operations > 0], confidence)
+    return row | {"p_value": margin_p_value(seeds["accuracy"], 0.0)}
 
 
 def account_label(account: str) -> str:
@@ -161,10 +149,9 @@ def _counted(row: Any) -> str:
     """Return ` by 7.9 added experts (-0.01 pp [-0.02, 0.00] each)`; of a choice, how the counts differ."""
     if not row.n_seeds:
         return ""
-    signed, each = row.part == CHOOSING, measure(row, "each_pp", signed=True, unit="pp")
-    counts = {"added experts": row.added, "whole families removed": row.removed}
-    told = [f"{number(count, 1, signed)} {what}" for what, count in counts.items() if abs(count) >= 0.05]
-    return f" by {' and '.join(told)}{f' ({each} each)' if each else ''}" if told else ""
+    counts, each = {"added experts": row.added, "whole families removed": row.removed}, measure(row, "each_pp", 2, True)
+    told = [f"{number(n, 1, row.part == CHOOSING)} {what}" for what, n in counts.items() if abs(n) >= 0.05]
+    return f" by {' and '.join(told)}{f' ({each} pp each)' if each else ''}" if told else ""
 
 
 def attribution_cells(table: pd.DataFrame) -> Cells:
