@@ -36,7 +36,7 @@ def main(params: Params) -> None:
     references = reference_rows(read_table(MODELS / "references.csv"), trials, published, confidence)
     tables |= {
         "decisions": decisions,
-        "attribution": attribution(trials, failures, confidence),
+        "attribution": attribution(trials, failures, tables["surgeries"], confidence),
         "surgery_summary": surgery_summary(
             tables["surgeries"], tables["split_halves"], tables["curves"], decisions, confidence
         ),

@@ -11,25 +11,19 @@ from phasegate.surgery.surgeon import Treatment
 
 
 def main(params: Params) -> None:
-    """Compare three kinds of growth, splits by other hyperplanes, and splits that are followed by pruning.
-
-    A merge can only take back a split, so its candidates are the halves; `remove` may take any expert.
-    """
+    """Compare kinds of growth, splits by other hyperplanes, pruning of trained experts, and splits that merges undo."""
     operations = params.surgery.operations
     half = operations // 2
     grow = PlannedPolicy(operations)
-    by_usage, by_loss = PlannedPolicy(half, half, "usage"), PlannedPolicy(half, half, "loss")
     changed = partial(override, params.p7b, where="p7b")
     arms = {
         "split": Arm(Treatment(grow)),
         "clone": Arm(Treatment(grow, grow="clone")),
+        "clone_carried": Arm(Treatment(grow, grow="clone", moments="carried")),
         "reinit": Arm(Treatment(grow, grow="reinit")),
-        "remove_by_usage": Arm(Treatment(by_usage)),
-        "remove_by_loss": Arm(Treatment(by_loss)),
-        "merge": Arm(Treatment(by_loss, prune="merge")),
-        "split_principal": Arm(
-            Treatment(grow), schedule=changed({"split_direction": "principal", "hyperplanes": "fixed"})
-        ),
+        "remove_by_usage": Arm(Treatment(PlannedPolicy(0, half, "usage"))),
+        "remove_by_loss": Arm(Treatment(PlannedPolicy(0, half, "loss"))),
+        "merge": Arm(Treatment(PlannedPolicy(half, half, "loss"), prune="merge")),
         "split_loss": Arm(Treatment(grow), schedule=changed({"split_direction": "loss", "hyperplanes": "fixed"})),
         "split_trained": Arm(
             Treatment(grow), schedule=changed({"split_direction": "random", "hyperplanes": "trained"})

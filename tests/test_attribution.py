@@ -1,107 +1,161 @@
-"""An arm's loss is the sum of its parts, and each part is the effect that it is named after."""
+"""Each part of an account is the effect that it is named after, and what harms is told from what was done."""
 
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from hypothesis.extra.numpy import arrays
-from numpy.typing import NDArray
 
 from phasegate.base.errors import UserError
 from phasegate.params import load_params
-from phasegate.verdicts.attribution import ACCOUNTS, COLUMNS, CONTINUED, FACTORIAL, WHOLE, attribution
-from phasegate.verdicts.decisions import decide
-from phasegate.verdicts.statistics import holm
+from phasegate.verdicts.attribution import ACCOUNTS, ADDING, BOTH, CHOOSING, CONTINUED, REMOVING, attribution
+from phasegate.verdicts.attribution import attribution_findings as findings
+from phasegate.verdicts.statistics import holm, mean_interval
 from tests.small_study import ROOT
-from tests.test_decisions import NONE, RULE, claims_of, failing, tables_of, trials_of
+from tests.test_decisions import NONE, failing, trials_of
 
 CONTRASTS = {(name, part): weights for name, account in ACCOUNTS.items() for part, weights in account.items()}
 NEEDED = sorted({arm for contrast in CONTRASTS.values() for arm in contrast})
 SEEDS = 4
 EFFECT = ["effect_pp", "effect_lo", "effect_hi"]
+Rows = list[tuple[str, int, int, int | None]]
+
+
+def logs(**arms: list[Rows]) -> pd.DataFrame:
+    """The logs of surgeries of arms (`phase__arm`), by seed: operation, block, expert and parent of each."""
+    columns = ["phase", "arm", "seed", "operation", "block", "expert", "parent"]
+    rows = [(*key.split("__"), seed, *row) for key, log in arms.items() for seed, of in enumerate(log) for row in of]
+    table = pd.DataFrame(rows, columns=columns)
+    return table.assign(n_routed_before=9, n_routed_after=10 - 2 * table["operation"].isin(["remove", "merge"]))
+
+
+def splits(n: int) -> Rows:
+    return [("split", 0, 12 + i, i) for i in range(n)]
+
+
+def removals(n: int) -> Rows:
+    return [("remove", 0, i, None) for i in range(n)]
+
+
+LOGS = logs(
+    p7b1__grow=[splits(n) for n in (1, 2, 3, 4)],
+    p7b1__prune=[removals(n) for n in (0, 2, 4, 4)],
+    p7b1__random_acting=[splits(2) + removals(3)] * SEEDS,
+    p7b2__split=[splits(2) + removals(3)] * SEEDS,
+    p7b2__yoked=[removals(3) + splits(2)] * SEEDS,
+)
 TRIALS = trials_of(dict(zip(NEEDED, np.random.default_rng(0).normal(80, 3, (len(NEEDED), SEEDS)), strict=True)))
-TABLE = attribution(TRIALS, NONE, 0.95)
+TABLE = attribution(TRIALS, NONE, LOGS, 0.95)
 
 
-def planted(accuracy: dict[str, float]) -> "pd.Series[float]":
-    """The effects of the factorial, by part, where arms have these accuracies beside what a seed adds to all."""
+def planted(**lost: list[float]) -> pd.DataFrame:
+    """The account of 7b.1, by part, where arms of it lose this much, seed by seed, beside what a seed adds to all."""
     seeds = np.array([80.1, 81.7, 79.4, 80.6])
-    table = attribution(trials_of({arm: accuracy.get(arm, 0.0) + seeds for arm in NEEDED}), NONE, 0.95)
-    rows = table.query("account == 'factorial'").set_index("part")
-    for bound in EFFECT[1:]:
-        assert rows[bound].tolist() == pytest.approx(rows["effect_pp"].tolist(), abs=1e-8)
-    return rows["effect_pp"]
-
-
-@given(arrays(np.float64, (len(NEEDED), SEEDS), elements=st.floats(0, 100)))
-@settings(max_examples=20)
-def test_the_parts_of_a_chain_add_up_to_its_whole(accuracy: NDArray[np.float64]) -> None:
-    table = attribution(trials_of(dict(zip(NEEDED, accuracy, strict=True))), NONE, 0.95)
-    for name, rows in table[table["account"] != "factorial"].groupby("account"):
-        *parts, whole = rows["effect_pp"]
-        assert sum(parts) == pytest.approx(whole, abs=1e-7), name
+    trials = trials_of({arm: seeds - lost.get(arm.removeprefix("p7b1/"), 0) for arm in NEEDED})
+    return attribution(trials, NONE, LOGS, 0.95).query("account == 'p7b1'").set_index("part")
 
 
 @pytest.mark.parametrize("key", CONTRASTS, ids=": ".join)
 def test_a_contrast_compares_known_arms_and_its_weights_sum_to_zero(key: tuple[str, str]) -> None:
-    assert sum(CONTRASTS[key].values()) == pytest.approx(0, abs=1e-12)
+    assert sum(CONTRASTS[key].values()) == 0
     phases = load_params(ROOT / "params.yaml").arms()
     assert set(CONTRASTS[key]) <= {f"{phase}/{arm}" for phase, arms in phases.items() for arm in arms}
 
 
-@pytest.mark.parametrize(  # entropy adds 2 to each growth, and 6 more to clones or to fresh experts: a third, a half
-    ("clones", "fresh", "effects"),
-    [(1, -1, [2, -1, -3, 0, 0]), (1 + 6, -1, [4, 2, -3, 6, 0]), (1, -1 + 6, [4, -1, 0, 0, 6])],
-)
-def test_the_factorial_recovers_planted_effects(clones: int, fresh: int, effects: list[float]) -> None:
-    levels = {"random": {"split": 0, "clone": -1, "reinit": -3}}
-    levels["entropy"] = {"split": 2, "clone": clones, "reinit": fresh}
-    found = planted({arm: levels[signal][growth] for signal in FACTORIAL for growth, arm in FACTORIAL[signal].items()})
-    assert found.tolist() == pytest.approx(effects, abs=1e-8)
-
-
-def test_an_interaction_without_marginal_effects_shows_in_its_own_row_alone() -> None:
-    cells = {"split": -1.0, "clone": 2.0, "reinit": -1.0}  # rows and columns of the factorial sum to zero
-    signs = {"entropy": 1, "random": -1}
-    found = planted({FACTORIAL[signal][name]: signs[signal] * cell for name, cell in cells.items() for signal in signs})
-    assert found[found.abs() > 1e-8].to_dict() == {"interaction: entropy and clones": pytest.approx(6)}
-
-
 def test_the_table_has_every_contrast_in_order_with_corrected_p_values() -> None:
-    assert list(TABLE.columns) == COLUMNS
     assert list(zip(TABLE["account"], TABLE["part"], strict=True)) == list(CONTRASTS)
-    whole = TABLE["part"] == WHOLE
-    assert (TABLE["p_holm"] >= TABLE["p_value"])[~whole].all() and TABLE["p_holm"][whole].isna().all()
-    for _, parts in TABLE[~whole].groupby("account"):
+    for _, parts in TABLE.groupby("account"):
         assert parts["p_holm"].tolist() == holm(parts["p_value"]).tolist()
 
 
-def test_a_part_that_is_an_arm_minus_the_control_is_this_arm_in_the_decisions() -> None:
-    parts = TABLE.query("part == 'noise gradient in the trunk'")
-    claims = claims_of({"p7b1": "noise", "p7b2": "split"})
-    arms = decide(tables_of(TRIALS), claims, RULE).query("arm == 'noise'")
-    assert parts[EFFECT].to_numpy().tolist() == arms[["delta_pp", "delta_lo", "delta_hi"]].to_numpy().tolist()
+def test_planted_effects_are_found_in_all_and_by_operation() -> None:
+    rows = planted(grow=[0.1, 0.2, 0.3, 0.4], prune=[0, 3, 5, 6], random_acting=[2.0] * 4, noise=[1.0] * 4)
+    assert rows["effect_pp"].round(6).tolist() == [-0.25, -3.5, -2, -1, 3, 0]
+    assert rows.loc[[ADDING, REMOVING, BOTH], "added"].tolist() == [2.5, 0, 2]
+    assert rows.loc[[ADDING, REMOVING, BOTH], "removed"].tolist() == [0, 2.5, 1]
+    each = rows[["each_pp", "each_lo", "each_hi"]]
+    assert list(each.loc[ADDING]) == pytest.approx([-0.1] * 3)
+    assert list(each.loc[REMOVING]) == pytest.approx(mean_interval([-1.5, -1.25, -1.5], 0.95))
+    assert each.drop([ADDING, REMOVING]).isna().all(axis=None)
+
+
+def test_choosing_counts_what_it_spared() -> None:
+    rows = TABLE.set_index(["account", "part"])
+    # both arms grow twice and remove three experts; in one two of them are halves
+    assert list(rows.loc[("p7b2", CHOOSING), ["added", "removed"]]) == [0, -2]
+    assert list(rows.loc[("p7b4", CHOOSING), ["added", "removed"]]) == [0, 0]
+
+
+@given(st.lists(st.tuples(st.sampled_from(["split", "clone", "remove"]), st.integers(0, 1), st.integers(0, 99))))
+def test_whole_families_are_counted_as_a_layer_would(operations: list[tuple[str, int, int]]) -> None:
+    layers: list[list[set[int]]] = [[{e} for e in range(3)] for _ in range(2)]  # families of experts
+    new, removed, rows = [3, 3], 0, Rows()
+    for operation, block, drawn in operations:
+        families = layers[block]
+        experts = [e for family in families for e in sorted(family)]
+        if not experts:
+            continue
+        chosen = experts[drawn % len(experts)]
+        family = next(family for family in families if chosen in family)
+        if operation == "remove":
+            family.discard(chosen)
+            removed += not family
+            layers[block] = [family for family in families if family]
+            rows.append((operation, block, chosen, None))
+            continue
+        if operation == "split":
+            family.add(new[block])
+        else:
+            families.append({new[block]})
+        rows.append((operation, block, new[block], chosen))
+        new[block] += 1
+    found = attribution(TRIALS, NONE, logs(p7b1__random_acting=[rows] * SEEDS), 0.95).set_index("part")
+    added = sum(operation != "remove" for operation, *_ in rows)
+    assert found.loc[BOTH, ["added", "removed"]].to_numpy()[0].tolist() == [added, removed]
+
+
+@pytest.mark.parametrize(
+    ("lost", "harm"),
+    [
+        ({}, "neither does certain harm"),
+        ({"grow": 2}, "adding does the harm, and removing none that is certain"),
+        ({"prune": 2}, "removing does the harm, and adding none that is certain"),
+        ({"grow": 1, "prune": 2}, "adding and removing both do harm"),
+        ({"grow": -2, "prune": 2}, "removing does the harm, and adding none that is certain"),
+    ],
+)
+def test_the_finding_tells_which_of_adding_and_removing_does_the_harm(lost: dict[str, float], harm: str) -> None:
+    noise = np.array([0.1, -0.1, 0.05, -0.05])
+    trials = trials_of(
+        {arm: 80 - lost.get(arm.removeprefix("p7b1/"), 0) + noise * (arm != CONTINUED) for arm in NEEDED}
+    )
+    first, _, third = findings(attribution(trials, NONE, LOGS, 0.95), 0.95)
+    assert first.startswith("7b.1, random labels: adding alone, ") and f"; {harm}; choosing the experts" in first
+    assert "by 2.5 added experts (" in first and "by 2.5 whole families removed (" in first
+    assert third == (
+        "7b.4, usage: choosing the experts and not drawing them, 0.00 pp [0.00, 0.00], not certain (Holm)."
+    )
 
 
 def test_a_contrast_is_over_the_seeds_that_all_its_arms_finished() -> None:
-    columns, fewer = ["n_seeds", *EFFECT, "p_value"], attribution(TRIALS[TRIALS["seed"] != 2], NONE, 0.95)
-    found = attribution(*failing("p7b2/split_thresholds/2", study=TRIALS), 0.95)
-    concerned = found["contrast"].str.contains("p7b2/split_thresholds")
-    assert concerned.any() and not concerned.all()
+    columns, fewer = ["n_seeds", *EFFECT, "p_value"], attribution(TRIALS[TRIALS["seed"] != 2], NONE, LOGS, 0.95)
+    found = attribution(*failing("p7b2/yoked/2", study=TRIALS), LOGS, 0.95)
+    concerned = found["contrast"].str.contains("p7b2/yoked")
+    assert concerned.sum() == 1
     pd.testing.assert_frame_equal(found[columns], fewer[columns].where(concerned, TABLE[columns]))
 
 
 def test_a_contrast_that_no_seed_finished_is_blank_and_counts_for_holm() -> None:
-    found = attribution(*failing(*(f"p7b1/noise_acting/{seed}" for seed in range(SEEDS)), study=TRIALS), 0.95)
+    found = attribution(*failing(*(f"p7b1/yoked/{seed}" for seed in range(SEEDS)), study=TRIALS), LOGS, 0.95)
     blank = found["n_seeds"] == 0
-    assert found[blank]["part"].tolist() == ["a head deciding, not the labels", WHOLE]
-    assert found.loc[blank, [*EFFECT, "p_value", "p_holm"]].isna().all().all()
-    worst = TABLE["p_value"].mask(blank, 1)[(found["account"] == "p7b1") & (found["part"] != WHOLE)]
+    assert found[blank]["part"].tolist() == [CHOOSING]
+    assert found.loc[blank, [*EFFECT, "p_value", "p_holm"]].isna().all(axis=None)
+    worst = TABLE["p_value"].mask(blank, 1)[found["account"] == "p7b1"]
     assert found["p_holm"][worst.index].dropna().tolist() == holm(worst).tolist()[:-1]
+    assert "choosing the experts and not drawing them, no seed finished." in findings(found, 0.95)[0]
 
 
 @pytest.mark.parametrize("arm", [arm for arm in NEEDED if arm != CONTINUED])
 def test_an_arm_that_is_missing_is_named(arm: str) -> None:
     with pytest.raises(UserError, match=f"needs the arm {arm}: it has no trials"):
-        attribution(TRIALS[TRIALS["phase"] + "/" + TRIALS["arm"] != arm], NONE, 0.95)
+        attribution(TRIALS[TRIALS["phase"] + "/" + TRIALS["arm"] != arm], NONE, LOGS, 0.95)

@@ -18,9 +18,11 @@ from phasegate.model.classifier import Model
 from phasegate.params import load_params
 from phasegate.params.fields import Seeds, override
 from phasegate.params.phases import GroundTruth, Schedule, SurgeryStudy
+from phasegate.records.trial_folder import SURGERIES
 from phasegate.signals import forks, ground_truth, predictor
 from phasegate.surgery import continuation, hyperplanes, tasks
-from phasegate.surgery.controllers import Action, Proposal, Situation
+from phasegate.surgery.controllers import Action, HeadPolicy, Proposal, Situation
+from phasegate.surgery.surgeon import Treatment
 from phasegate.training.batches import Examples
 from phasegate.training.checkpoint import RECORD, WEIGHTS, load
 from phasegate.trials.trial import Trial
@@ -32,14 +34,16 @@ PLANNED = 4  # operations of each arm of the study on each layer: at steps 4, 8,
 OPERATIONS = {
     "p7b1/noise_acting": {"reinit", "remove"},
     "p7b1/random_acting": {"reinit", "remove"},
-    "p7b1/random_split": {"split", "remove"},
-    "p7b1/random_clone": {"clone", "remove"},
     **{f"p7b2/{grow}": {grow, "remove"} for grow in ("split", "clone", "reinit")},
-    **{f"p7b2/{grow}_thresholds": {grow, "remove"} for grow in ("split", "clone", "reinit")},
+    **{f"{phase}/grow": {"split"} for phase in ("p7b1", "p7b2")},
+    **{f"{phase}/prune": {"remove"} for phase in ("p7b1", "p7b2")},
+    "p7b1/yoked": {"reinit", "remove"},
+    **{f"{phase}/yoked": {"split", "remove"} for phase in ("p7b2", "p7b4")},
     **{f"p7b4/{arm}": {"split", "remove"} for arm in ("counterfactual_head", "oracle", "frequency")},
     **{f"surgery/{grow}": {grow} for grow in ("split", "clone", "reinit")},
-    **{f"surgery/split_{plane}": {"split"} for plane in ("principal", "loss", "trained", "balanced")},
-    **{f"surgery/remove_by_{signal}": {"split", "remove"} for signal in ("usage", "loss")},
+    "surgery/clone_carried": {"clone"},
+    **{f"surgery/split_{plane}": {"split"} for plane in ("loss", "trained", "balanced")},
+    **{f"surgery/remove_by_{signal}": {"remove"} for signal in ("usage", "loss")},
     "surgery/merge": {"split", "merge"},
 }
 MAY_REST = {"p7b4/counterfactual_head", "p7b4/oracle"}  # where nothing is worth doing
@@ -52,16 +56,25 @@ each_arm = pytest.mark.parametrize("arm", ARM_NAMES)
 
 
 @pytest.fixture(scope="module")
-def trials(prepared: Path, baselines: Path, heads: Path, schedule: Schedule, truth: GroundTruth) -> Trials:
-    """The trials that the stages would run on the tiny study, by phase/arm."""
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder in which the trials leave theirs."""
+    return tmp_path_factory.mktemp("models")
+
+
+@pytest.fixture(scope="module")
+def trials(
+    prepared: Path, baselines: Path, heads: Path, models: Path, schedule: Schedule, truth: GroundTruth
+) -> Trials:
+    """The trials that the stages would run on the tiny study, by phase/arm; yoked ones stand after what they repeat."""
     found: list[Trial] = []
+    paths = {"PREPARED": prepared, "BASELINES": baselines, "HEADS": heads, "MODELS": models}
     study = SurgeryStudy(operations=PLANNED, in_a_row=30)
     for phase in PHASES:
         stage = importlib.import_module(f"stages.{phase}")
-        room = override(schedule, {"max_experts": 9} if phase == "surgery" else {}, "p7b")
+        room = override(schedule, {"min_experts": 3, "max_experts": 9} if phase == "surgery" else {}, "p7b")
         with pytest.MonkeyPatch.context() as patch:
             for module in (stage, continuation):
-                for name, value in {"PREPARED": prepared, "BASELINES": baselines, "HEADS": heads}.items():
+                for name, value in paths.items():
                     patch.setattr(module, name, value, raising=False)
                 patch.setattr(module, "run_trials", lambda trials, output: found.extend(trials), raising=False)
             stage.main(
@@ -73,12 +86,13 @@ def trials(prepared: Path, baselines: Path, heads: Path, schedule: Schedule, tru
 
 
 @pytest.fixture(scope="module")
-def ended(trials: Trials, tmp_path_factory: pytest.TempPathFactory) -> Folders:
+def ended(trials: Trials, models: Path) -> Folders:
     """The folders that the trials leave, by arm."""
-    return {arm: run(trial, tmp_path_factory.mktemp(arm.replace("/", "-"))) for arm, trial in trials.items()}
+    return {arm: run(trial, models / trial.phase / trial.name) for arm, trial in trials.items()}
 
 
 def run(trial: Trial, folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
     trial.run(folder, **trial.arguments)
     return folder
 
@@ -95,7 +109,7 @@ def tables(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
 def test_stages_run_the_declared_arms_and_only_the_head_arms_read_a_control_head(trials: Trials) -> None:
     assert list(trials) == ARM_NAMES
     ask = {name for name, trial in trials.items() if any(path.name == predictor.HEAD for path in trial.inputs)}
-    assert ask == {"p7b4/counterfactual_head", "p7b4/keep"}
+    assert ask == {"p7b4/counterfactual_head"}
 
 
 @each_arm
@@ -115,10 +129,34 @@ def alike(one: Path, other: Path) -> bool:
     return all((one / file).read_bytes() == (other / file).read_bytes() for file in files)
 
 
-def test_a_head_that_only_predicts_or_is_detached_leaves_the_trunk_alone(ended: Folders) -> None:
-    assert all(alike(ended[arm], ended[CONTROL]) for arm in ("p7b3/single", "p7b4/keep"))
-    assert same(weights(ended["p7b1/noise_detached"]), weights(ended[CONTROL]))
-    assert not same(weights(ended["p7b1/noise"]), weights(ended[CONTROL]))
+@pytest.mark.parametrize("kind", ["single", "keep", "noise_detached", "noise"])
+def test_a_head_that_only_predicts_or_is_detached_leaves_the_trunk_alone(
+    kind: str, trials: Trials, ended: Folders, heads: Path, tmp_path: Path
+) -> None:
+    """Else the trunk is trained as if nothing were there; the gradient of noise is not nothing."""
+    labels = PARAMS.p7b1
+    policy = {
+        "keep": ground_truth.PredictedPolicy(heads, PARAMS.p7b4.price, PARAMS.p7b4.certainty),
+        "noise_detached": HeadPolicy(labels, acts="sample"),
+        "noise": HeadPolicy(labels, acts="sample", detach=False),
+    }.get(kind)
+    arm = continuation.Arm(Treatment(policy, grow=None, prune=None) if policy else None)
+    continuation.run_arm(tmp_path, **{**trials[CONTROL].arguments, "name": kind, "arm": arm})
+    assert same(weights(tmp_path), weights(ended[CONTROL])) == (kind != "noise")
+
+
+@pytest.mark.parametrize(
+    ("arm", "other"), [("p7b1/yoked", "noise_acting"), ("p7b2/yoked", "split"), ("p7b4/yoked", "frequency")]
+)
+def test_a_yoked_arm_does_the_same_operations_on_other_experts(
+    arm: str, other: str, trials: Trials, ended: Folders, tmp_path: Path
+) -> None:
+    (_, mine), (_, log) = tables(ended[arm]), tables(path := ended[f"{trials[arm].phase}/{other}"])
+    assert path / SURGERIES in trials[arm].inputs
+    at = ["step", "block", "operation"]
+    missing = log.merge(mine[at], how="left", indicator=True).query("_merge == 'left_only'")
+    assert mine[at].merge(log[at]).equals(mine[at]) and len(missing) <= len(log) / 4  # where no expert had rested
+    assert mine["expert"].tolist() != log["expert"][: len(mine)].tolist()
 
 
 def test_measuring_leaves_training_alone(trials: Trials, ended: Folders, tmp_path: Path, monkeypatch: Any) -> None:
@@ -145,7 +183,7 @@ def test_the_same_seed_gives_the_same_bits(arm: str, trials: Trials, ended: Fold
 
 @each_arm
 def test_the_log_of_surgeries_explains_the_number_of_experts(arm: str, trials: Trials, ended: Folders) -> None:
-    (curve, log), most = tables(ended[arm]), trials[arm].arguments["schedule"].max_experts
+    (curve, log), schedule = tables(ended[arm]), trials[arm].arguments["schedule"]
     done, possible = set(log["operation"]), OPERATIONS.get(arm, set())
     assert done == possible or (done < possible and not arm.startswith("surgery/"))
     assert done or not possible or arm in MAY_REST
@@ -156,7 +194,7 @@ def test_the_log_of_surgeries_explains_the_number_of_experts(arm: str, trials: T
     assert (log["step"] % 4 == 0).all() and log["step"].between(4, 48).all()
     for _, layer in log.groupby("block"):
         assert [5, *layer["n_routed_after"]][:-1] == layer["n_routed_before"].tolist()
-        assert layer["n_routed_after"].between(4, most).all()
+        assert layer["n_routed_after"].between(schedule.min_experts, schedule.max_experts).all()
         touched: dict[float, int] = {}
         for row in layer.to_dict("records"):
             experts = [row[name] for name in ("expert", "parent") if not pd.isna(row[name])]
@@ -191,19 +229,25 @@ def test_the_log_of_surgeries_tells_what_each_did_and_when_the_model_recovered(a
 
 
 @pytest.mark.parametrize("arm", STUDY)
-def test_the_study_does_as_many_operations_at_the_same_steps_in_every_arm(arm: str, ended: Folders) -> None:
+def test_the_study_grows_or_removes_half_as_often_or_merges_what_it_split(arm: str, ended: Folders) -> None:
     _, log = tables(ended[arm])
-    prunes = OPERATIONS[arm] & {"remove", "merge"}
     assert set(log["block"]) == {0, 1}
+    growth, pruned = (OPERATIONS[arm] & names for names in ({"split", "clone", "reinit"}, {"remove", "merge"}))
+    plan = [*growth] * (2 if pruned else 4) + [*pruned] * 2
     for _, layer in log.groupby("block"):
-        assert layer["step"].tolist() == [4, 8, 12, 16]
-        assert layer["operation"].isin(prunes).tolist() == [False, False, bool(prunes), bool(prunes)]
+        assert (layer["step"].tolist(), layer["operation"].tolist()) == ([4, 8, 12, 16][: len(plan)], plan)
 
 
-@pytest.mark.parametrize("other", ["surgery/remove_by_loss", "surgery/merge", "surgery/split"])
-def test_the_studys_arms_are_one_until_they_first_differ(other: str, ended: Folders) -> None:
+@pytest.mark.parametrize("arm", ["surgery/remove_by_usage", "surgery/remove_by_loss"])
+def test_removals_take_trained_experts_with_their_families(arm: str, ended: Folders, gate: Examples) -> None:
+    model = load(ended[arm], gate).model
+    assert isinstance(model, Model)
+    assert all(moe.n_families == moe.n_routed == 3 and (moe.expert_id < 5).all() for moe in model.layers)
+
+
+def test_the_studys_arms_are_one_until_they_first_differ(ended: Folders) -> None:
     """The third operation, at step 12, is the first that differs; a point is taken right after it."""
-    (curve, log), (other_curve, other_log) = tables(ended["surgery/remove_by_usage"]), tables(ended[other])
+    (curve, log), (other_curve, other_log) = tables(ended["surgery/split"]), tables(ended["surgery/merge"])
     pd.testing.assert_frame_equal(curve[curve["step"] < 12], other_curve[other_curve["step"] < 12], check_exact=True)
     one, two = (table[table["step"] < 12].drop(columns="recovery_steps") for table in (log, other_log))
     pd.testing.assert_frame_equal(one, two, check_exact=True, check_dtype=False)

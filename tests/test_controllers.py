@@ -1,9 +1,11 @@
 """Controllers label as they say, learn what can be learned, and propose only what is allowed."""
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
 from unittest import mock
 
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given
@@ -12,8 +14,18 @@ from torch import Tensor
 
 from phasegate.model.routing_statistics import ExpertSignals
 from phasegate.params.phases import EntropyLabels, RandomLabels, UsageLabels
+from phasegate.records.trial_folder import SURGERY_COLUMNS
 from phasegate.surgery import controllers
-from phasegate.surgery.controllers import Allowed, Controller, HeadPolicy, LabelPolicy, PlannedPolicy, Policy, label
+from phasegate.surgery.controllers import (
+    Allowed,
+    Controller,
+    HeadPolicy,
+    LabelPolicy,
+    PlannedPolicy,
+    Policy,
+    YokedPolicy,
+    label,
+)
 from tests.models import draws, seeds
 
 GROW, PRUNE, KEEP = controllers.Action
@@ -37,7 +49,7 @@ def signals(n: int, seed: int = 0) -> ExpertSignals:
 def situation(given: ExpertSignals, allowed: Allowed | None = None, seed: int = 0) -> controllers.Situation:
     """What a controller is shown; everything is allowed unless said otherwise."""
     yes, unasked = torch.ones(len(given.load), dtype=torch.bool), mock.Mock(side_effect=AssertionError)
-    probe: Any = SimpleNamespace(signals=given)
+    probe: Any = SimpleNamespace(signals=given, block=0)
     return controllers.Situation(probe, allowed or Allowed(yes, yes), draws(seed), 4, torch.zeros(len(yes)), unasked)
 
 
@@ -78,7 +90,7 @@ def test_entropy_labels_follow_the_thresholds() -> None:
 
 
 any_labels = st.sampled_from([NOISE, ENTROPY, UsageLabels(grow_above=1.5, prune_below=0.5)])
-acts = st.sampled_from(["sample", "argmax", "never"])
+acts = st.sampled_from(["sample", "argmax"])
 masks = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=8)
 plans = st.builds(PlannedPolicy, st.integers(0, 4), st.integers(0, 4), st.sampled_from(["usage", "loss"]))
 heads = st.builds(HeadPolicy, st.sampled_from([NOISE, ENTROPY]), acts, st.booleans())
@@ -93,7 +105,6 @@ def test_nothing_is_proposed_that_is_not_allowed(policy: Policy, masks: list[tup
         with mock.patch.object(controllers.PlannedController, "loss_after", lambda *asked: float(torch.rand(()))):
             proposal = controller.propose(situation(signals(len(masks), s), allowed, s))
         assert proposal is None or masks[proposal.expert][proposal.action]
-        assert proposal is None or not isinstance(policy, HeadPolicy) or policy.acts != "never"
 
 
 def test_labels_act_alone_on_every_expert_they_name_and_on_no_other() -> None:
@@ -107,7 +118,7 @@ def test_only_heads_learn(policy: Policy) -> None:
     controller, optimizer = build(policy), torch.optim.SGD([torch.zeros(1)])
     assert controller.loss(signals(4), draws()) == 0 and not list(controller.parameters())
     assert type(policy) is not Policy or controller.propose(situation(signals(4))) is None
-    head = build(HeadPolicy(NOISE, "never"), optimizer)
+    head = build(HeadPolicy(NOISE, "sample"), optimizer)
     assert optimizer.param_groups[1]["params"] == list(head.parameters())
     assert optimizer.param_groups[1]["lr_factor"] * 0.5 * 0.1 == pytest.approx(NOISE.head_lr)
 
@@ -116,7 +127,7 @@ def test_the_heads_loss_has_the_weight_of_its_labels() -> None:
     losses = []
     for weight in (1.0, 3.0):
         torch.manual_seed(0)
-        controller = build(HeadPolicy(NOISE.model_copy(update={"loss_weight": weight}), "never"))
+        controller = build(HeadPolicy(NOISE.model_copy(update={"loss_weight": weight}), "sample"))
         losses.append(torch.as_tensor(controller.loss(signals(6), draws())).item())
     assert losses[1] == pytest.approx(3 * losses[0]) and losses[0] > 0
 
@@ -144,10 +155,31 @@ def test_a_head_learns_a_learnable_label_and_then_decides_by_it(acts: Literal["a
 @pytest.mark.parametrize("detach", [True, False])
 def test_the_heads_gradient_reaches_the_trunk_unless_it_is_detached(detach: bool) -> None:
     torch.manual_seed(0)
-    given, controller = signals(6), build(HeadPolicy(NOISE, acts="never", detach=detach))
+    given, controller = signals(6), build(HeadPolicy(NOISE, acts="sample", detach=detach))
     torch.as_tensor(controller.loss(given, draws())).backward()  # type: ignore[no-untyped-call]
     assert (given.token.grad is None) == detach
     assert all(parameter.grad is not None for parameter in controller.parameters())
+
+
+@given(st.dictionaries(st.integers(1, 9), st.booleans()), st.lists(masks, min_size=9, max_size=9), seeds)
+def test_a_yoked_controller_repeats_operations_on_any_allowed_expert(
+    plan: dict[int, bool], rounds: list[list[tuple[bool, bool]]], seed: int
+) -> None:
+    log = pd.DataFrame({"step": [*plan, *plan], "block": [0] * len(plan) + [1] * len(plan)}, dtype=int)
+    grew = [*plan.values(), *(not grew for grew in plan.values())]
+    log = log.assign(n_routed_before=5, n_routed_after=[6 if grew else 4 for grew in grew]).reindex(
+        columns=SURGERY_COLUMNS
+    )
+    optimizer, course = mock.Mock(), mock.Mock(seed=seed)
+    with mock.patch.object(controllers, "read_table", return_value=log) as read:
+        controller = YokedPolicy(Path("models/p7b1/split")).build(MODEL, optimizer, course)
+    assert read.call_args.args[0] == Path(f"models/p7b1/split/seed-{seed}/surgeries.csv")
+    for step, masks in enumerate(rounds, start=1):
+        allowed = Allowed(*torch.tensor(masks).T)
+        shown = situation(signals(len(masks)), allowed)._replace(step=step)
+        proposal = controller.propose(shown)
+        may = allowed.proposals(GROW if plan[step] else PRUNE) if step in plan else []
+        assert proposal in may if may else proposal is None
 
 
 @given(st.integers(0, 4), st.integers(0, 4), seeds, st.lists(masks, max_size=12))

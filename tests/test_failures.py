@@ -32,7 +32,7 @@ from tests.test_decisions import searched
 from tests.test_report import PARAMS, decided
 
 NAN = "the loss is nan"
-ENDED = f"its start models/p7a/baseline/seed-0 failed: {NAN}"
+ENDED = f"models/p7a/baseline/seed-0, which it needs, failed: {NAN}"
 
 
 def failures() -> pd.DataFrame:
@@ -90,7 +90,7 @@ def test_every_verdict_row_states_its_failures(study: Path) -> None:
         for arm, cell in cells.items():
             assert re.search(rf"\| \**{re.escape(arm)}\** \| \**{re.escape(cell)}", text), arm
         assert "- 7b.2 split, seed 3, step 17: the loss is nan" in text
-        assert "- 7b.3 task\\_gates, heads, single, seed 0, step 0: its start models/p7a" in text
+        assert "- 7b.3 task\\_gates, heads, drowned, seed 0, step 0: models/p7a" in text
     assert "NO-GO: noise_acting, all 9 trials failed.**" in markdown
 
 
@@ -104,7 +104,7 @@ def test_the_page_lists_failed_trials_and_takes_no_blank_for_a_number(study: Pat
     words = re.sub(r"<svg.*?</svg>|<style.*?</style>", "", page, flags=re.DOTALL)
     words = words.replace("loss is nan", "").replace("star (*)", "")
     assert not re.search(r"\bnan\b|\[, \]|\(\W*\)", words)
-    assert "7b.1 noise_acting: no seed finished, so no effect can be attributed" in words
+    assert "choosing the experts and not drawing them, no seed finished" in words
     assert "<td>1, 1 failed</td>" in words  # in the searches
 
 

@@ -61,10 +61,8 @@ def test_the_head_does_the_most_certain_gain_that_is_allowed(seed: int, allowed:
     head = SimpleNamespace(predict=lambda x: Estimate(change, error) if x is features else None)
     given: Any = {"load_head": lambda *asked: head, "situation_features": lambda *asked: features}
     with mock.patch.multiple(ground_truth, **given):
-        policies = [ground_truth.PredictedPolicy(Path("heads"), price, 0.9, acts) for acts in (False, True)]
-        controllers = [build(policy) for policy in policies]
-        idle, acting = (controller.propose(situation(allowed)) for controller in controllers)
-    assert idle is None and acting == best(gains)
+        controller = build(ground_truth.PredictedPolicy(Path("heads"), price, 0.9))
+        assert controller.propose(situation(allowed)) == best(gains)
 
 
 class Bench:
@@ -152,6 +150,5 @@ def test_a_predicted_policy_reads_the_head_of_its_seed(tmp_path: Path) -> None:
     policy, shown = ground_truth.PredictedPolicy(tmp_path, price=1e-8, certainty=0.9), situation(ALL)
     with mock.patch.object(ground_truth, "situation_features", lambda situation, course: torch.zeros(E, f)):
         assert [build(policy, seed).propose(shown) for seed in (0, 1)] == [(GROW, 0), (PRUNE, 0)]
-        assert build(ground_truth.PredictedPolicy(tmp_path, 1e-8, 0.9, acts=False)).propose(shown) is None
     with pytest.raises(UserError, match=r"seed-2.* is missing"):
         build(policy, 2)

@@ -136,7 +136,7 @@ def test_a_trial_whose_start_failed_fails_too_and_does_not_begin(tmp_path: Path)
     start = tmp_path / "starts/seed-1"
     write_failure(start, Failure("p7a", "baseline", 1, 3, "the loss is inf"))
     run_trials(wanted(tmp_path), tmp_path / "out")
-    reason = f"its start {start} failed: the loss is inf"
+    reason = f"{start}, which it needs, failed: the loss is inf"
     assert read_failure(tmp_path / "out/arm/seed-1") == Failure("p", "arm", 1, 0, reason)
     assert begun(tmp_path) == [0, 2]
     (start / FAILURE).unlink()

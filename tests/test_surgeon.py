@@ -34,7 +34,9 @@ GROW, PRUNE = partial(Proposal, Action.GROW), partial(Proposal, Action.PRUNE)
 def make(prepared: Path, baselines: Path, schedule: Schedule) -> Make:
     """Makes a surgeon of the baseline: plain, or with siblings of different weights, some of them nested."""
 
-    def surgeon(grow: Grow = "split", prune: Prune = "remove", grown: bool = False, **changes: Any) -> Surgeon:
+    def surgeon(
+        grow: Grow | None = "split", prune: Prune | None = "remove", grown: bool = False, **changes: Any
+    ) -> Surgeon:
         made = override(schedule, {"max_experts": 12, **changes}, "p7b")
         model, optimizer, course = load_start(prepared, baselines / "seed-0", 0, made)
         if grown:
@@ -259,6 +261,8 @@ def test_what_is_allowed_keeps_to_the_bounds(make: Make) -> None:
     assert ask(make(min_experts=4, max_experts=5), 0, masks) == (no, yes)
     assert ask(make(min_experts=5, max_experts=6), 0, masks) == (yes, no)
     assert ask(make(prune="merge"), 0, masks) == (yes, no)
+    assert ask(make(grow=None), 0, masks) == (no, yes)
+    assert ask(make(prune=None), 0, masks) == (yes, no)
 
 
 def test_experts_that_surgery_touched_rest_on_their_own_layer_only(make: Make) -> None:

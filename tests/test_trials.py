@@ -11,12 +11,14 @@ from typing import Any
 
 import pytest
 
-from phasegate.base import settings
-from phasegate.base.errors import UserError
+from phasegate.base import settings, timings, used
+from phasegate.base.errors import Diverged, UserError
 from phasegate.model.classifier import ModelSpec
 from phasegate.params import load_params
+from phasegate.params.fields import Seeds
 from phasegate.params.pretraining import Training
 from phasegate.pretraining.pretrain import pretraining
+from phasegate.records.trial_folder import read_failure
 from phasegate.surgery import continuation
 from phasegate.training.checkpoint import WEIGHTS
 from phasegate.trials import code, store
@@ -36,6 +38,16 @@ def write(folder: Path, *, log: Path, seed: int, lr: float) -> None:
     (folder / "sub/result.txt").write_text(f"seed {seed} lr {lr}")
     if lr < 0:
         raise UserError(f"lr is {lr}: it must be positive")
+
+
+def write_or_fail(folder: Path, *, seed: int) -> None:
+    if seed:
+        raise Diverged("the loss is nan", 3)
+    (folder / "text").write_text(str(seed))
+
+
+def read(folder: Path, *, path: Path) -> None:
+    (folder / "text").write_text(f"{path.read_text()}, read")
 
 
 @pytest.fixture(autouse=True)
@@ -81,6 +93,26 @@ def test_more_seeds_train_only_the_new_ones(study: Study) -> None:
     assert study.run(4) == [2, 3]
     assert study.run(1) == []
     assert study.results() == [f"seed {seed} lr 0.1" for seed in range(4)]
+
+
+def test_a_trial_that_reads_anothers_folder_runs_after_it_and_fails_with_it(
+    study: Study, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(study.folder)
+    monkeypatch.setattr(store, "STORE", Path(".kept/trials"))  # hidden, as the real one: what it holds is not noted
+    first = [Trial("p", "first", seed, write_or_fail, {"seed": seed}) for seed in (0, 1)]
+    texts = [Path(f"models/{trial.name}/text") for trial in first]
+    later = [Trial("p", "later", seed, read, {"path": path}, (path,)) for seed, path in enumerate(texts)]
+    for _ in range(2):  # the second run finds all of them kept
+        used.begin()
+        run_trials([*later, *first], Path("models"))
+        used.check()  # what a trial read was not written again
+        used.end()
+        assert Path("models/later/seed-0/text").read_text() == "0, read"
+        failure = read_failure(Path("models/later/seed-1"))
+        assert failure and failure.reason == "models/first/seed-1, which it needs, failed: the loss is nan"
+        assert "models: 2 of 4 trials failed" in capfd.readouterr().err
+    assert set(timings.read()["models"]) == {"first/seed-0", "first/seed-1", "later/seed-0"}
 
 
 def test_results_come_back_from_the_store_when_the_output_is_gone(study: Study) -> None:
@@ -160,7 +192,7 @@ def test_an_edit_retrains_the_arms_that_can_run_it(
     for module in (continuation, control):
         monkeypatch.setattr(module, "run_trials", lambda trials, output: phases.update({output.name: trials}))
     for stage in (control, p7b1, p7b2, p7b3, p7b4):
-        stage.main(load_params(ROOT / "params.yaml").model_copy(update={"seeds": 1}))
+        stage.main(load_params(ROOT / "params.yaml").model_copy(update={"seeds": Seeds(first=0, count=1)}))
     for path in (path for trials in phases.values() for trial in trials for path in trial.inputs):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
@@ -171,7 +203,7 @@ def test_an_edit_retrains_the_arms_that_can_run_it(
 
     before = fingerprints()
     assert len(set(before.values())) == len(before)
-    policies = {"p7b4/counterfactual_head", "p7b4/oracle", "p7b4/keep"}  # the arms whose policies are in signals/
+    policies = {"p7b4/counterfactual_head", "p7b4/oracle"}  # the arms whose policies are in signals/
     for names, retrained in {
         "base/errors params/phases trials/run verdicts/statistics": set(),
         "signals/predictor signals/ground_truth": policies,

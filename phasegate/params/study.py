@@ -82,7 +82,7 @@ class Params(Section):
         for name, value, limit_name, limit in (
             ("surgery.operations", operations, "(p7b.steps - p7b.settle) / p7b.act_every", decisions),
             ("p7a.n_routed + surgery.operations", start + operations, "p7b.max_experts", schedule.max_experts),
-            ("p7b.min_experts + 1", schedule.min_experts + 1, "p7a.n_routed", start),  # heads learn from removals
+            ("p7b.min_experts + surgery.operations / 2", schedule.min_experts + operations // 2, "p7a.n_routed", start),
             ("p7b.cooldown", schedule.cooldown, "p7b.act_every * surgery.operations / 2", half),
             ("p7b4.recovery_steps", truth.recovery_steps, "p7b.settle", schedule.settle),
             (f"{survey} + p7b4.recovery_steps", measured, "p7b.steps", schedule.steps),

@@ -13,7 +13,7 @@ from phasegate.report import drawing
 from phasegate.report.drawing import DotStyle, Tables, dot_rows
 from phasegate.verdicts import decisions as words
 from phasegate.verdicts import wording
-from phasegate.verdicts.attribution import ACCOUNTS, WHOLE, account_finding, account_label, effect
+from phasegate.verdicts.attribution import ACCOUNTS, account_finding, account_label, effect
 from phasegate.verdicts.decisions import decision_rows
 from phasegate.verdicts.wording import phase_label, rows_of
 
@@ -76,7 +76,7 @@ def attribution(tables: Tables, params: Params) -> Figure:
     low, high = min(axes.get_xlim()[0] for axes in panels), max(axes.get_xlim()[1] for axes in panels)
     for axes in panels:
         axes.set_xlim(low, high)
-    panels[-1].set_xlabel("effect on test accuracy, pp (circles: certain after Holm's correction; diamonds: the sum)")
+    panels[-1].set_xlabel("effect on test accuracy, pp (circles: certain after Holm's correction)")
     findings = [drawing.wrapped(account_finding(table, account, confidence), 100) for account in ACCOUNTS]
     figure.suptitle("\n".join(findings), x=0.01, ha="left")
     return figure
@@ -108,8 +108,6 @@ def leaderboard(search: str, tables: Tables, params: Params) -> Figure:
 
 
 def _effect_style(row: Any, confidence: float) -> DotStyle:
-    if row.part == WHOLE:
-        return DotStyle(drawing.BLACK, "D", strong=True)
     if row.p_holm < 1 - confidence:
         return DotStyle(drawing.VERMILION if row.effect_pp < 0 else drawing.BLUE)
     return DotStyle(drawing.GREY, "s")

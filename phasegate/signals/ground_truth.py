@@ -38,20 +38,16 @@ class PredictingController(Controller):
             gain = estimate.gain(price[action], self.policy.certainty).cpu()
             gains |= {proposal: float(gain[proposal.expert]) for proposal in situation.allowed.proposals(action)}
         best = max(gains, key=lambda proposal: gains[proposal], default=None)
-        return best if self.policy.acts and best is not None and gains[best] > 0 else None
+        return best if best is not None and gains[best] > 0 else None
 
 
 @dataclass(frozen=True)
 class PredictedPolicy(Policy):
-    """Let the head of a trial's seed decide, which was trained on the surveys of all other seeds.
-
-    Without `acts` the head predicts but nothing is done: the control of any effect of predicting itself.
-    """
+    """Let the head of a trial's seed decide, which was trained on the surveys of all other seeds."""
 
     heads: Path  # holds seed-0, seed-1, ...
     price: float  # nats per parameter
     certainty: float  # probability of a gain above the price at which it acts
-    acts: bool = True
     controller = PredictingController
 
     def files(self, seed: int) -> tuple[Path, ...]:

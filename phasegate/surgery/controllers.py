@@ -21,6 +21,8 @@ from phasegate.model.classifier import Model
 from phasegate.model.dense import Linear
 from phasegate.model.routing_statistics import N_SCALARS, ExpertSignals, features
 from phasegate.params.phases import EntropyLabels, RandomLabels, UsageLabels
+from phasegate.records.tables import read_table
+from phasegate.records.trial_folder import SURGERIES, SURGERY_COLUMNS
 from phasegate.surgery.operations import ExpertManager, Surgery
 from phasegate.surgery.probe import Probe
 from phasegate.training.course import Course
@@ -168,8 +170,6 @@ class HeadController(Controller):
         return weight * F.cross_entropy(self.head(x.detach() if self.policy.detach else x), wanted)
 
     def propose(self, situation: Situation) -> Proposal | None:
-        if self.policy.acts == "never":
-            return None
         probs = self.head(features(situation.probe.signals)).softmax(-1).cpu()
         if self.policy.acts == "argmax":
             return choose(F.one_hot(probs.argmax(-1), 3) * probs, situation.allowed)
@@ -182,9 +182,42 @@ class HeadPolicy(Policy):
     """Let a head learn labels and decide; "sample" draws decisions, since the argmax of noise labels is always keep."""
 
     labels: RandomLabels | EntropyLabels
-    acts: Literal["sample", "argmax", "never"]
+    acts: Literal["sample", "argmax"]
     detach: bool = True  # keep the gradient of the head's loss out of the trunk
     controller = HeadController
+
+
+class YokedController(Controller):
+    """Repeat what another arm did with the same seed, at the same steps, on experts that are drawn at random."""
+
+    policy: "YokedPolicy"
+
+    def __init__(self, policy: "YokedPolicy", model: Model, optimizer: Optimizer, course: Course) -> None:
+        super().__init__(policy, model, optimizer, course)
+        log = read_table(policy.files(course.seed)[0], SURGERY_COLUMNS)
+        grown = log["n_routed_after"] > log["n_routed_before"]
+        actions = [Action.GROW if grew else Action.PRUNE for grew in grown]
+        self.actions = dict(zip(zip(log["step"], log["block"], strict=True), actions, strict=True))
+
+    def propose(self, situation: Situation) -> Proposal | None:
+        """Propose the operation of this step on an expert that may have it; where none may, it is left out."""
+        at = situation.step, situation.probe.block
+        proposals = situation.allowed.proposals(self.actions[at]) if at in self.actions else []
+        if not proposals:
+            return None
+        draws = generator(self.course.seed, "yoked", *at)  # the other arm may have chosen by `situation.draws`
+        return proposals[int(torch.randint(len(proposals), (), generator=draws))]
+
+
+@dataclass(frozen=True)
+class YokedPolicy(Policy):
+    """Repeat the operations of another arm, which tells what its choice of experts is worth."""
+
+    arm: Path  # holds the folders of its trials: seed-0, seed-1, ...
+    controller = YokedController
+
+    def files(self, seed: int) -> tuple[Path, ...]:
+        return (self.arm / f"seed-{seed}" / SURGERIES,)
 
 
 class PlannedController(Controller):

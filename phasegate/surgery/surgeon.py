@@ -27,11 +27,11 @@ from phasegate.training.predictions import PROBE, correct, predict
 
 @dataclass(frozen=True)
 class Treatment:
-    """Say who decides, how an expert is added and how one is removed, and what copies get of Adam's moments."""
+    """Say who decides, how an expert is added and how one is removed (None: never), and what Adam's moments become."""
 
     policy: Policy
-    grow: Grow | Plugin = "split"
-    prune: Prune | Plugin = "remove"
+    grow: Grow | Plugin | None = "split"
+    prune: Prune | Plugin | None = "remove"
     moments: Moments = "scaled"
 
     def files(self, seed: int) -> tuple[Path, ...]:
@@ -108,8 +108,8 @@ class Surgeon:
         else:
             prunable = (moe.path != 0).any(1).cpu() | (moe.n_families > moe.top_k)
         return Allowed(
-            grow=rested & (moe.n_routed < schedule.max_experts),
-            prune=rested & prunable & (moe.n_routed > schedule.min_experts),
+            grow=rested & (self.treatment.grow is not None and moe.n_routed < schedule.max_experts),
+            prune=rested & prunable & (self.treatment.prune is not None and moe.n_routed > schedule.min_experts),
         )
 
     def _carry_out(self, proposal: Proposal, probe: Probe, draws: torch.Generator) -> dict[str, Any]:
@@ -153,6 +153,8 @@ class Surgeon:
                 load = probe.visits.count_nonzero(0)
                 both = load[e] + load[manager.moe.expert_id == sibling].sum()
                 return manager.merge(expert, sibling, float(load[e] / both) if both else 0.5)
+            case None:
+                raise AssertionError("an arm proposes only what it does")
 
 
 def _operate_by_plugin(

@@ -39,20 +39,35 @@ Result = tuple[str, dict[str, bytes]]
 def run_trials(trials: list[Trial], output: Path) -> None:
     """Run all trials that are not kept yet, then copy the folder of every trial below `output`.
 
-    What trials took, also those kept from earlier runs, goes to `reports/timings.csv`.
+    Trials that read files of others, below `output`, run after those. What trials took, also those kept from earlier
+    runs, goes to `reports/timings.csv`.
 
-    A trial whose numbers stop being finite fails, and so does every trial that starts from it: their folders hold a
+    A trial whose numbers stop being finite fails, and so does every trial that needs it: their folders hold a
     `trial_folder.Failure`. The other trials continue.
 
     Raises:
         UserError: if an input file is missing, a trial raises it, a worker is killed, every trial fails, or code or an
             input of a trial changes before the trial ends: it is not kept.
     """
-    label = output.name
-    failures = {trial.name: failure for trial in trials if (failure := _find_failed_start(trial))}
-    startable = [trial for trial in trials if trial.name not in failures]
-    kept = store.kept_folders(startable, _device())
+    label, failures, kept = output.name, dict[str, Failure](), dict[str, Path]()
+    later = [trial for trial in trials if any(path.is_relative_to(output) for path in trial.inputs)]
+    for part in ([trial for trial in trials if trial not in later], later):
+        _run_part(part, output, failures, kept)
     store.forget_old(in_use=kept.values())
+    timings.record(label, {name: store.taken(folder) for name, folder in kept.items()})
+    if failures:
+        n_failed, first = len(failures), next(iter(failures.values()))
+        if n_failed == len(trials):
+            raise UserError(f"every trial of {label} failed, the first: {first}; a lower learning rate may help")
+        print(f"{label}: {n_failed} of {len(trials)} trials failed, the first: {first}", file=sys.stderr, flush=True)
+
+
+def _run_part(trials: list[Trial], output: Path, failures: dict[str, Failure], kept: dict[str, Path]) -> None:
+    """Run trials that need none of each other; add to `failures` those that failed, to `kept` where the others are."""
+    label = output.name
+    failures |= {trial.name: failure for trial in trials if (failure := _find_failed_need(trial))}
+    startable = [trial for trial in trials if trial.name not in failures]
+    kept |= store.kept_folders(startable, _device())
     missing = {trial.name: trial for trial in startable if not _is_kept(trial, kept[trial.name], label)}
     try:
         for name, files in _with_progress(_results([*missing.values()], kept), len(missing), label):
@@ -73,12 +88,6 @@ def run_trials(trials: list[Trial], output: Path) -> None:
             store.copy_kept(kept[trial.name], folder)
         if failure := read_failure(folder):
             failures[trial.name] = failure
-    timings.record(label, {name: store.taken(folder) for name, folder in kept.items()})
-    if failures:
-        n_failed, first = len(failures), next(iter(failures.values()))
-        if n_failed == len(trials):
-            raise UserError(f"every trial of {label} failed, the first: {first}; a lower learning rate may help")
-        print(f"{label}: {n_failed} of {len(trials)} trials failed, the first: {first}", file=sys.stderr, flush=True)
 
 
 def _is_kept(trial: Trial, kept: Path, label: str) -> bool:
@@ -96,11 +105,11 @@ def _found(trial: Trial) -> dict[str, used.State]:
     return used.states((*trial.inputs, *trial.reads))
 
 
-def _find_failed_start(trial: Trial) -> Failure | None:
-    """Return the failure of a trial that would start from a failed one."""
+def _find_failed_need(trial: Trial) -> Failure | None:
+    """Return the failure of a trial that needs the folder of a failed one."""
     for folder in {path.parent: None for path in trial.inputs}:
         if failure := read_failure(folder):
-            return Failure(trial.phase, trial.arm, trial.seed, 0, f"its start {folder} failed: {failure.reason}")
+            return Failure(trial.phase, trial.arm, trial.seed, 0, f"{folder}, which it needs, failed: {failure.reason}")
     return None
 
 

@@ -1,33 +1,33 @@
-"""Attribute an arm's difference from its start to the arm's ingredients, as a table and as text.
+"""Attribute what the arms of 7b.1 and 7b.2 lose to adding experts and to removing them, as a table and as text.
 
 A part is a contrast: a weighted sum of arms, taken seed by seed, so it has an interval. It rests on the seeds that all
-its arms finished. The parts of an account add up exactly to its whole if all rest on the same seeds. They are marginal
-effects in the order given: another order would share out interactions differently. The factorial of signal and growth
-shows how large interactions are.
+its arms finished. Arms do not operate equally often, so the same contrast is taken of the experts that were added and
+of the families that were removed whole: half of a split expert leaves the router as it is, and no family.
 """
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from phasegate.base.errors import UserError
-from phasegate.params.names import BASELINE, CONTROL, START
+from phasegate.params.names import CONTROL, START
 from phasegate.records.tables import DECIMALS
 from phasegate.verdicts.decisions import paired_arms
-from phasegate.verdicts.statistics import holm, interval_columns, margin_p_value
-from phasegate.verdicts.wording import Cells, measure, p_text, phase_label, rows_of
+from phasegate.verdicts.statistics import column_names, holm, interval_columns, margin_p_value
+from phasegate.verdicts.wording import Cells, measure, number, of_arm, p_text, phase_label, rows_of
 
 Contrast = Mapping[str, float]  # "phase/arm" -> weight; the weights sum to zero
 
-BEGUN, CONTINUED = f"{START}/{BASELINE}", f"{START}/{CONTROL}"
-WHOLE = "all together"
-COLUMNS = ["account", "part", "contrast", "n_seeds", "effect_pp", "effect_lo", "effect_hi", "p_value", "p_holm"]
-FACTORIAL = {  # signal -> growth -> arm; the labels themselves act, and experts are pruned alike
-    "random": {"split": "p7b1/random_split", "clone": "p7b1/random_clone", "reinit": "p7b1/random_acting"},
-    "entropy": {"split": "p7b2/split_thresholds", "clone": "p7b2/clone_thresholds", "reinit": "p7b2/reinit_thresholds"},
-}
+CONTINUED = f"{START}/{CONTROL}"
+ADDING, REMOVING, BOTH, CHOOSING = "adding alone", "removing alone", "both", "choosing the experts"
+COUNTS = ["added", "removed"]
+COLUMNS = ["account", "part", "contrast", "n_seeds", *COUNTS, *column_names("effect_pp")]
+COLUMNS += ["p_value", "p_holm", *column_names("each_pp")]
+"""added: experts; removed: whole families: the contrast of their numbers, means over seeds. effect_pp: on test
+accuracy. p_value: of no effect; p_holm: corrected over the parts of the account. each_pp: the effect divided by the
+number of operations, over the seeds that had any, where an arm does one kind alone."""
 
 
 def _minus(*arms: str) -> Contrast:
@@ -35,81 +35,95 @@ def _minus(*arms: str) -> Contrast:
     return dict(zip(arms, (1.0, -1.0, -1.0, 1.0), strict=False))
 
 
-def _cross(outer: Mapping[str, float], inner: Mapping[str, float]) -> Contrast:
-    """Return a contrast of the factorial: every weight of a signal times every weight of a growth, or vice versa."""
-    return {
-        FACTORIAL[a][b] if a in FACTORIAL else FACTORIAL[b][a]: weight * other
-        for a, weight in outer.items()
-        for b, other in inner.items()
-    }
-
-
-ENTROPY_INSTEAD = {"entropy": 1.0, "random": -1.0}
-CLONES_INSTEAD, FRESH_INSTEAD = {"clone": 1.0, "split": -1.0}, {"reinit": 1.0, "split": -1.0}
 ACCOUNTS: Mapping[str, Mapping[str, Contrast]] = {
     "p7b1": {
-        "extra training": _minus(CONTINUED, BEGUN),
-        "noise gradient in the trunk": _minus("p7b1/noise", CONTINUED),
-        "splits and removals at random": _minus("p7b1/random_split", CONTINUED),
-        "fresh experts instead of splits, at random": _minus("p7b1/random_acting", "p7b1/random_split"),
+        ADDING: _minus("p7b1/grow", CONTINUED),
+        REMOVING: _minus("p7b1/prune", CONTINUED),
+        BOTH: _minus("p7b1/random_acting", CONTINUED),
+        "the gradient of noise": _minus("p7b1/noise", CONTINUED),
         "a head deciding, not the labels": _minus("p7b1/noise_acting", "p7b1/noise", "p7b1/random_acting", CONTINUED),
-        WHOLE: _minus("p7b1/noise_acting", BEGUN),
+        CHOOSING: _minus("p7b1/noise_acting", "p7b1/yoked"),
     },
     "p7b2": {
-        "extra training": _minus(CONTINUED, BEGUN),
-        "splits and removals at random": _minus("p7b1/random_split", CONTINUED),
-        "entropy instead of random labels": _minus("p7b2/split_thresholds", "p7b1/random_split"),
-        "a head deciding, not the labels": _minus("p7b2/split", "p7b2/split_thresholds"),
-        WHOLE: _minus("p7b2/split", BEGUN),
+        ADDING: _minus("p7b2/grow", CONTINUED),
+        REMOVING: _minus("p7b2/prune", CONTINUED),
+        BOTH: _minus("p7b2/split", CONTINUED),
+        CHOOSING: _minus("p7b2/split", "p7b2/yoked"),
     },
-    "factorial": {
-        "entropy instead of random labels": _cross(ENTROPY_INSTEAD, dict.fromkeys(FACTORIAL["random"], 1 / 3)),
-        "clones instead of splits": _cross(CLONES_INSTEAD, dict.fromkeys(FACTORIAL, 0.5)),
-        "fresh experts instead of splits": _cross(FRESH_INSTEAD, dict.fromkeys(FACTORIAL, 0.5)),
-        "interaction: entropy and clones": _cross(ENTROPY_INSTEAD, CLONES_INSTEAD),
-        "interaction: entropy and fresh experts": _cross(ENTROPY_INSTEAD, FRESH_INSTEAD),
-    },
+    "p7b4": {CHOOSING: _minus("p7b4/frequency", "p7b4/yoked")},
 }
-"""What the arms of 7b.1 and 7b.2 lose, by part and in all; and signal by growth, each averaged over the other."""
+"""What each phase's adding, removing, both and choice of experts do to the accuracy."""
+HARM = {
+    (): "neither does certain harm",
+    (ADDING,): "adding does the harm, and removing none that is certain",
+    (REMOVING,): "removing does the harm, and adding none that is certain",
+    (ADDING, REMOVING): "adding and removing both do harm",
+}
+SIGNALS = {"p7b1": "random labels", "p7b2": "routing entropy", "p7b4": "usage"}
 
 
-def attribution(trials: pd.DataFrame, failures: pd.DataFrame, confidence: float) -> pd.DataFrame:
-    """Return the accounts as a table: the effect of every part on test accuracy, pp, with intervals over seeds.
+def attribution(
+    trials: pd.DataFrame, failures: pd.DataFrame, surgeries: pd.DataFrame, confidence: float
+) -> pd.DataFrame:
+    """Return the accounts as a table, a row per part: `COLUMNS` says what it holds.
 
-    P-values are of no effect; `p_holm` corrects them over the parts of an account, without its whole. A part without a
-    seed that all its arms finished is blank, and counts for Holm with p = 1. Raises UserError for an arm of an account
-    that neither `trials` nor `failures` have, and as `decide` does.
+    A part without a seed that all its arms finished is blank, and counts for Holm with p = 1. Raises UserError for an
+    arm of an account that neither `trials` nor `failures` have, and as `decide` does.
     """
-    accuracy = {f"{phase}/{arm}": rows["accuracy"] for (phase, arm), rows in paired_arms(trials, failures).items()}
+    arms = {
+        f"{phase}/{arm}": rows.join(_count(of_arm(surgeries, phase, arm))).fillna(dict.fromkeys(COUNTS, 0))
+        for (phase, arm), rows in paired_arms(trials, failures).items()
+    }
     rows = []
     for name, account in ACCOUNTS.items():
-        measured = [_measure(name, part, contrast, accuracy, confidence) for part, contrast in account.items()]
-        parts = [row for row in measured if row["part"] != WHOLE]
-        for row, p in zip(parts, holm([row.get("p_value", 1) for row in parts]), strict=True):
+        measured = [_measure(name, part, contrast, arms, confidence) for part, contrast in account.items()]
+        for row, p in zip(measured, holm([row.get("p_value", 1) for row in measured]), strict=True):
             row |= {"p_holm": p} if row["n_seeds"] else {}
         rows += measured
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
+def _count(log: pd.DataFrame) -> pd.DataFrame:
+    """Count in an arm's log of surgeries the experts added and the families removed whole, by seed."""
+    counts = {}
+    for seed, rows in log.groupby("seed"):
+        families, more = dict[tuple[Any, Any], tuple[Any, Any]](), Counter[tuple[Any, Any]]()
+        added = removed = 0
+        for row in rows_of(rows):
+            expert = row.block, row.parent if row.operation == "split" else row.expert
+            family = families.get(expert, expert)  # named after its first expert; others are split off
+            if row.operation == "split":
+                families[row.block, row.expert] = family
+                more[family] += 1
+            elif row.n_routed_after < row.n_routed_before:
+                removed += not more[family]
+                more[family] -= more[family] > 0
+            added += row.n_routed_after > row.n_routed_before
+        counts[seed] = added, removed
+    return pd.DataFrame.from_dict(counts, orient="index", columns=COUNTS, dtype=float)
+
+
 def _measure(
-    account: str, part: str, contrast: Contrast, accuracy: Mapping[str, "pd.Series[float]"], confidence: float
+    account: str, part: str, contrast: Contrast, arms: Mapping[str, pd.DataFrame], confidence: float
 ) -> dict[str, Any]:
-    if lacking := set(contrast) - set(accuracy):
+    if lacking := set(contrast) - set(arms):
         raise UserError(f"the account of {account} needs the arm {min(lacking)}: it has no trials")
-    every = np.round(sum(weight * accuracy[arm].to_numpy() for arm, weight in contrast.items()), DECIMALS)
-    effects = every[~np.isnan(every)]  # of the seeds that all arms finished
+    weighted = pd.concat(weight * arms[arm][["accuracy", *COUNTS]] for arm, weight in contrast.items())
+    seeds = weighted.groupby(level=0).sum(min_count=len(contrast)).dropna().round(DECIMALS)  # that all arms finished
     named = " ".join(f"{weight:+.3g} {arm}" for arm, weight in contrast.items())
-    row = {"account": account, "part": part, "contrast": named, "n_seeds": len(effects)}
-    if not len(effects):
+    row = {"account": account, "part": part, "contrast": named, "n_seeds": len(seeds)}
+    if seeds.empty:
         return row
-    return row | interval_columns("effect_pp", effects, confidence) | {"p_value": margin_p_value(effects, 0.0)}
+    row |= dict(seeds[COUNTS].mean()) | interval_columns("effect_pp", seeds["accuracy"], confidence)
+    operations = seeds[COUNTS].sum(axis=1)
+    if part in (ADDING, REMOVING) and operations.any():
+        row |= interval_columns("each_pp", (seeds["accuracy"] / operations)[operations > 0], confidence)
+    return row | {"p_value": margin_p_value(seeds["accuracy"], 0.0)}
 
 
 def account_label(account: str) -> str:
-    """Return the title of an account; a chain is named after the arm that it explains."""
-    if WHOLE not in ACCOUNTS[account]:
-        return "signal by growth"
-    return f"{phase_label(account)} {next(iter(ACCOUNTS[account][WHOLE])).split('/')[1]}"
+    """Return the title of an account: its phase and signal."""
+    return f"{phase_label(account)}, {SIGNALS[account]}"
 
 
 def attribution_findings(table: pd.DataFrame, confidence: float) -> list[str]:
@@ -118,21 +132,26 @@ def attribution_findings(table: pd.DataFrame, confidence: float) -> list[str]:
 
 
 def account_finding(table: pd.DataFrame, account: str, confidence: float) -> str:
-    """Return where an account's arm ends and which part cost it most; of the factorial, which effects are certain."""
-    label, rows = account_label(account), rows_of(table[table["account"] == account])
-    parts = [row for row in rows if row.part != WHOLE and row.n_seeds]
-    certain = [row for row in parts if row.p_holm < 1 - confidence]
-    if WHOLE not in ACCOUNTS[account]:
-        effects = "; ".join(f"{row.part}, {effect(row)}" for row in certain)
-        return f"{label}: {f'certain (Holm) is the effect of {effects}' if certain else 'no effect is certain (Holm)'}"
-    if not rows[-1].n_seeds:
-        return f"{label}: no seed finished, so no effect can be attributed"
-    text = f"{label} ends {effect(rows[-1])} from its 7a checkpoint"
-    worst = min(parts, key=lambda row: row.effect_pp)
-    if worst.effect_pp >= 0:
-        return f"{text}, and no part of it costs anything"
-    doubt = "" if worst in certain else ", not certain (Holm)"
-    return f"{text}; the costliest part is {worst.part}, {effect(worst)}{doubt}"
+    """Return what adding, removing and both do, which of them does certain harm, and what the choice is worth."""
+    rows = {row.part: row for row in rows_of(table[table["account"] == account])}
+    certain = {part for part, row in rows.items() if row.p_holm < 1 - confidence}
+    said = [f"{part}, {effect(rows[part])}{_counted(rows[part])}" for part in (ADDING, REMOVING, BOTH) if part in rows]
+    if said:
+        harm = [part for part in (ADDING, REMOVING) if part in certain and rows[part].effect_pp < 0]
+        said.append(HARM[tuple(harm)])
+    doubt = "" if CHOOSING in certain else ", not certain (Holm)"
+    choice = rows[CHOOSING]
+    said.append(f"{CHOOSING} and not drawing them, {effect(choice)}{_counted(choice)}{doubt if choice.n_seeds else ''}")
+    return f"{account_label(account)}: {'; '.join(said)}"
+
+
+def _counted(row: Any) -> str:
+    """Return ` by 7.9 added experts (-0.01 pp [-0.02, 0.00] each)`; of a choice, how the counts differ."""
+    if not row.n_seeds:
+        return ""
+    counts, each = {"added experts": row.added, "whole families removed": row.removed}, measure(row, "each_pp", 2, True)
+    told = [f"{number(n, 1, row.part == CHOOSING)} {what}" for what, n in counts.items() if abs(n) >= 0.05]
+    return f" by {' and '.join(told)}{f' ({each} pp each)' if each else ''}" if told else ""
 
 
 def attribution_cells(table: pd.DataFrame) -> Cells:
@@ -140,7 +159,8 @@ def attribution_cells(table: pd.DataFrame) -> Cells:
     return [
         {"account": account_label(row.account), "part": row.part, "effect, pp": measure(row, "effect_pp", signed=True)}
         | {"p": p_text(row.p_value), "p (Holm)": p_text(row.p_holm), "seeds": str(row.n_seeds)}
-        | {"contrast of arms": row.contrast}
+        | {"experts added": number(row.added, 1), "families removed": number(row.removed, 1)}
+        | {"each, pp": measure(row, "each_pp", signed=True), "contrast of arms": row.contrast}
         for row in rows_of(table)
     ]
 

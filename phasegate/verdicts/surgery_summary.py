@@ -21,11 +21,14 @@ recovery_steps: median, where a surgery that never recovered counts as inf. reco
 difference from the control on test. gate_delta_pp: the same on the gate split, by which parameters are chosen. For
 splits: pairs (both halves are still there at the end), balanced (share of pairs in which each half has at least a
 quarter of the tokens), output_distance (mean, relative), swap_loss (nats per token if the halves traded places)."""
+AGAINST = "Against the same training without surgery"
 BALANCED = 0.25  # the share of the pair's tokens that each half of a split should keep
 STUDY = "surgery"  # the phase whose operations are planned
 OPERATIONS = ["none", "split", "clone", "reinit", "remove", "merge"]  # in the order in which the study's are shown
-GROWTH = {"split": "splits", "clone": "clones", "reinit": "fresh experts"}
-PRUNING = {"remove_by_usage": "removals by usage", "remove_by_loss": "removals by measured loss", "merge": "merges"}
+GROWTH = {"split": "splits", "clone": "clones", "clone_carried": "clones with carried moments"}
+GROWTH |= {"reinit": "fresh experts"}
+PRUNING = {"remove_by_usage": "removals by usage", "remove_by_loss": "removals by measured loss"}
+MERGING = {"merge": "merges"}
 
 
 def surgery_summary(
@@ -61,7 +64,7 @@ def surgery_summary(
 
 
 def study_rows(summary: pd.DataFrame) -> pd.DataFrame:
-    """Return the control and the study's arms: growth, and pruning without the splits that came before it."""
+    """Return the control and the study's arms: growth, and pruning without the splits that merges undo."""
     study = summary[summary["phase"] == STUDY]
     pruned = study[study["operation"].isin(["remove", "merge"])]
     grown = study[~study["arm"].isin(pruned["arm"])]
@@ -70,9 +73,9 @@ def study_rows(summary: pd.DataFrame) -> pd.DataFrame:
 
 
 def surgery_finding(summary: pd.DataFrame) -> list[str]:
-    """Return what the study found, made from its rows: a sentence on growth and one on pruning, if there was any."""
+    """Return what the study found, made from its rows: a sentence each on growth, removals and merges, if any."""
     sentences = []
-    for start, names in (("Against the same training without surgery", GROWTH), ("After as many splits", PRUNING)):
+    for start, names in {AGAINST: GROWTH, "Of trained experts": PRUNING, "After as many splits": MERGING}.items():
         parts = [
             f"{ending}, each changing the output by {change(row.output_change)} and costing "
             f"{measure(row, 'accuracy_lost', unit='pp')} immediately"
@@ -85,7 +88,7 @@ def surgery_finding(summary: pd.DataFrame) -> list[str]:
 def short_finding(summary: pd.DataFrame) -> str:
     """Return where the three kinds of growth end, for a title; blank if nothing was grown."""
     parts = [ending for ending, _ in _describe_endings(summary, GROWTH)]
-    return f"Against the same training without surgery, {', '.join(parts)}" if parts else ""
+    return f"{AGAINST}, {', '.join(parts)}" if parts else ""
 
 
 def _describe_endings(summary: pd.DataFrame, names: Mapping[str, str]) -> list[tuple[str, Any]]:
