@@ -201,7 +201,8 @@ def _decide_phase(rows: list[Decision], claim: Claim | None, rule: Decisions) ->
             row = row._replace(verdict="BASELINE" if row.primary else "CONTROL")
         elif row.primary:
             found = verdict(row, claim.assay.margin_pp)
-            known = "open" if found not in (GO, NO_GO) else "yes" if found == row.expected else "no"
+            decided = row.n_seeds and found in (GO, NO_GO)  # failed trials confirm no hypothesis
+            known = "open" if not decided else "yes" if found == row.expected else "no"
             row = row._replace(verdict=found, as_expected=known)
         yield row
 
