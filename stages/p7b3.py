@@ -17,7 +17,7 @@ def main(params: Params) -> None:
     arms = {
         "task_gates": Arm(tasks=Tasks(label_maps, weight, own_gates=True)),
         "heads": Arm(tasks=Tasks(label_maps, weight, own_gates=False)),
-        "drowned": Arm(tasks=Tasks(label_maps, 20 * weight, own_gates=True)),
+        "drowned": Arm(tasks=Tasks(label_maps, 200 * weight, own_gates=True)),
     }
     run_phase("p7b3", arms, params)
 
