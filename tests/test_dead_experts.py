@@ -1,4 +1,9 @@
-"""Four experts of trained models are killed: measuring finds most of them, and takes no living one for dead."""
+"""Four experts of trained models are killed: measuring finds most of them, and takes no living one for dead.
+
+This guards the code and is no evidence for the rule: the models were chosen, among some ten kinds, by this very outcome
+in seeds 0 to 4. In seeds 5 to 9, not looked at before, the new and the old rule find the same 13 of 20 dead, and no
+living: once some of the dead are gone, the others do no harm that removing them would undo.
+"""
 
 from copy import deepcopy
 from statistics import mean
