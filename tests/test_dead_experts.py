@@ -1,4 +1,9 @@
-"""Four experts of trained models are killed: measuring finds most of them, and takes no living one for dead."""
+"""Four experts of trained models are killed: measuring finds most of them, and takes no living one for dead.
+
+This guards the code and is no evidence for the rule: the models were chosen, among some ten kinds, by this very outcome
+in seeds 0 to 4. In seeds 5 to 9, not looked at before, the new and the old rule find the same 13 of 20 dead, and no
+living: once some of the dead are gone, the others do no harm that removing them would undo.
+"""
 
 from copy import deepcopy
 from statistics import mean
@@ -71,7 +76,7 @@ def damaged(seed: int, schedule: Schedule, training: Training) -> Damaged:
     with torch.no_grad():
         for weights in (model.layers[0].w_in, model.layers[0].w_out):
             weights.copy_(weights[:1].expand_as(weights))  # experts that begin as copies can stand in for each other
-    train, signal, gate = (examples(4000, place) for place in (1, 2, 3))
+    train, signal, gate = (examples(n, n) for n in (4000, 4001, 4002))
     course = Course(train, signal, gate, training, schedule, seed)
     optimizer = loop.make_optimizer(model.parameters(), training)
     objective, rates = losses.plain_objective(model, 0), loop.cosine(training.lr, training.steps)
@@ -101,7 +106,7 @@ def found(start: Damaged, policy: MeasuredPolicy) -> tuple[int, int]:
 def test_measuring_finds_the_dead_and_spares_the_living(schedule: Schedule, training: Training) -> None:
     changes = {"steps": 60, "lr_scale": 0.1, "act_every": 10, "settle": 20, "max_experts": 14}
     schedule = override(schedule, changes, "")
-    training = override(training, {"steps": 300, "noise": 0.0, "shift": 0, "batch": 64}, "")
+    training = override(training, {"steps": 150, "noise": 0.0, "shift": 0, "batch": 64}, "")
     policy = MeasuredPolicy(price=1e-8, certainty=0.9, candidates=2, steps=20, repeats=2, every=1)
     starts = [damaged(seed, schedule, training) for seed in SEEDS]
     new = [found(start, policy) for start in starts]
