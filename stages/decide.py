@@ -1,7 +1,5 @@
 """Collect the evaluations of all phases, reach verdicts, and write the tables."""
 
-from math import nan
-
 import pandas as pd
 
 from phasegate.base.errors import UserError
@@ -16,6 +14,7 @@ from phasegate.stage import run
 from phasegate.verdicts.attribution import attribution
 from phasegate.verdicts.decisions import decide
 from phasegate.verdicts.leaderboard import leaderboard, reference_rows
+from phasegate.verdicts.sampling import sampling
 from phasegate.verdicts.signal_summary import signal_summary
 from phasegate.verdicts.surgery_summary import surgery_summary
 from phasegate.verdicts.wording import decisions_markdown
@@ -29,11 +28,12 @@ def main(params: Params) -> None:
     tables = {name: collect(name) for name in COLLECTED}
     tables |= {name: read_table(MODELS / f"{name}.csv") for name in ("signals", "in_a_row")}
     trials, failures = tables["trials"], tables["failures"]
-    # Until phasegate/verdicts/sampling.py is there, the test examples count as all that there are.
-    sampling = trials[["phase", "arm"]].drop_duplicates().assign(accuracy_se=0.0, delta_se=nan)
-    decisions = decide(tables | {"sampling": sampling}, claims, params.decisions)
+    tables["sampling"] = sampling(EVALUATED)
+    decisions = decide(tables, claims, params.decisions)
     published = {name: model.published for name, model in params.references_of(load_meta(PREPARED).name).items()}
-    references = reference_rows(read_table(MODELS / "references.csv"), trials, published, confidence)
+    references = reference_rows(
+        read_table(MODELS / "references.csv"), trials, tables["sampling"], published, confidence
+    )
     tables |= {
         "decisions": decisions,
         "attribution": attribution(trials, failures, tables["surgeries"], confidence),

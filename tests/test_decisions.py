@@ -325,7 +325,7 @@ def test_candidates_rank_by_the_race_then_by_accuracy_cost_and_name() -> None:
     assert [name for name, _ in ranked(table)] == ["y", "a", "b", "c", "z"]
     references = table[table["candidate"] == "z"].replace({"candidate": {"z": "mlp"}})
     tested = pd.DataFrame({"phase": "references", "arm": "mlp", "seed": [0, 1], "accuracy": [64.0, 66.0]})
-    board = leaderboard(table, "c", "z", 0.95, reference_rows(references, tested, {"mlp": 68.0}, 0.95))
+    board = leaderboard(table, "c", "z", 0.95, reference_rows(references, tested, NO_SHARE, {"mlp": 68.0}, 0.95))
     assert board["candidate"].tolist() == ["z", "c", "y", "a", "b", "mlp"]
     assert board["chosen"].tolist() == [False, True] + [False] * 4
     assert board["winner"].tolist() == [True] + [False] * 5
@@ -337,7 +337,7 @@ def test_candidates_rank_by_the_race_then_by_accuracy_cost_and_name() -> None:
 
 def test_a_candidate_with_a_failed_trial_has_no_rank() -> None:
     table = searched(CANDIDATES, "a, seed 0", "z, seed 0", "z, seed 1")
-    references = reference_rows(table[table["candidate"] == "a"], STUDY, {}, 0.95)
+    references = reference_rows(table[table["candidate"] == "a"], STUDY, NO_SHARE, {}, 0.95)
     board = leaderboard(table, "b", "b", 0.95, references).set_index("candidate")
     assert list(board.index) == ["b", "c", "a", "z", "a"] and board["rank"].tolist()[:2] == [1, 2]
     assert board["rank"].isna().tolist() == [False, False, True, True, True]

@@ -51,13 +51,21 @@ def leaderboard(
 
 
 def reference_rows(
-    search: pd.DataFrame, trials: pd.DataFrame, published: Mapping[str, float | None], confidence: float
+    search: pd.DataFrame,
+    trials: pd.DataFrame,
+    sampling: pd.DataFrame,
+    published: Mapping[str, float | None],
+    confidence: float,
 ) -> Iterator[dict[str, Any]]:
-    """Yield the reference models as rows, by mean gate accuracy, from `search`; test accuracies are from `trials`."""
+    """Yield the reference models as rows, by mean gate accuracy, from `search`; test accuracies are from `trials`.
+
+    Their intervals include what another draw of test examples would change, by `sampling`.
+    """
     for name, runs in ranked(search):
         row = {"kind": "reference", "chosen": False, "winner": False, "published_accuracy": published.get(name)}
         test = of_arm(trials, REFERENCES, name)["accuracy"]
-        measured = mean_interval(test, confidence) if len(test) else ()
+        further = float(of_arm(sampling, REFERENCES, name)["accuracy_se"].sum())
+        measured = mean_interval(test, confidence, further) if len(test) else ()
         yield row | _describe(name, runs, confidence) | dict(zip(TEST, measured, strict=False))
 
 
