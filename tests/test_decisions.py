@@ -51,6 +51,7 @@ STUDY = trials(
 )
 NAMES = (STUDY["phase"] + "/" + STUDY["arm"]).unique()
 NONE = pd.DataFrame(columns=FAILURE_COLUMNS)  # no failures
+NO_SHARE = pd.DataFrame(columns=["phase", "arm", "accuracy_se"])  # of the test examples
 
 
 def tables_of(study: pd.DataFrame, failures: pd.DataFrame = NONE, idle: Iterable[str] = ()) -> dict[str, pd.DataFrame]:

@@ -16,7 +16,7 @@ from phasegate.verdicts import attribution, surgery_summary, wording
 from phasegate.verdicts.decisions import decide
 from phasegate.verdicts.leaderboard import leaderboard, reference_rows
 from tests.small_study import ROOT
-from tests.test_decisions import NONE, RULE, claims_of, rule_of, searched, tables_of, trials_of
+from tests.test_decisions import NO_SHARE, NONE, RULE, claims_of, rule_of, searched, tables_of, trials_of
 
 PARAMS = load_params(ROOT / "params.yaml")
 COMMITTED = {path.stem: pd.read_csv(path) for path in (ROOT / "reports/tables").glob("*.csv")}

@@ -13,7 +13,7 @@ from phasegate.report import drawing
 from phasegate.report.drawing import DotStyle, Tables, dot_rows
 from phasegate.verdicts import decisions as words
 from phasegate.verdicts import wording
-from phasegate.verdicts.attribution import ACCOUNTS, account_finding, account_label, effect
+from phasegate.verdicts.attribution import ACCOUNTS, REMOVING, account_label, effect, harm
 from phasegate.verdicts.decisions import decision_rows
 from phasegate.verdicts.wording import phase_label, rows_of
 
@@ -77,7 +77,8 @@ def attribution(tables: Tables, params: Params) -> Figure:
     for axes in panels:
         axes.set_xlim(low, high)
     panels[-1].set_xlabel("effect on test accuracy, pp (circles: certain after Holm's correction)")
-    findings = [drawing.wrapped(account_finding(table, account, confidence), 100) for account in ACCOUNTS]
+    both = [account for account, parts in ACCOUNTS.items() if REMOVING in parts]
+    findings = [f"{account_label(account)}: {harm(table, account, confidence)}" for account in both]
     figure.suptitle("\n".join(findings), x=0.01, ha="left")
     return figure
 

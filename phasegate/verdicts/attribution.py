@@ -134,15 +134,19 @@ def attribution_findings(table: pd.DataFrame, confidence: float) -> list[str]:
 def account_finding(table: pd.DataFrame, account: str, confidence: float) -> str:
     """Return what adding, removing and both do, which of them does certain harm, and what the choice is worth."""
     rows = {row.part: row for row in rows_of(table[table["account"] == account])}
-    certain = {part for part, row in rows.items() if row.p_holm < 1 - confidence}
     said = [f"{part}, {effect(rows[part])}{_counted(rows[part])}" for part in (ADDING, REMOVING, BOTH) if part in rows]
-    if said:
-        harm = [part for part in (ADDING, REMOVING) if part in certain and rows[part].effect_pp < 0]
-        said.append(HARM[tuple(harm)])
-    doubt = "" if CHOOSING in certain else ", not certain (Holm)"
+    said += [harm(table, account, confidence)] if said else []
     choice = rows[CHOOSING]
+    doubt = "" if choice.p_holm < 1 - confidence else ", not certain (Holm)"
     said.append(f"{CHOOSING} and not drawing them, {effect(choice)}{_counted(choice)}{doubt if choice.n_seeds else ''}")
     return f"{account_label(account)}: {'; '.join(said)}"
+
+
+def harm(table: pd.DataFrame, account: str, confidence: float) -> str:
+    """Return which of adding and removing does certain harm."""
+    rows = rows_of(table[table["account"] == account])
+    harmful = {row.part for row in rows if row.effect_pp < 0 and row.p_holm < 1 - confidence}
+    return HARM[tuple(part for part in (ADDING, REMOVING) if part in harmful)]
 
 
 def _counted(row: Any) -> str:
