@@ -68,7 +68,7 @@ def test_an_archive_goes_through_every_stage(
     assert found == {(phase, arm) for phase, arms in params.arms().items() for arm in arms}
     assert (decisions["accuracy"] > 1.5 * 100 / meta.classes).all()  # it learned, in forty steps
     tasks = pd.read_csv(tmp_path / "reports/tables/tasks.csv")
-    assert set(tasks["task"]) == {task} and set(tasks["arm"]) == {"task_gates", "heads"}
+    assert set(tasks["task"]) == {task} and set(tasks["arm"]) == {"task_gates", "heads", "drowned"}
     assert tasks["accuracy"].between(100 / labels, 100).all()
     assert json.loads((tmp_path / "metrics.json").read_text())["phase"] == "p7b2"
     assert "CIFAR-10" in (tmp_path / "reports/report.html").read_text()

@@ -70,6 +70,7 @@ def study(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(prepared, folder / PREPARED)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
+        patch.setattr(decide, "sampling", lambda _: pd.read_csv(ROOT / TABLES / "sampling.csv"))
         for stage in (decide, report, headline):
             stage.main(PARAMS.model_copy(update={"headline": PARAMS.headline.model_copy(update={"phase": "p7b1"})}))
     return folder
