@@ -47,13 +47,19 @@ def failures() -> pd.DataFrame:
     return pd.DataFrame(rows, columns=FAILURE_COLUMNS)
 
 
+def committed(name: str) -> pd.DataFrame:
+    """A table of the study, whose first seed is taken for seed 0."""
+    table = pd.read_csv(ROOT / TABLES / f"{name}.csv")
+    return table.assign(seed=table["seed"] - PARAMS.seeds.first)
+
+
 @pytest.fixture(scope="module")
 def study(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The committed study as it would be if these trials had failed, decided and reported."""
     folder, failed = tmp_path_factory.mktemp("study"), failures()
     lost = pd.MultiIndex.from_frame(failed[["phase", "arm", "seed"]])
     for name in decide.COLLECTED:
-        table = failed if name == "failures" else pd.read_csv(ROOT / TABLES / f"{name}.csv")
+        table = failed if name == "failures" else committed(name)
         if name in ("routing", "loads"):
             table["seed"] = 1  # a study keeps the first seed: take it for the second
         if name != "failures":
@@ -62,7 +68,7 @@ def study(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         for phase in names.EVALUATED:
             write_table(folder / EVALUATED / phase / f"{name}.csv", table[folders == phase])
     for name in ("signals", "in_a_row"):
-        write_table(folder / MODELS / f"{name}.csv", pd.read_csv(ROOT / TABLES / f"{name}.csv").query("seed > 0"))
+        write_table(folder / MODELS / f"{name}.csv", committed(name).query("seed > 0"))
     tried = searched({"base": 80, "fast": 80}, "fast, seed 1")
     for name in ("q1", "q2", "references"):
         write_table(folder / MODELS / f"{name}.csv", tried)
