@@ -63,7 +63,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save(folder / "data/prepared", splits, name="bytes", class_names=names, tasks=tasks, mean=mean, std=std)
     gate = Examples(torch.from_numpy(split.x), torch.from_numpy(split.y))
     for name, n_gates in (("p7b2/split", 1), ("p7b3/task_gates", 3)):
-        save_model(folder / "models" / name / "seed-0", grown((1, 8), n_gates), gate)
+        save_model(folder / "models" / name / "seed-100", grown((1, 8), n_gates), gate)
     return folder
 
 
@@ -77,7 +77,7 @@ def test_a_loaded_model_gives_the_bits_of_the_trained_one(baselines: Path, prepa
 
 
 def test_raw_inputs_are_standardised_to_the_bits_of_the_stage_prepare(study: Path) -> None:
-    folder = study / "models/p7b2/split/seed-0"
+    folder = study / "models/p7b2/split/seed-100"
     found, given = phasegate.load(folder), phasegate.load(folder, study / "data/prepared/dataset.json")
     unaware = phasegate.load(folder, dataset=None)
     raw, standardised = torch.from_numpy(RAW), torch.from_numpy(standardise(RAW, *MOMENTS))
@@ -87,7 +87,7 @@ def test_raw_inputs_are_standardised_to_the_bits_of_the_stage_prepare(study: Pat
 
 
 def test_the_units_of_inputs_are_never_guessed(study: Path, prepared: Path, tmp_path: Path) -> None:
-    folder = shutil.copytree(study / "models/p7b3/task_gates/seed-0", tmp_path / "copied")
+    folder = shutil.copytree(study / "models/p7b3/task_gates/seed-100", tmp_path / "copied")
     with pytest.raises(UserError, match=r"no data/prepared/dataset.json .* or None if inputs are standardised"):
         phasegate.load(folder)
     with pytest.raises(UserError, match="nowhere"):
@@ -103,7 +103,7 @@ def test_the_units_of_inputs_are_never_guessed(study: Path, prepared: Path, tmp_
 
 
 def test_further_tasks_have_their_own_heads_and_gates(study: Path) -> None:
-    model = phasegate.load(study / "models/p7b3/task_gates/seed-0", dataset=None)
+    model = phasegate.load(study / "models/p7b3/task_gates/seed-100", dataset=None)
     x = torch.randn(EVALUATION_BATCH + 50, 1, 8)
     for task in range(3):
         outputs = predict(model.model, x, task + 1)
@@ -114,7 +114,7 @@ def test_further_tasks_have_their_own_heads_and_gates(study: Path) -> None:
 
 
 def test_routing_statistics_are_those_that_controllers_read(study: Path) -> None:
-    model = phasegate.load(study / "models/p7b2/split/seed-0", dataset=None)
+    model = phasegate.load(study / "models/p7b2/split/seed-100", dataset=None)
     x = torch.randn(EVALUATION_BATCH + 50, 1, 8)
     tables = model.routing(x).groupby("block")
     for (_, rows), moe, routing in zip(tables, model.model.layers, model.model(x).routings, strict=True):
@@ -128,7 +128,7 @@ def test_routing_statistics_are_those_that_controllers_read(study: Path) -> None
 
 
 def test_damaged_checkpoints_and_missing_devices_are_refused(study: Path, tmp_path: Path) -> None:
-    folder = shutil.copytree(study / "models/p7b2/split/seed-0", tmp_path / "damaged")
+    folder = shutil.copytree(study / "models/p7b2/split/seed-100", tmp_path / "damaged")
     weights, record = folder / checkpoint.WEIGHTS, folder / checkpoint.RECORD
     with pytest.raises(UserError, match="device is 'abacus', which can't be used here"):
         phasegate.load(folder, None, "abacus")
@@ -154,7 +154,7 @@ def test_a_device_without_float64_is_refused_in_one_sentence(study: Path, monkey
 
     monkeypatch.setattr(torch, "empty", empty)
     with pytest.raises(UserError, match=r"^device is 'mps', which can't be used here: Cannot convert a MPS Tensor"):
-        phasegate.load(study / "models/p7b2/split/seed-0", device="mps")
+        phasegate.load(study / "models/p7b2/split/seed-100", device="mps")
 
 
 @pytest.mark.parametrize(
@@ -168,7 +168,7 @@ def test_a_device_without_float64_is_refused_in_one_sentence(study: Path, monkey
     ],
 )
 def test_inputs_that_do_not_fit_are_refused(study: Path, x: Tensor, sentence: str) -> None:
-    model = phasegate.load(study / "models/p7b2/split/seed-0")
+    model = phasegate.load(study / "models/p7b2/split/seed-100")
     for use in (model.forward, model.predict, model.routing):
         with pytest.raises(UserError, match=sentence):
             use(x)

@@ -202,17 +202,17 @@ def rule(decisions: pd.DataFrame, shares: Decisions) -> str:
     return (
         f"Every arm is compared seed by seed with `{CONTROL}`: the same 7a checkpoints, trained for as many steps "
         f"without control head or surgery. The {100 * shares.confidence:g} % interval of the difference in test "
-        f"accuracy says its word: BETTER, it lies above zero; WORSE, below; EQUIVALENT, within the margin of "
+        f"accuracy says its word, the first that holds: BETTER, it lies above zero; WORSE, below; EQUIVALENT, within the margin of "
         f"±{margin}; NO WORSE, at or above {MINUS}{margin}; UNDECIDED, else. NOTHING DONE: the arm never operated and "
         f"equals `{CONTROL}` in every seed. The margin is {100 * shares.margin:g} % of the error of `{CONTROL}`; that "
         f"of the negative log-likelihood (NLL), {number(control.margin_nll, 4)} nats, is as large a share of its NLL. "
         "The primary arm decides its phase by the claim. Harmless: GO if accuracy and NLL lose no more than their "
         "margins, NO-GO if one of them certainly does. Gain: GO if accuracy is BETTER, NO-GO if it certainly gains "
         f"less than {number(control.gain_pp)} pp. INCONCLUSIVE: neither, or NOTHING DONE. NO ASSAY: the known winner "
-        "of the phase did not beat its known loser, so the phase could not have shown anything. Phases are decided "
-        "one by one, in an order fixed beforehand, without correction across them. The other arms are exploratory: "
-        "BETTER and WORSE also have to pass Holm's correction within their phase. An arm with a failed trial is WORSE "
-        f"or UNDECIDED, never GO, and NO-GO if all its trials failed. A seed that `{CONTROL}` failed counts against "
+        "of the phase is not certainly ahead of its known loser by the margin of the assay, so there is no verdict. "
+        "Each phase is decided by itself, without correction across them. The other arms are exploratory: BETTER and "
+        "WORSE also have to pass Holm's correction within their phase. An arm with a failed trial is WORSE or "
+        "UNDECIDED, if it did anything, never GO, and NO-GO if all its trials failed. A seed that `{CONTROL}` failed counts against "
         f"no arm. {reach(control.n_seeds, shares)}"
     )
 
