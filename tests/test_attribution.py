@@ -118,10 +118,10 @@ def test_whole_families_are_counted_as_a_layer_would(operations: list[tuple[str,
     ("lost", "harm"),
     [
         ({}, "neither does certain harm"),
-        ({"grow": 2}, "adding does the harm, and removing none that is certain"),
-        ({"prune": 2}, "removing does the harm, and adding none that is certain"),
+        ({"grow": 2}, "adding, by splits, does the harm, and removing none that is certain"),
+        ({"prune": 2}, "removing does the harm, and adding, by splits, none that is certain"),
         ({"grow": 1, "prune": 2}, "adding and removing both do harm"),
-        ({"grow": -2, "prune": 2}, "removing does the harm, and adding none that is certain"),
+        ({"grow": -2, "prune": 2}, "removing does the harm, and adding, by splits, none that is certain"),
     ],
 )
 def test_the_finding_tells_which_of_adding_and_removing_does_the_harm(lost: dict[str, float], harm: str) -> None:

@@ -31,11 +31,11 @@ def start_worker(parent: int, note_used: bool) -> None:
 @contextmanager
 def deaf_to_ctrl_c() -> Iterator[None]:
     """Hold back SIGINT until the end; processes and threads that begin meanwhile never get one."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def on_stop(act: Callable[[int, FrameType | None], object]) -> None:

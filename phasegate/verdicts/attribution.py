@@ -42,7 +42,7 @@ ACCOUNTS: Mapping[str, Mapping[str, Contrast]] = {
         BOTH: _minus("p7b1/random_acting", CONTINUED),
         "the gradient of noise": _minus("p7b1/noise", CONTINUED),
         "a head deciding, not the labels": _minus("p7b1/noise_acting", "p7b1/noise", "p7b1/random_acting", CONTINUED),
-        CHOOSING: _minus("p7b1/noise_acting", "p7b1/yoked"),
+        CHOOSING: _minus("p7b1/noise_acting", "p7b1/noise", "p7b1/yoked", CONTINUED),
     },
     "p7b2": {
         ADDING: _minus("p7b2/grow", CONTINUED),
@@ -55,8 +55,8 @@ ACCOUNTS: Mapping[str, Mapping[str, Contrast]] = {
 """What each phase's adding, removing, both and choice of experts do to the accuracy."""
 HARM = {
     (): "neither does certain harm",
-    (ADDING,): "adding does the harm, and removing none that is certain",
-    (REMOVING,): "removing does the harm, and adding none that is certain",
+    (ADDING,): "adding, by splits, does the harm, and removing none that is certain",
+    (REMOVING,): "removing does the harm, and adding, by splits, none that is certain",
     (ADDING, REMOVING): "adding and removing both do harm",
 }
 SIGNALS = {"p7b1": "random labels", "p7b2": "routing entropy", "p7b4": "usage"}
