@@ -73,7 +73,7 @@ def test_taylor_saliency_is_how_the_loss_answers_to_each_contribution(seed: int,
         saliency[e] += answer.abs()
     found = both("taylor_saliency", probe)
     torch.testing.assert_close(found, saliency)
-    assert found[UNUSED] == 0 and (found > 0).sum() >= 2
+    assert found[UNUSED] == 0 and found.any()
 
 
 @settings(max_examples=15)

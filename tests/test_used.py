@@ -231,12 +231,13 @@ def begun(kept: Path) -> list[Path]:
     return [*kept.glob(f"{store.UNFINISHED}/*/*")]
 
 
+SEEDS = (b"seeds:\n  first: 0\n  count: 2\n", b"seeds:\n  first: 0\n  count: 3\n")
 EDITS = {"phasegate/training/loop.py": MOMENTS[1], "params.yaml": MOMENTS[2]}
 
 
 def test_dvc_records_nothing_of_a_stage_whose_files_change(tmp_path: Path) -> None:
     study = Checkout(tmp_path / "study", PHASEGATE_WORKERS="2", PHASEGATE_SNAPSHOT="0")
-    study.change({"references": {"mnist1d": SLOW_REFERENCES}, "seeds": 2})
+    study.change({"references": {"mnist1d": SLOW_REFERENCES}, "seeds": {"first": 0, "count": 2}})
     run = ("dvc", "repro", "references")
     study.command(*run)
     before, good = recorded(study), weights(study)
@@ -247,7 +248,7 @@ def test_dvc_records_nothing_of_a_stage_whose_files_change(tmp_path: Path) -> No
         stage = start(["dvc", "repro", "--single-item", "--force", "references"], study.folder, study.environment)
         wait_for(partial(chaos.find, stage, "worker") if moment == MOMENTS[1] else partial(begun, kept))
         path.unlink()
-        path.write_bytes(was.replace(b"seeds: 2", b"seeds: 3") if name == "params.yaml" else was + b"\n# edited\n")
+        path.write_bytes(was.replace(*SEEDS) if name == "params.yaml" else was + b"\n# edited\n")
         said = stage.communicate()[0]
         assert stage.returncode and f"references: {name} changed after it was read, so this result is not" in said
         assert "Traceback" not in said and recorded(study) == before
@@ -256,7 +257,7 @@ def test_dvc_records_nothing_of_a_stage_whose_files_change(tmp_path: Path) -> No
             path.unlink()
             path.write_bytes(was)
     study.command(*run)
-    assert recorded(study)["params"]["params.yaml"]["seeds"] == 3 and len(weights(study)) == 3
+    assert recorded(study)["params"]["params.yaml"]["seeds"]["count"] == 3 and len(weights(study)) == 3
     path.write_bytes(was)
     for words in (run, (*run, "--force")):
         study.command(*words)

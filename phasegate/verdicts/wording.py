@@ -210,9 +210,9 @@ def rule(decisions: pd.DataFrame, shares: Decisions) -> str:
         "more than their margins, NO-GO if one of them certainly does. Gain: GO if accuracy is BETTER, else NO-GO if "
         f"it certainly gains less than {number(control.gain_pp)} pp. INCONCLUSIVE: neither, or NOTHING DONE. NO ASSAY: "
         "the known winner of the phase is not certainly ahead of its known loser by the margin of the assay, so there "
-        "is no verdict. Each phase is decided by itself, without correction across them. The other arms are exploratory: "
-        "BETTER and WORSE also have to pass Holm's correction within their phase. An arm with a failed trial is WORSE "
-        "or UNDECIDED, if it did anything, never GO, and NO-GO if all its trials failed. A seed that "
+        "is no verdict. Each phase is decided by itself, without correction across them. The other arms are "
+        "exploratory: BETTER and WORSE also have to pass Holm's correction within their phase. An arm with a failed "
+        "trial is WORSE or UNDECIDED, if it did anything, never GO, and NO-GO if all its trials failed. A seed that "
         f"`{CONTROL}` failed counts against no arm. {reach(control.n_seeds, shares)}"
     )
 
