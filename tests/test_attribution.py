@@ -70,7 +70,7 @@ def test_the_table_has_every_contrast_in_order_with_corrected_p_values() -> None
 
 def test_planted_effects_are_found_in_all_and_by_operation() -> None:
     rows = planted(grow=[0.1, 0.2, 0.3, 0.4], prune=[0, 3, 5, 6], random_acting=[2.0] * 4, noise=[1.0] * 4)
-    assert rows["effect_pp"].round(6).tolist() == [-0.25, -3.5, -2, -1, 3, 0]
+    assert rows["effect_pp"].round(6).tolist() == [-0.25, -3.5, -2, -1, 3, 1]
     assert rows.loc[[ADDING, REMOVING, BOTH], "added"].tolist() == [2.5, 0, 2]
     assert rows.loc[[ADDING, REMOVING, BOTH], "removed"].tolist() == [0, 2.5, 1]
     each = rows[["each_pp", "each_lo", "each_hi"]]
