@@ -11,8 +11,9 @@ from phasegate.base.errors import UserError
 from phasegate.model.classifier import ModelSpec, Network
 from phasegate.model.references import ReferenceSpec, build
 from phasegate.params import Params, check, load_params
-from phasegate.params.fields import parse
+from phasegate.params.fields import Seeds, parse
 from phasegate.params.phases import Assay
+from stages import check as check_stage
 from stages.check import check_assay
 from tests.damage import BOMBS, put
 from tests.small_study import ROOT
@@ -192,3 +193,11 @@ def test_an_assay_names_arms_that_run() -> None:
     check_assay("plugins.assay", claim, params)
     with pytest.raises(UserError, match=r"plugins\.assay\.worse is 'p7a/contine', which no phase runs: did"):
         check_assay("plugins.assay", claim.model_copy(update={"worse": "p7a/contine"}), params)
+
+
+@pytest.mark.parametrize("first", [191, 209])
+def test_no_search_may_choose_by_the_seeds_of_verdicts(first: int) -> None:
+    params = load_params(PATH).model_copy(update={"seeds": Seeds(first=first, count=10)})
+    shared = max(first, params.q1.seeds.first)
+    with pytest.raises(UserError, match=rf"^q1.seeds has {shared}, which `seeds` has too: no search may choose by"):
+        check_stage.main(params)
