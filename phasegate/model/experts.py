@@ -9,44 +9,52 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from phasegate.model.kernels.functions import Layer, run_experts, suit
+from phasegate.model.kernels.functions import Mix, Route, run_experts, suit
 
 Hyperplanes = tuple[Tensor, Tensor, Tensor, Tensor]
 """Weights (L, D) and offsets (L,) of the inner nodes, and the tables that `MoE.refresh` derives from the paths."""
 
 
 class Routed(NamedTuple):
-    """Hold what a layer puts out, and how it got there."""
+    """Hold how tokens were routed."""
 
-    y: Tensor  # (G, N, D) the mixture
     logits: Tensor  # (G, N, F)
     gates: Tensor  # (G, N, K)
+    weights: Tensor  # (G, N, K) the gates again; through them the hyperplanes learn
     families: Tensor  # (G, N, K)
     experts: Tensor  # (G, N, K)
-    counts: Tensor  # (E,) how many slots run each expert
 
 
-def layer(
-    x: Tensor, router: Tensor, bias: Tensor, hyperplanes: Hyperplanes, w_in: Tensor, w_out: Tensor, top_k: int
-) -> Routed:
-    """Route tokens x (G, N, D), run their experts, and sum the outputs by rank, weighted by gates.
+def route(x: Tensor, router: Tensor, bias: Tensor, hyperplanes: Hyperplanes, top_k: int) -> Routed:
+    """Route tokens x (G, N, D) by a router (G, F, D).
 
     The families with the greatest logit + bias (G, F) are chosen, of equal ones the lower index. Their gates are the
     softmax of their logits; a lone gate keeps its probability among all families, for the router's gradient (arXiv
-    2101.03961). Router (G, F, D), weights (E, D, H) and (E, H, D). The kernel can be differentiated once, by mixture,
-    logits and gates. Through the mixture the hyperplanes learn if they need a gradient: see `_teaching`.
+    2101.03961). The kernel can be differentiated once, by logits, gates and weights. Through the weights the
+    hyperplanes learn if they need a gradient: see `_descend`.
     """
     if suit(x):
-        return Routed(*Layer.apply(x, router, bias, *hyperplanes, w_in, w_out, top_k))  # type: ignore[no-untyped-call]
+        return Routed(*Route.apply(x, router, bias, *hyperplanes, top_k))  # type: ignore[no-untyped-call]
     logits = x @ router.transpose(1, 2)
     families = (logits.detach() + bias[:, None]).argsort(dim=-1, descending=True, stable=True)[..., :top_k]
     gates = logits.softmax(-1).gather(-1, families) if top_k == 1 else logits.gather(-1, families).softmax(-1)
     experts, teaching = _descend(x, families, *hyperplanes)
+    return Routed(logits, gates, gates * teaching, families, experts)
+
+
+def mix(x: Tensor, weights: Tensor, experts: Tensor, w_in: Tensor, w_out: Tensor) -> tuple[Tensor, Tensor]:
+    """Run the experts (G, N, K) of tokens x (G, N, D), and sum what these put out by rank, weighted (G, N, K).
+
+    Weights (E, D, H) and (E, H, D). Returns the sums (G, N, D) and how many slots ran each expert (E,).
+    """
+    if suit(x):
+        mixed: tuple[Tensor, Tensor] = Mix.apply(x, weights, experts, w_in, w_out)  # type: ignore[no-untyped-call]
+        return mixed
     outputs = run(x.flatten(0, 1), experts.flatten(0, 1), w_in, w_out)
-    y = (outputs * (gates * teaching).flatten(0, 1).unsqueeze(-1)).sum(1)
+    y = (outputs * weights.flatten(0, 1).unsqueeze(-1)).sum(1)
     ones = torch.ones_like(experts).flatten()  # an export can't trace `bincount`
     counts = ones.new_zeros(len(w_in)).scatter_add(0, experts.flatten(), ones)
-    return Routed(y.view_as(x), logits, gates, families, experts, counts)
+    return y.view_as(x), counts
 
 
 def _descend(

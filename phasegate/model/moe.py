@@ -16,7 +16,8 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from phasegate.model import experts
+from phasegate.model import births, experts
+from phasegate.model.births import BIRTH_STEPS, Birth
 from phasegate.model.kernels.functions import product
 
 AXES: dict[str, tuple[str | None, ...]] = {
@@ -63,6 +64,7 @@ class MoE(nn.Module):
     load: Tensor  # (E,) tokens run in training since the last reset; a new expert inherits its parent's load
     path: Tensor  # (E, L) the side (+1, -1) of each node that leads to the expert; 0 for a node off its path
     selection_bias: Tensor  # (G, F) added to the scores for selection only (DeepSeek-V3, arXiv 2412.19437)
+    birth: Tensor  # (3,) families before a birth that is under way, else 0; steps since; whether the old ones retire
     _root: Tensor
     _child: Tensor
 
@@ -87,6 +89,8 @@ class MoE(nn.Module):
         self.register_buffer("load", torch.zeros(n_routed, dtype=torch.int64))
         self.register_buffer("path", torch.zeros(n_routed, 0, dtype=torch.int8))
         self.register_buffer("selection_bias", torch.zeros(n_gates, n_routed))
+        self.register_buffer("birth", torch.zeros(3, dtype=torch.int64))
+        self.under_way: Birth | None = None
         self.register_buffer("_root", torch.empty(0), persistent=False)
         self.register_buffer("_child", torch.empty(0), persistent=False)
         self.refresh()
@@ -100,6 +104,22 @@ class MoE(nn.Module):
     def n_families(self) -> int:
         """Return F, read from the router."""
         return self.router.shape[1]
+
+    @property
+    def slots(self) -> int:
+        """Return how many experts each token runs."""
+        return 2 * self.top_k if self.under_way and not self.under_way.retires else self.top_k
+
+    def set_birth(self, birth: Birth | None) -> None:
+        """Note that a birth is under way, or none; ValueError if the layer cannot be in it."""
+        if birth and not (
+            self.top_k <= birth.n_old < self.n_families
+            and 0 <= birth.age < BIRTH_STEPS
+            and (not birth.retires or self.top_k <= self.n_families - birth.n_old)
+        ):
+            raise ValueError(f"{birth} does not fit a layer of {self.n_families} families with top_k = {self.top_k}")
+        self.under_way = birth
+        self.birth = self.birth.new_tensor(birth or (0, 0, 0), dtype=torch.int64)
 
     def resize_like(self, state: Mapping[str, Tensor]) -> None:
         """Resize every tensor that surgery resizes to its size in a stored state, without memory for its values.
@@ -117,7 +137,7 @@ class MoE(nn.Module):
             setattr(self, name, nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new)
 
     def refresh(self) -> None:
-        """Derive the tables of the descent from `family_of` and `path`. Call it whenever those change.
+        """Derive the tables of the descent from `family_of` and `path`, and the birth. Call it when those change.
 
         A slot is an inner node (0..L-1) or an expert (L + e). `_root` (F,) is the first slot of a family, `_child`
         (L + E, 2) the next slot of a token on the negative and on the positive side. Experts lead to themselves.
@@ -140,6 +160,8 @@ class MoE(nn.Module):
         device = self.path.device
         self._root = torch.tensor(roots, device=device)
         self._child = torch.tensor(child, device=device)
+        n_old, age, retires = self.birth.tolist()
+        self.set_birth(Birth(n_old, age, bool(retires)) if n_old else None)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
         """Route tokens x (G, N, D), gate g's tokens by router g, and return the mixture (G, N, D).
@@ -151,13 +173,18 @@ class MoE(nn.Module):
         if n_gates < len(router):
             router, bias = router[:n_gates], bias[:n_gates]
         hyperplanes = (self.node_weight, self.node_offset, self._root, self._child)
-        routed = experts.layer(x, router, bias, hyperplanes, self.w_in, self.w_out, self.top_k)
-        y, logits, gates, families, chosen, counts = routed
+        if self.under_way:
+            how = (self.top_k, self.under_way, self.family_of)
+            routed, weights, chosen = births.overlap(x, router, bias, hyperplanes, *how)
+        else:
+            routed = experts.route(x, router, bias, hyperplanes, self.top_k)
+            weights, chosen = routed.weights, routed.experts
+        y, counts = experts.mix(x, weights, chosen, self.w_in, self.w_out)
         if self.training:
             self.load += counts
         if self.n_shared:
             y = y + product(product(x, self.shared_in).relu(), self.shared_out)
-        return y, Routing(x, logits, families, gates, chosen)
+        return y, Routing(x, routed.logits, routed.families, routed.gates, routed.experts)
 
     def margins(self, x: Tensor) -> Tensor:
         """Return the signed margins of tokens x (G, N, D) at every inner node (G, N, L)."""

@@ -102,84 +102,114 @@ def _run(kernel: Kernel, *arguments: Tensor | int) -> None:
 
 def run_experts(x: Tensor, experts: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
     """Return what the experts (N, K) of tokens x (N, D) put out, without gates or gradient -> (N, K, D)."""
-    (n, top_k), (n_experts, width, inside) = experts.shape, w_in.shape
-    slots, made = n * top_k, x.new_empty(n * top_k, width)
-    slot, place, ends, counts = *experts.new_empty(2, slots), *experts.new_empty(2, n_experts)
-    _run(kernels().sort_slots, experts.contiguous(), slot, place, ends, counts, slots, n_experts)
-    panel, rows, hidden, out = workspace.addresses(slots * width, slots * inside, n * width)
-    weights, sizes = (ONE.expand(slots).contiguous(), w_in, w_out), (n, top_k, n_experts, width, inside)
-    sorting = (slot, place, ends)
-    _run(kernels().mixture, x.contiguous(), *weights, *sorting, rows, hidden, made, out, ZEROS, panel, *sizes)
-    return made[place].view(n, top_k, width)
+    ones = x.new_ones(experts.shape)
+    _, rows, _, order, _ = _mix(x, ones, experts, w_in, w_out)
+    place = order[experts.numel() : 2 * experts.numel()]
+    return rows[1][place].view(*experts.shape, x.shape[1])
 
 
-class Layer(torch.autograd.Function):
-    """Route tokens x (G, N, D) to experts, and sum what these put out, weighted by gates."""
+def _mix(
+    x: Tensor, weights: Tensor, experts: Tensor, w_in: Tensor, w_out: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Run the experts of each token and sum what they put out: y, rows given and made, hidden, order, counts.
+
+    `order` holds the slot of each row, the row of each slot, and where the rows of each expert end.
+    """
+    (n_experts, width, inside), top_k, slots = w_in.shape, experts.shape[-1], experts.numel()
+    rows, hidden, y = x.new_empty(2, slots, width), x.new_empty(slots, inside), torch.empty_like(x)
+    order, counts = experts.new_empty(2 * slots + n_experts), experts.new_empty(n_experts)
+    sorting, outputs, (panel,) = _sorting(order, slots), rows.data_ptr() + 4 * slots * width, workspace.addresses()
+    _run(kernels().sort_slots, experts, *sorting, counts, slots, n_experts)
+    _run(
+        kernels().mixture, x, weights, w_in, w_out, *sorting, rows, hidden, outputs, y, ZEROS, panel,
+        slots // top_k, top_k, n_experts, width, inside,
+    )  # fmt: skip
+    return y, rows, hidden, order, counts
+
+
+def _sorting(order: Tensor, slots: int) -> tuple[int, int, int]:
+    """Return the addresses of the three parts of an order of slots."""
+    return order.data_ptr(), order.data_ptr() + 8 * slots, order.data_ptr() + 16 * slots
+
+
+class Mix(torch.autograd.Function):
+    """Run the experts (..., K) of tokens x (..., D), and sum what these put out by rank, weighted (..., K)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weights: Tensor, experts: Tensor, w_in: Tensor, w_out: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        x, weights = x.contiguous(), weights.contiguous()
+        y, rows, hidden, order, counts = _mix(x, weights, experts.contiguous(), w_in, w_out)
+        ctx.mark_non_differentiable(counts)
+        ctx.save_for_backward(x, weights, w_in, w_out, rows, hidden, order)
+        return y, counts
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, slope: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+        x, weights, w_in, w_out, rows, hidden, order = ctx.saved_tensors
+        (n_experts, width, inside), top_k, slots, slope = (
+            w_in.shape,
+            weights.shape[-1],
+            weights.numel(),
+            slope.contiguous(),
+        )
+        d_x, d_weights, d_w_in, d_w_out = map(torch.empty_like, (x, weights, w_in, w_out))
+        panel, some, d_hidden, d_rows = workspace.addresses(slots * width, slots * inside, slots * width)
+        _run(
+            kernels().mixture_gradient, slope, weights, w_in, w_out, rows, hidden, rows.data_ptr() + 4 * slots * width,
+            *_sorting(order, slots), d_x, d_weights, d_w_in, d_w_out, some, d_hidden, d_rows, ONE, ZEROS, panel,
+            slots // top_k, top_k, n_experts, width, inside,
+        )  # fmt: skip
+        return d_x, d_weights, None, d_w_in, d_w_out
+
+
+class Route(torch.autograd.Function):
+    """Route tokens x (G, N, D) to experts; the gates come twice, the second time as weights that teach hyperplanes."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, router: Tensor, bias: Tensor, node_weight: Tensor, node_offset: Tensor, root: Tensor,
-        child: Tensor, w_in: Tensor, w_out: Tensor, top_k: int,
+        child: Tensor, top_k: int,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         (n_gates, n, width), n_families, n_nodes = x.shape, router.shape[1], len(node_weight)
-        n_experts, _, inside = w_in.shape
-        tokens, slots, x, router = n_gates * n, n_gates * n * top_k, x.contiguous(), router.contiguous()
-        logits, gates, y = x.new_empty(n_gates, n, n_families), x.new_empty(n_gates, n, top_k), torch.empty_like(x)
+        x, router, bias = x.contiguous(), router.contiguous(), bias.contiguous()
+        logits, gates = x.new_empty(n_gates, n, n_families), x.new_empty(n_gates, n, top_k)
         families, experts = root.new_empty(n_gates, n, top_k), root.new_empty(n_gates, n, top_k)
-        counts, order = root.new_empty(n_experts), root.new_empty(2 * slots + n_experts)
-        slot = order.data_ptr()
-        sorting = (slot, slot + 8 * slots, slot + 16 * slots)
-        margins, rows, hidden = x.new_empty(tokens, n_nodes), x.new_empty(2, slots, width), x.new_empty(slots, inside)
-        (panel,), tree = workspace.addresses(), (node_weight, node_offset, root, child)
+        margins, (panel,) = x.new_empty(n_gates * n, n_nodes), workspace.addresses()
         _run(
-            kernels().route, x, router, bias, *tree, logits, gates, families, experts, margins, ZEROS, panel,
-            *sorting, counts, n_gates, n, n_families, width, top_k, n_nodes, n_experts,
+            kernels().route, x, router, bias, node_weight, node_offset, root, child, logits, gates, families, experts,
+            margins, ZEROS, panel, n_gates, n, n_families, width, top_k, n_nodes,
         )  # fmt: skip
-        outputs = rows.data_ptr() + 4 * slots * width
-        _run(
-            kernels().mixture, x, gates, w_in, w_out, *sorting, rows, hidden, outputs, y, ZEROS, panel,
-            tokens, top_k, n_experts, width, inside,
-        )  # fmt: skip
-        ctx.mark_non_differentiable(families, experts, counts)
+        ctx.mark_non_differentiable(families, experts)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(
-            x, router, node_weight, root, child, w_in, w_out, logits, gates, families, margins, rows, hidden, order
-        )
-        return y, logits, gates, families, experts, counts
+        ctx.save_for_backward(x, router, node_weight, root, child, logits, gates, families, margins)
+        return logits, gates, gates.clone(), families, experts
 
     @staticmethod
     @once_differentiable
     def backward(
-        ctx: Any, slope: Tensor | None, d_logits: Tensor | None, d_gates: Tensor | None, *_: None
+        ctx: Any, d_logits: Tensor | None, d_gates: Tensor | None, d_weights: Tensor | None, *_: None
     ) -> tuple[Tensor | None, ...]:
-        (
-            x, router, node_weight, root, child, w_in, w_out, logits, gates, families, margins, rows, hidden, order
-        ) = ctx.saved_tensors  # fmt: skip
-        (n_gates, n, width), n_families, top_k, slots = x.shape, router.shape[1], gates.shape[2], gates.numel()
-        n_experts, _, inside = w_in.shape
-        slope = torch.zeros_like(x) if slope is None else slope.contiguous()
+        x, router, node_weight, root, child, logits, gates, families, margins = ctx.saved_tensors
+        (n_gates, n, width), n_families, top_k = x.shape, router.shape[1], gates.shape[2]
         d_logits, d_gates = _own(d_logits, logits), _own(d_gates, gates)
-        d_x, d_mixed, d_w_in, d_w_out, d_router = map(torch.empty_like, (x, gates, w_in, w_out, router))
-        panel, some, d_hidden, d_rows = workspace.addresses(slots * width, slots * inside, slots * width)
-        slot, outputs = order.data_ptr(), rows.data_ptr() + 4 * slots * width
-        _run(
-            kernels().mixture_gradient, slope, gates, w_in, w_out, rows, hidden, outputs,
-            slot, slot + 8 * slots, slot + 16 * slots, d_x, d_mixed, d_w_in, d_w_out, some, d_hidden, d_rows,
-            ONE, ZEROS, panel, n_gates * n, top_k, n_experts, width, inside,
-        )  # fmt: skip
+        d_weights = torch.zeros_like(gates) if d_weights is None else d_weights.contiguous()
+        d_x, d_router, (panel,) = torch.zeros_like(x), torch.empty_like(router), workspace.addresses()
         teaches = ctx.needs_input_grad[3] and len(node_weight) > 0
         d_margins = torch.zeros_like(margins) if teaches else margins
         _run(
-            kernels().route_gradient, x, router, logits, families, gates, d_gates, d_mixed, margins, root, child,
+            kernels().route_gradient, x, router, logits, families, gates, d_gates, d_weights, margins, root, child,
             d_logits, d_margins, d_x, d_router, ZEROS, panel,
             n_gates, n, n_families, width, top_k, len(node_weight) * teaches,
         )  # fmt: skip
-        d_weight = d_offset = None
+        d_node = d_offset = None
         if teaches:
             d_x += multiply(d_margins, node_weight).view_as(d_x)
-            d_weight = multiply(d_margins.T, x.flatten(0, 1))
+            d_node = multiply(d_margins.T, x.flatten(0, 1))
             d_offset = multiply(d_margins.new_ones(1, len(d_margins)), d_margins)[0]
-        return d_x, d_router, None, d_weight, d_offset, None, None, d_w_in, d_w_out, None
+        return d_x, d_router, None, d_node, d_offset, None, None, None
 
 
 def _own(slope: Tensor | None, like: Tensor) -> Tensor:

@@ -186,12 +186,12 @@ def weigh(logits, families, gates, n_families, top_k):
         gates[k] = exp(logits[families[k]] - greatest) / total
 
 
-@entry(*[FLOATS] * 5, *[INTS] * 2, *[FLOATS] * 2, *[INTS] * 2, *[FLOATS] * 3, *[INTS] * 4, *[INT] * 7)
+@entry(*[FLOATS] * 5, *[INTS] * 2, *[FLOATS] * 2, *[INTS] * 2, *[FLOATS] * 3, *[INT] * 6)
 def route(
     x, router, bias, node_weight, node_offset, root, child, logits, gates, families, experts, margins, zeros, panel,
-    slot, place, ends, counts, n_gates, n, n_families, width, top_k, n_nodes, n_experts,
+    n_gates, n, n_families, width, top_k, n_nodes,
 ):  # fmt: skip
-    """Score the families, choose and weigh them, descend to an expert of each, and sort the slots by expert."""
+    """Score the families, choose and weigh them, and descend to an expert of each."""
     for g in range(n_gates):
         left, right, scores = at(x, g * n * width), at(router, g * n_families * width), at(logits, g * n * n_families)
         matmul(left, width, 1, right, 1, width, scores, n_families, zeros, 0, n, n_families, width, panel)
@@ -207,7 +207,6 @@ def route(
                 side = 1 if margins[i * n_nodes + place_in_tree] > 0 else 0
                 place_in_tree = child[2 * place_in_tree + side]
             experts[i * top_k + k] = place_in_tree - n_nodes
-    sort_slots(experts, slot, place, ends, counts, tokens * top_k, n_experts)
 
 
 @inner
