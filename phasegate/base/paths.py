@@ -13,3 +13,4 @@ REPORTS = Path("reports")
 TABLES = REPORTS / "tables"
 FIGURES = REPORTS / "figures"
 TIMINGS = REPORTS / "timings.csv"
+EARLY = MODELS / "early"

@@ -35,7 +35,7 @@ TABLES = {  # the tables of a phase, with their further columns
     "routing": ["block", "expert", "class", "tokens"],
     "tasks": ["task", "accuracy", "derived"],
     "split_halves": HALVES_COLUMNS,
-    "curves": ["step", "loss", "accuracy", "n_routed", "dead_experts", "routing_entropy"],
+    "curves": ["step", "loss", "accuracy", "n_routed", "dead_experts", "routing_entropy", "slots"],
     "surgeries": trial_folder.SURGERY_COLUMNS,
     "loads": trial_folder.LOAD_COLUMNS,
 }

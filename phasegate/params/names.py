@@ -12,7 +12,7 @@ START = "p7a"
 """The phase whose checkpoints all later phases start from."""
 BASELINE, CONTROL = "baseline", "continue"
 """The arms of that phase: the checkpoints themselves, and the same training continued with nothing added."""
-PHASES = ("p7b1", "p7b2", "p7b3", "p7b4", "surgery")
+PHASES = ("p7b1", "p7b2", "p7b3", "p7b4", "surgery", "p7c1", "p7c2", "p7c3")
 """The phases that get a verdict; `params.yaml` lists the arms of each."""
 PLUGINS = "plugins"
 """The phase of the arms that people describe in `params.yaml`. It may be empty, and its first arm decides it."""

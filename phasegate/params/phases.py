@@ -10,6 +10,7 @@ from phasegate.params.names import MEASURED, PHASES, PREDICTED, SIGNALS
 from phasegate.params.plugins import Plugin
 
 Grow = Literal["split", "clone", "reinit"]
+GrowMany = Literal["birth", "handover", "upcycle"]  # which add any number of experts at once
 Prune = Literal["remove", "merge"]
 Chance = Annotated[Number, Field(gt=0.5, lt=1)]
 Arm = Annotated[str, Field(pattern=r"^[a-z0-9_]+/[a-z0-9_]+$")]
@@ -89,6 +90,56 @@ class UsageLabels(Section):
     ordered = (("prune_below", "grow_above"),)
 
 
+class Growing(Section):
+    """Describe what every trial of 7c.1 and 7c.2 shares: a model that starts too small, and may grow."""
+
+    steps: Count
+    small: Size  # experts at the start
+    large: Size  # experts once it has grown
+    top_k: Size
+    expert_width: Size
+    act_every: Count
+    settle: Index
+    eval_every: Count
+    seeds: fields.Seeds  # of the trials that choose rates
+    rates: Annotated[tuple[Positive, ...], Field(min_length=1)]  # of expert matrices, once a model may have grown
+
+    ordered = (("top_k", "small"), ("eval_every", "steps"))
+
+    def check_together(self) -> None:
+        if self.small >= self.large:
+            raise ValueError(f"small is {self.small}: it must be below large = {self.large}")
+
+    def schedule(self, shared: Schedule) -> Schedule:
+        """Return the schedule of the trials; what `Growing` does not say is as in `shared`."""
+        own = {"steps": self.steps, "lr_scale": 1.0, "act_every": self.act_every, "settle": self.settle}
+        own |= {"cooldown": 0, "min_experts": self.small, "max_experts": self.large, "eval_every": self.eval_every}
+        return shared.model_copy(update=own)
+
+
+class GrowingTimes(Section):
+    """Describe phase 7c.1: when models grow."""
+
+    early: Count
+    at: Count
+    late: Count
+
+
+class Arriving(Section):
+    """Describe phase 7c.2: classes from `classes` on arrive at step `at`."""
+
+    classes: Count
+    at: Count
+    recovery_steps: Count
+    repeats: Annotated[int, Field(ge=2, le=fields.MOST, strict=True)]
+
+
+class Repairing(Section):
+    """Describe phase 7c.3: `dead` experts of each 7a checkpoint are killed."""
+
+    dead: Count
+
+
 class GroundTruth(Section):
     """Describe phase 7b.4: how changes of the loss are measured, and what they must be worth."""
 
@@ -138,6 +189,8 @@ class Claim(Stated):
 
     arms: Annotated[tuple[Name, ...], Field(min_length=1)]  # the arms that run, by the names that its stage gives them
     primary: Text
+    control: Arm = "p7a/continue"  # what the arms are compared with
+    controls: dict[Name, Arm] = {}  # of arms that are compared with another one
 
     def check_together(self) -> None:
         if self.primary not in self.arms:

@@ -30,6 +30,10 @@ class Params(Section):
     p7b3: phases.MultiTask
     p7b4: phases.GroundTruth
     surgery: phases.SurgeryStudy
+    p7c: phases.Growing
+    p7c1: phases.GrowingTimes
+    p7c2: phases.Arriving
+    p7c3: phases.Repairing
     plugins: phases.Plugins
     decisions: phases.Decisions
     headline: phases.Headline

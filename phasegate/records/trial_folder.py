@@ -17,7 +17,7 @@ FAILURE, LAST_GOOD = "failure.json", "last_good"
 CURVE, SURGERIES, LOADS = "curve.csv", "surgeries.csv", "loads.csv"
 SECONDS, MACHINE = "seconds.txt", "machine.txt"  # of the training: kept beside the result, and never a part of it
 SURGERY_COLUMNS = ["step", "block", "operation", "expert", "parent", "n_routed_before", "n_routed_after"]
-SURGERY_COLUMNS += ["output_change", "accuracy_before", "accuracy_after", "routing_kl", "recovery_steps"]
+SURGERY_COLUMNS += ["dead", "output_change", "accuracy_before", "accuracy_after", "routing_kl", "recovery_steps"]
 LOAD_COLUMNS = ["step", "block", "expert", "share"]
 FAILURE_COLUMNS = ["phase", "arm", "seed", "step", "reason"]
 

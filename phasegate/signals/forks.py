@@ -10,6 +10,7 @@ Shapes: P operations, R repeats, N examples.
 
 import copy
 from collections.abc import Sequence
+from functools import partial
 from statistics import NormalDist
 from typing import NamedTuple
 
@@ -18,10 +19,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from phasegate.base.errors import Diverged
+from phasegate.model.classifier import Model
 from phasegate.signals.oracle import losses_without_each
 from phasegate.signals.roots import root
 from phasegate.surgery.controllers import Proposal, Situation
-from phasegate.surgery.operations import ExpertManager
+from phasegate.surgery.operations import ExpertManager, grow_older
 from phasegate.surgery.probe import Probe
 from phasegate.training import batches, loop, losses, predictions, randomness
 from phasegate.training.course import Course
@@ -53,6 +55,11 @@ def estimate(changes: Tensor) -> Estimate:
     return Estimate(changes.mean((-2, -1)), root(variance))
 
 
+def _age(model: Model, optimizer: Optimizer, step: int, loss: Tensor) -> None:
+    for moe in model.layers:
+        grow_older(moe, optimizer)
+
+
 def removals(probe: Probe) -> Estimate:
     """Measure the immediate change of the probed loss by the removal of each expert (E,); inf where it is refused."""
     change, error = estimate((losses_without_each(probe) - probe.losses).unsqueeze(-2))
@@ -81,7 +88,7 @@ def fork_proposals(
             objective = losses.plain_objective(model, course.training.label_smoothing)
             try:
                 with torch.enable_grad():
-                    loop.fit(model, trained_by, drawn, objective, rates, lambda step, loss: None)
+                    loop.fit(model, trained_by, drawn, objective, rates, partial(_age, model, trained_by))
             except Diverged as error:
                 raise Diverged(f"{error.what} in a fork", step) from None
             ends.append([predictions.example_losses(model, split) for split in (course.signal, course.gate)])

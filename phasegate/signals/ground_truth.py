@@ -97,4 +97,4 @@ class MeasuredPolicy(Policy):
 def _price(per_parameter: float, situation: Situation) -> dict[Action, float]:
     """Return what each action has to gain (nats): growth pays for an expert's parameters, and pruning earns them."""
     price = per_parameter * situation.probe.layer.weights(0).numel()
-    return {Action.GROW: price, Action.PRUNE: -price}
+    return {Action.GROW: price * situation.more, Action.PRUNE: -price}

@@ -12,6 +12,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from phasegate.base.errors import UserError
 from phasegate.base.paths import BASELINES, MODELS, PREPARED
@@ -24,6 +25,7 @@ from phasegate.records.prepared import META
 from phasegate.records.tables import write_table
 from phasegate.records.trial_folder import CURVE, LOADS, SURGERIES, SURGERY_COLUMNS
 from phasegate.surgery.hyperplanes import sibling_balance
+from phasegate.surgery.operations import grow_older, kill
 from phasegate.surgery.surgeon import Surgeon, Treatment
 from phasegate.surgery.tasks import Tasks, add_tasks, further_losses
 from phasegate.training import checkpoint, loop, losses, randomness
@@ -42,6 +44,7 @@ class Arm:
     entropy_weight: float = 0.0  # of the routing entropy in the loss
     tasks: Tasks | None = None
     schedule: Schedule | None = None  # in place of the phase's
+    dead: int = 0  # experts of each layer of the checkpoint that are killed at the start
 
 
 def run_phase(phase: str, arms: Mapping[str, Arm], params: Params) -> None:
@@ -73,9 +76,31 @@ def run_arm(
 ) -> None:
     """Run one trial and leave a checkpoint, the learning curve, the loads and the log of surgeries in `folder`."""
     model, optimizer, course = load_start(prepared, start, seed, schedule)
-    training, n_routed = course.training, model.n_routed
+    for block, moe in enumerate(model.layers):
+        draws = randomness.generator(seed, "dead", block)
+        kill(moe, optimizer, torch.randperm(moe.n_routed, generator=draws)[: arm.dead].tolist())
+    train_arm(folder, model, optimizer, course, phase, name, arm)
+
+
+def train_arm(
+    folder: Path,
+    model: Model,
+    optimizer: Optimizer,
+    course: Course,
+    phase: str,
+    name: str,
+    arm: Arm,
+    before: pd.DataFrame | None = None,
+    until: int | None = None,
+) -> None:
+    """Train a model by an arm's treatment, and leave what `run_arm` leaves.
+
+    A model that was trained on this course before brings the curve of it; its controllers act at once, too. If the
+    course goes on after the step `until`, the checkpoint holds the optimizer.
+    """
+    training, n_routed, seed, schedule = course.training, model.n_routed, course.seed, course.schedule
     record = checkpoint.Record(phase=phase, arm=name, seed=seed, training=training, n_routed_start=n_routed)
-    curve = Curve(model, course.gate)
+    curve, last = Curve(model, course.gate), until or schedule.steps
     if arm.tasks:
         torch.manual_seed(randomness.derived_seed(seed, "task heads"))
         add_tasks(model, optimizer, [max(m) + 1 for m in arm.tasks.label_maps], arm.tasks.own_gates)
@@ -83,9 +108,19 @@ def run_arm(
     parts: dict[str, Stateful] = {"curve": curve, **({"surgeon": surgeon} if surgeon else {})}
     snapshots = Snapshots(folder, model, optimizer, parts)
 
+    def begin() -> None:
+        if before is None:
+            curve.measure(course.begun)
+            return
+        curve.points = before.to_dict("records")  # type: ignore[assignment]
+        if surgeon:
+            surgeon.act(course.begun)
+
     def after_step(step: int, loss: Tensor) -> None:
         curve.add_loss(loss)
-        point = step % schedule.eval_every == 0 or step == schedule.steps
+        for moe in model.layers:
+            grow_older(moe, optimizer)
+        point = step % schedule.eval_every == 0 or step == last
         if point:
             curve.measure_loads(step)
         if surgeon and course.acts_at(step):
@@ -96,10 +131,11 @@ def run_arm(
                 surgeon.mark_recovered(step, accuracy)
             snapshots.take(step)
 
-    save = partial(checkpoint.save, model=model, optimizer=None, record=record, gate=course.gate)
-    objective, done = _objective(model, arm, course, surgeon), snapshots.begin(lambda: curve.measure(0))
+    kept = optimizer if until else None
+    save = partial(checkpoint.save, model=model, optimizer=kept, record=record, gate=course.gate)
+    objective, done = _objective(model, arm, course, surgeon), snapshots.begin(begin, course.begun)
     with snapshots.last_good(save):
-        loop.fit(model, optimizer, course.batches, objective, course.rates, after_step, done)
+        loop.fit(model, optimizer, course.batches, objective, course.rates[:last], after_step, done)
     save(folder)
     log = pd.DataFrame(surgeon.log if surgeon else [], columns=SURGERY_COLUMNS)
     for file, table in zip((CURVE, LOADS, SURGERIES), (*curve.tables(), log), strict=True):

@@ -66,6 +66,7 @@ class Situation(NamedTuple):
     step: int  # of the phase
     ages: Tensor  # (E,) steps of training since each expert was made
     operate: Callable[[ExpertManager, Proposal, torch.Generator], Surgery]  # does an operation on a copy, the arm's way
+    more: int = 1  # experts that growing adds
 
 
 class Controller(nn.Module):
@@ -214,10 +215,47 @@ class YokedPolicy(Policy):
     """Repeat the operations of another arm, which tells what its choice of experts is worth."""
 
     arm: Path  # holds the folders of its trials: seed-0, seed-1, ...
+    others: range | None = None  # all seeds, if a seed repeats what the next one did: then the time is drawn, too
     controller = YokedController
 
     def files(self, seed: int) -> tuple[Path, ...]:
-        return (self.arm / f"seed-{seed}" / SURGERIES,)
+        repeated = self.others[(seed - self.others[0] + 1) % len(self.others)] if self.others else seed
+        return (self.arm / f"seed-{repeated}" / SURGERIES,)
+
+
+class TimedController(Controller):
+    """Grow the busiest expert at one step, as often as the surgeon asks."""
+
+    policy: "TimedPolicy"
+
+    def propose(self, situation: Situation) -> Proposal | None:
+        proposals, load = situation.allowed.proposals(Action.GROW), situation.probe.signals.load
+        if situation.step != self.policy.at:
+            return None
+        return max(proposals, key=lambda proposal: float(load[proposal.expert]), default=None)
+
+
+@dataclass(frozen=True)
+class TimedPolicy(Policy):
+    """Grow when told."""
+
+    at: int  # step
+    controller = TimedController
+
+
+class InformedController(Controller):
+    """Prune experts that are known to be dead: all their weights are zero."""
+
+    def propose(self, situation: Situation) -> Proposal | None:
+        weights = situation.probe.layer.weights
+        prunable = situation.allowed.proposals(Action.PRUNE)
+        return next((proposal for proposal in prunable if not weights(proposal.expert).count_nonzero()), None)
+
+
+class InformedPolicy(Policy):
+    """Prune what is known to be dead."""
+
+    controller = InformedController
 
 
 class PlannedController(Controller):

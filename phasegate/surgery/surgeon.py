@@ -4,7 +4,7 @@ import math
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from phasegate.base.errors import Diverged, UserError
 from phasegate.model.classifier import Model, Output
 from phasegate.model.moe import Routing
 from phasegate.model.routing_statistics import expert_signals, routing_kl
-from phasegate.params.phases import Grow, Prune
+from phasegate.params.phases import Grow, GrowMany, Prune
 from phasegate.params.plugins import Plugin
 from phasegate.surgery.controllers import Action, Allowed, Policy, Proposal, Situation
 from phasegate.surgery.hyperplanes import cut
@@ -30,9 +30,10 @@ class Treatment:
     """Say who decides, how an expert is added and how one is removed (None: never), and what Adam's moments become."""
 
     policy: Policy
-    grow: Grow | Plugin | None = "split"
+    grow: Grow | GrowMany | Plugin | None = "split"
     prune: Prune | Plugin | None = "remove"
     moments: Moments = "scaled"
+    count: int = 1  # experts that are added when the arm grows
 
     def files(self, seed: int) -> tuple[Path, ...]:
         """List the files that a trial of this seed reads: the files of the policy, and plugins."""
@@ -77,14 +78,19 @@ class Surgeon:
 
     @torch.no_grad()
     def act(self, step: int) -> None:
-        """Ask each controller for one operation on its layer, do the operation, and log it."""
+        """Ask each controller for one operation on its layer, do the operation, and log it.
+
+        Growth of one expert at a time is asked for as often as the arm adds experts.
+        """
+        times = 1 if self.treatment.grow in get_args(GrowMany) else self.treatment.count
         for block, controller in enumerate(self.controllers):
-            probe = Probe(self.model, block, self.course.signal)
             draws = randomness.generator(self.course.seed, "decision", step, block)
-            if not probe.losses.isfinite().all():
-                raise Diverged("a loss on the signal split is not finite", step)
-            proposal = controller.propose(self.situation(probe, step, draws))
-            if proposal is not None:
+            for _ in range(times):
+                probe = Probe(self.model, block, self.course.signal)
+                if not probe.losses.isfinite().all():
+                    raise Diverged("a loss on the signal split is not finite", step)
+                if (proposal := controller.propose(self.situation(probe, step, draws))) is None:
+                    break
                 self.log.append({"step": step, "block": block} | self._carry_out(proposal, probe, draws))
 
     def situation(self, probe: Probe, step: int, draws: torch.Generator) -> Situation:
@@ -95,31 +101,34 @@ class Surgeon:
         resting = {expert for expert, last in touched.items() if step < last + self.course.schedule.cooldown}
         experts, unborn = probe.layer.expert_id.tolist(), -self.course.training.steps
         ages = torch.tensor([step - born.get(expert, unborn) for expert in experts])
-        allowed = self._allowed(probe, resting)
-        return Situation(probe, allowed, draws, step, ages, partial(self._operate, probe))
+        allowed, count = self._allowed(probe, resting), self.treatment.count
+        return Situation(probe, allowed, draws, step, ages, partial(self._operate, probe), count)
 
     def _allowed(self, probe: Probe, resting: set[int | None]) -> Allowed:
         """Mask the experts that may be operated on: within the bounds on their number, and not touched lately."""
         moe, schedule, experts = probe.layer, self.course.schedule, probe.layer.expert_id.tolist()
-        rested = torch.tensor([expert not in resting for expert in experts])
+        rested = torch.tensor([expert not in resting and not moe.under_way for expert in experts])
         if self.treatment.prune == "merge":
             siblings = map(ExpertManager(moe).sibling, experts)
             prunable = torch.tensor([sibling is not None and sibling not in resting for sibling in siblings])
         else:
             prunable = (moe.path != 0).any(1).cpu() | (moe.n_families > moe.top_k)
+        more = self.treatment.count if self.treatment.grow in get_args(GrowMany) else 1
         return Allowed(
-            grow=rested & (self.treatment.grow is not None and moe.n_routed < schedule.max_experts),
+            grow=rested & (self.treatment.grow is not None and moe.n_routed + more <= schedule.max_experts),
             prune=rested & prunable & (self.treatment.prune is not None and moe.n_routed > schedule.min_experts),
         )
 
     def _carry_out(self, proposal: Proposal, probe: Probe, draws: torch.Generator) -> dict[str, Any]:
         """Do one operation between two measurements, and return its row of the log."""
         before, right_before = self._measure()
+        dead = not probe.layer.weights(proposal.expert).count_nonzero()
         surgery = self._operate(probe, ExpertManager(probe.layer, self.optimizer), proposal, draws)
         after, right_after = self._measure()
         change = (after.logits[0] - before.logits[0]).norm() / before.logits[0].norm()
         probs_before, probs_after = (output.routings[probe.block].probs[0] for output in (before, after))
         return asdict(surgery) | {
+            "dead": dead,
             "output_change": float(change),
             "accuracy_before": 100 * right_before / len(self.course.gate),
             "accuracy_after": 100 * right_after / len(self.course.gate),
@@ -145,6 +154,10 @@ class Surgeon:
                 return manager.clone(expert, probe.share_of_copy(e))
             case "reinit":
                 return manager.reinit(draws)
+            case "birth" | "handover" as way:
+                return manager.birth(self.treatment.count, way == "handover", draws)
+            case "upcycle":
+                return manager.upcycle(self.treatment.count, draws)
             case "remove":
                 return manager.remove(expert)
             case "merge":

@@ -28,6 +28,7 @@ class Course:
     training: Training  # the configuration of 7a
     schedule: Schedule
     seed: int
+    begun: int = 0  # steps of it that the model was trained for before
 
     @cached_property
     def rates(self) -> list[float]:
@@ -56,10 +57,15 @@ def load_start(prepared: Path, baseline: Path, seed: int, schedule: Schedule) ->
     """
     train, signal, gate = load_examples(prepared, device())
     model, optimizer, training = load_baseline(baseline, gate)
+    set_hyperplanes(model, schedule)
+    return model, optimizer, Course(train, signal, gate, training, schedule, seed)
+
+
+def set_hyperplanes(model: Model, schedule: Schedule) -> None:
+    """Let the hyperplanes of splits learn only if the schedule says so."""
     for moe in model.layers:
         for hyperplane in (moe.node_weight, moe.node_offset):
             hyperplane.requires_grad_(schedule.hyperplanes != "fixed")
-    return model, optimizer, Course(train, signal, gate, training, schedule, seed)
 
 
 def load_baseline(folder: Path, gate: Examples) -> tuple[Model, Optimizer, Training]:

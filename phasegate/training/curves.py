@@ -1,5 +1,6 @@
 """Record the learning curve of a trial."""
 
+from statistics import mean
 from typing import Any
 
 import pandas as pd
@@ -25,11 +26,13 @@ class Curve:
         self.points: list[dict[str, float]] = []
         self.loads: list[list[float]] = []
         self._losses: list[Tensor] = []
+        self._slots: list[int] = []
         self._known = [moe.expert_id for moe in model.layers]
 
     def add_loss(self, loss: Tensor) -> None:
-        """Add the loss of one step."""
+        """Add the loss of one step, and how many experts a token ran in it, over all blocks."""
         self._losses.append(loss)
+        self._slots.append(sum(moe.slots for moe in self.model.layers))
 
     def measure_loads(self, step: int) -> None:
         """Add the share of its block's tokens that each expert ran since the last point."""
@@ -51,9 +54,11 @@ class Curve:
                 "n_routed": self.model.n_routed,
                 "dead_experts": self._count_dead() if self._losses else 0,
                 "routing_entropy": float(torch.cat(entropies).mean()) if entropies else float("nan"),
+                "slots": mean(self._slots) if self._slots else float("nan"),
             }
         )
         self._losses.clear()
+        self._slots.clear()
         return right
 
     def _count_dead(self) -> int:

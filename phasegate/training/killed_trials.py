@@ -47,13 +47,16 @@ class Snapshots:
         self._written = time.monotonic()
         self._begun = time.perf_counter()
 
-    def begin(self, first: Callable[[], object]) -> int:
-        """Resume from the snapshot on disk and return its step. Without a whole one, call `first` and return 0."""
+    def begin(self, first: Callable[[], object], begun: int = 0) -> int:
+        """Resume from the snapshot on disk and return its step.
+
+        Without a whole one, call `first` and return how many steps the trial has `begun` with.
+        """
         self._last = _read_snapshot(self.folder / SNAPSHOT)
         if self._last is None:
             first()
-            self.take(0)
-            return 0
+            self.take(begun)
+            return begun
         state = self._restore(*self._last)
         self._begun -= state["seconds"]
         return int(state["step"])

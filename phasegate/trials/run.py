@@ -50,9 +50,11 @@ def run_trials(trials: list[Trial], output: Path) -> None:
             input of a trial changes before the trial ends: it is not kept.
     """
     label, failures, kept = output.name, dict[str, Failure](), dict[str, Path]()
-    later = [trial for trial in trials if any(path.is_relative_to(output) for path in trial.inputs)]
-    for part in ([trial for trial in trials if trial not in later], later):
-        _run_part(part, output, failures, kept)
+    left = {output / trial.name: trial for trial in trials}
+    while left:
+        part = {folder: trial for folder, trial in left.items() if not {path.parent for path in trial.inputs} & {*left}}
+        _run_part([*part.values()], output, failures, kept)
+        left = {folder: trial for folder, trial in left.items() if folder not in part}
     store.forget_old(in_use=kept.values())
     timings.record(label, {name: store.taken(folder) for name, folder in kept.items()})
     if failures:
