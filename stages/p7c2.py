@@ -5,7 +5,7 @@ from phasegate.params import Params
 from phasegate.signals.ground_truth import MeasuredPolicy
 from phasegate.stage import run
 from phasegate.surgery.continuation import Arm
-from phasegate.surgery.controllers import YokedPolicy
+from phasegate.surgery.controllers import Policy, YokedPolicy
 from phasegate.surgery.growing import grown, late_trials, load_rates, restart
 from phasegate.surgery.surgeon import Treatment
 from phasegate.trials.run import run_trials
@@ -17,12 +17,16 @@ def main(params: Params) -> None:
     more = growing.large - growing.small
     policy = MeasuredPolicy(truth.price, truth.certainty, 1, arrival.recovery_steps, arrival.repeats, 1)
     yoked = YokedPolicy(MODELS / "p7c2/measured", params.seeds.all)
+
+    def growing_by(policy: Policy) -> Arm:
+        return Arm(Treatment(policy, "birth", None, count=more, expert_rate=rates["birth"]))
+
     arms = {
         "stay": ("few", Arm(), rates["small"]),
         "large": ("few_large", Arm(), rates["large"]),
-        "measured": ("few", Arm(Treatment(policy, "birth", None, count=more)), rates["birth"]),
+        "measured": ("few", growing_by(policy), rates["small"]),
         "informed": ("few", grown(params, "birth", arrival.at), rates["birth"]),
-        "yoked": ("few", Arm(Treatment(yoked, "birth", None, count=more)), rates["birth"]),
+        "yoked": ("few", growing_by(yoked), rates["small"]),
         "restart": None,
         "split": ("few", grown(params, "split", arrival.at), rates["split"]),
     }

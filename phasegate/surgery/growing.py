@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.optim import Optimizer
 
 from phasegate.base.paths import EARLY, MODELS, PREPARED
 from phasegate.model.births import BIRTH_STEPS
@@ -25,6 +24,7 @@ from phasegate.records.tables import read_table
 from phasegate.records.trial_folder import CURVE
 from phasegate.surgery.continuation import Arm, train_arm
 from phasegate.surgery.controllers import TimedPolicy
+from phasegate.surgery.moments import set_expert_rate
 from phasegate.surgery.operations import Moments
 from phasegate.surgery.surgeon import Treatment
 from phasegate.training import loop
@@ -100,15 +100,6 @@ def grow(folder: Path, *, prepared: Path, start: Path | None, phase: str, name: 
     course = GrowingCourse(train, signal, gate, plan.training, plan.schedule, seed, plan.begin)
     before = read_table(start / CURVE) if start else None
     train_arm(folder, model, optimizer, course, phase, name, plan.arm, before, plan.until)
-
-
-def set_expert_rate(model: Model, optimizer: Optimizer, factor: float) -> None:
-    """Let the matrices of the experts learn at `factor` times the rate of all other parameters."""
-    experts = [weights for moe in model.layers for weights in (moe.w_in, moe.w_out)]
-    apart = {id(weights) for weights in experts}
-    [group] = [group for group in optimizer.param_groups if id(experts[0]) in map(id, group["params"])]
-    group["params"] = [parameter for parameter in group["params"] if id(parameter) not in apart]
-    optimizer.param_groups.append({**group, "params": experts, "lr_factor": factor})
 
 
 def grown(params: Params, way: Grow | GrowMany, at: int, moments: Moments = "scaled") -> Arm:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from phasegate.model.classifier import Network
 from phasegate.model.moe import AXES, MoE
 
 FRESH = -1
@@ -99,3 +100,14 @@ def expert_tensors(moe: MoE, optimizer: Optimizer | None) -> tuple[list[Tensor],
             state = optimizer.state.get(parameter, {}) if optimizer else {}
             moments += [value for value in state.values() if value.dim()]
     return weights, moments
+
+
+def set_expert_rate(model: Network, optimizer: Optimizer, factor: float) -> None:
+    """Let the matrices of routed experts learn at `factor` times the rate of all other parameters."""
+    experts = [weights for moe in model.layers for weights in (moe.w_in, moe.w_out)]
+    apart = {id(weights) for weights in experts}
+    group = next(group for group in optimizer.param_groups if id(experts[0]) in map(id, group["params"]))
+    if len(group["params"]) > len(experts):
+        group["params"] = [parameter for parameter in group["params"] if id(parameter) not in apart]
+        optimizer.param_groups.append(group := {**group, "params": experts})
+    group["lr_factor"] = factor

@@ -18,6 +18,7 @@ from phasegate.params.phases import Grow, GrowMany, Prune
 from phasegate.params.plugins import Plugin
 from phasegate.surgery.controllers import Action, Allowed, Policy, Proposal, Situation
 from phasegate.surgery.hyperplanes import cut
+from phasegate.surgery.moments import set_expert_rate
 from phasegate.surgery.operations import ExpertManager, Moments, Surgery, SurgeryRefused
 from phasegate.surgery.probe import Probe
 from phasegate.training import checkpoint, randomness
@@ -34,6 +35,7 @@ class Treatment:
     prune: Prune | Plugin | None = "remove"
     moments: Moments = "scaled"
     count: int = 1  # experts that are added when the arm grows
+    expert_rate: float | None = None  # of expert matrices from the first operation on; None: as it is
 
     def files(self, seed: int) -> tuple[Path, ...]:
         """List the files that a trial of this seed reads: the files of the policy, and plugins."""
@@ -59,6 +61,7 @@ class Surgeon:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore such a state."""
         self.log = state["log"]
+        self._set_expert_rate()
         nn.ModuleList(self.controllers).load_state_dict(checkpoint.below(state, "controllers."))
 
     def loss(self, routings: tuple[Routing, ...], step: int) -> Tensor | float:
@@ -92,6 +95,11 @@ class Surgeon:
                 if (proposal := controller.propose(self.situation(probe, step, draws))) is None:
                     break
                 self.log.append({"step": step, "block": block} | self._carry_out(proposal, probe, draws))
+        self._set_expert_rate()
+
+    def _set_expert_rate(self) -> None:
+        if self.log and self.treatment.expert_rate is not None:
+            set_expert_rate(self.model, self.optimizer, self.treatment.expert_rate)
 
     def situation(self, probe: Probe, step: int, draws: torch.Generator) -> Situation:
         """Describe the probed layer to its controller."""
