@@ -5,18 +5,18 @@ from phasegate.params import Params
 from phasegate.signals.ground_truth import MeasuredPolicy
 from phasegate.stage import run
 from phasegate.surgery.continuation import Arm
-from phasegate.surgery.controllers import Policy, YokedPolicy
+from phasegate.surgery.controllers import Policy, TimedPolicy
 from phasegate.surgery.growing import grown, late_trials, load_rates, restart
 from phasegate.surgery.surgeon import Treatment
 from phasegate.trials.run import run_trials
 
 
 def main(params: Params) -> None:
-    """Compare a controller that measures whether to grow with growth when told, at another seed's time, and none."""
+    """Compare a controller that measures whether to grow with growth when told, at a time that is drawn, and none."""
     rates, arrival, truth, growing = load_rates(), params.p7c2, params.p7b4, params.p7c
     more = growing.large - growing.small
     policy = MeasuredPolicy(truth.price, truth.certainty, 1, arrival.recovery_steps, arrival.repeats, 1)
-    yoked = YokedPolicy(MODELS / "p7c2/measured", params.seeds.all)
+    yoked = TimedPolicy(tuple(range(arrival.at, growing.steps - growing.settle + 1, growing.act_every)))
 
     def growing_by(policy: Policy) -> Arm:
         return Arm(Treatment(policy, "birth", None, count=more, expert_rate=rates["birth"]))

@@ -40,10 +40,10 @@ def main(params: Params) -> None:
     whole = table[table.groupby(["operator", "factor"])["accuracy"].transform("count") == len(seeds)]
     chosen = {}
     for operator in operators(params):
-        means = whole[whole["operator"] == operator].groupby("factor")["accuracy"].mean()
-        if means.empty:
+        means = whole[whole["operator"] == operator].groupby("factor")["accuracy"].mean().to_dict()
+        if not means:
             raise UserError(f"every rate of {operator} failed in some seed of p7c.seeds: try lower ones in p7c.rates")
-        chosen[operator] = float(means.idxmax())
+        chosen[operator] = max(means, key=lambda rate: means[rate])
     table["chosen"] = table["factor"] == table["operator"].map(chosen)
     write_table(folder.with_suffix(".csv"), table, digits=None)
     write_atomic(folder.with_suffix(".yaml"), yaml.safe_dump({"rates": chosen}, sort_keys=False))

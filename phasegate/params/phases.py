@@ -191,7 +191,7 @@ class Claim(Stated):
     arms: Annotated[tuple[Name, ...], Field(min_length=1)]  # the arms that run, by the names that its stage gives them
     primary: Text
     control: Arm = "p7a/continue"  # what the arms are compared with
-    controls: dict[Name, Arm] = {}  # of arms that are compared with another one
+    controls: dict[Name, Arm] = Field(default_factory=dict)  # of arms that are compared with another one
 
     def check_together(self) -> None:
         if self.primary not in self.arms:

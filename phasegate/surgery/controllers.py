@@ -215,12 +215,10 @@ class YokedPolicy(Policy):
     """Repeat the operations of another arm, which tells what its choice of experts is worth."""
 
     arm: Path  # holds the folders of its trials: seed-0, seed-1, ...
-    others: range | None = None  # all seeds, if a seed repeats what the next one did: then the time is drawn, too
     controller = YokedController
 
     def files(self, seed: int) -> tuple[Path, ...]:
-        repeated = self.others[(seed - self.others[0] + 1) % len(self.others)] if self.others else seed
-        return (self.arm / f"seed-{repeated}" / SURGERIES,)
+        return (self.arm / f"seed-{seed}" / SURGERIES,)
 
 
 class TimedController(Controller):
@@ -230,16 +228,17 @@ class TimedController(Controller):
 
     def propose(self, situation: Situation) -> Proposal | None:
         proposals, load = situation.allowed.proposals(Action.GROW), situation.probe.signals.load
-        if situation.step != self.policy.at:
+        steps, draws = self.policy.steps, generator(self.course.seed, "time of growth")
+        if situation.step != steps[int(torch.randint(len(steps), (), generator=draws))]:
             return None
         return max(proposals, key=lambda proposal: float(load[proposal.expert]), default=None)
 
 
 @dataclass(frozen=True)
 class TimedPolicy(Policy):
-    """Grow when told."""
+    """Grow when told: at a step, or at one that is drawn from several."""
 
-    at: int  # step
+    steps: tuple[int, ...]
     controller = TimedController
 
 

@@ -34,7 +34,6 @@ from phasegate.training.device import device
 from phasegate.training.randomness import derived_seed
 from phasegate.trials.trial import Trial
 
-
 CONTINUE = Arm()
 
 
@@ -105,7 +104,7 @@ def grow(folder: Path, *, prepared: Path, start: Path | None, phase: str, name: 
 def grown(params: Params, way: Grow | GrowMany, at: int, moments: Moments = "scaled") -> Arm:
     """Return the arm that grows in some way at a step, from the small number of experts to the large one."""
     count = params.p7c.large - (0 if way == "handover" else params.p7c.small)  # those that retire are replaced
-    return Arm(Treatment(TimedPolicy(at), way, None, moments, count))
+    return Arm(Treatment(TimedPolicy((at,)), way, None, moments, count))
 
 
 def operators(params: Params) -> dict[str, tuple[str, Arm]]:
