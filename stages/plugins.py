@@ -1,15 +1,22 @@
 """Run the arms that `plugins.arms` describes, with signals and surgeries from `plugins/`. There may be none."""
 
+from phasegate.base.paths import BASELINES, MODELS, PREPARED
 from phasegate.params import Params
 from phasegate.params.names import PLUGINS
 from phasegate.signals.plugin_arms import plugin_arms
 from phasegate.stage import run
-from phasegate.surgery.continuation import run_phase
+from phasegate.surgery.continuation import continuations
+from phasegate.surgery.growing import late_trials, load_rates
+from phasegate.trials.run import run_trials
 
 
 def main(params: Params) -> None:
-    """Continue the 7a checkpoints under every arm that the parameters describe."""
-    run_phase(PLUGINS, plugin_arms(params), params)
+    """Run every arm that the parameters describe, in the phase where it acts."""
+    seeds, rates = params.seeds.all, load_rates()
+    arms = plugin_arms(params, "p7b") | plugin_arms(params, "p7c3")
+    trials = continuations(PREPARED, BASELINES, PLUGINS, arms, seeds, params.p7b)
+    arriving = {name: ("few", arm, rates["small"]) for name, arm in plugin_arms(params, "p7c2", rates).items()}
+    run_trials([*trials, *late_trials(params, PLUGINS, seeds, arriving)], MODELS / PLUGINS)
 
 
 if __name__ == "__main__":

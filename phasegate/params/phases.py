@@ -14,7 +14,11 @@ GrowMany = Literal["birth", "handover", "upcycle"]  # which add any number of ex
 Prune = Literal["remove", "merge"]
 Chance = Annotated[Number, Field(gt=0.5, lt=1)]
 Arm = Annotated[str, Field(pattern=r"^[a-z0-9_]+/[a-z0-9_]+$")]
-SURGERIES: dict[str, tuple[str, ...]] = {"grow": get_args(Grow), "prune": get_args(Prune)}
+NEVER = "none"
+SURGERIES: dict[str, tuple[str, ...]] = {
+    "grow": (*get_args(Grow), *get_args(GrowMany), NEVER),
+    "prune": (*get_args(Prune), NEVER),
+}
 """The built-in surgeries, by the parameter that may name one."""
 
 
@@ -220,8 +224,11 @@ class PluginArm(Section):
     prune_below: Number = -1.5
     grow: Name = "split"
     prune: Name = "remove"
+    phase: Literal["p7b", "p7c2", "p7c3"] = "p7b"  # where it acts: on 7a checkpoints, as classes arrive, among the dead
 
     def check_together(self) -> None:
+        if self.grow == "handover" and self.phase != "p7c2":
+            raise ValueError(f"grow is handover, but phase is {self.phase}: only in p7c2 are all experts replaced")
         if self.signal in (*SIGNALS, PREDICTED, MEASURED):
             raise ValueError(
                 f"signal is {self.signal!r}, the name of a built-in signal, scored in the same tables: "
@@ -229,8 +236,13 @@ class PluginArm(Section):
             )
 
     def find(self, key: str) -> Any:
-        """Return what `signal`, `grow` or `prune` names: a built-in surgery as it is, or else a file of `plugins/`."""
+        """Return what `signal`, `grow` or `prune` names: a built-in surgery as it is, or else a file of `plugins/`.
+
+        None for the surgery that the arm never does.
+        """
         name = getattr(self, key)
+        if name == NEVER and key in SURGERIES:
+            return None
         if name in SURGERIES.get(key, ()):
             return name
         return Plugin(name, "signal" if key == "signal" else "operate")

@@ -107,7 +107,10 @@ class Params(Section):
         """Return the claim of each phase that has arms."""
         if not (arms := tuple(self.plugins.arms)):
             return self.decisions.phases
-        claim = phases.Claim(arms=arms, primary=arms[0], **self.plugins.model_dump(exclude={"arms"}))
+        among = {"p7b": f"{names.START}/{names.CONTROL}", "p7c2": "p7c2/stay", "p7c3": "p7c3/leave"}
+        controls = {name: among[arm.phase] for name, arm in self.plugins.arms.items()}
+        stated = self.plugins.model_dump(exclude={"arms"})
+        claim = phases.Claim(arms=arms, primary=arms[0], controls=controls, **stated)
         return self.decisions.phases | {names.PLUGINS: claim}
 
     def references_of(self, name: str) -> dict[str, Reference]:

@@ -7,7 +7,8 @@ for growing lies more than `grow_above` standard deviations above the mean, and 
 Shapes: E experts.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -56,12 +57,20 @@ class SignalPolicy(Policy):
         return (self.signal.path,)
 
 
-def plugin_arms(params: Params) -> dict[str, Arm]:
-    """Return the arms that the parameters describe, the first of which decides the phase."""
-    arms = {}
+def plugin_arms(params: Params, phase: str, rates: Mapping[str, float] | None = None) -> dict[str, Arm]:
+    """Return the arms that the parameters describe and that act in a phase: p7b, p7c2 or p7c3.
+
+    Where classes arrive, growing adds all experts at once, and `rates` of expert matrices hold once it did.
+    """
+    arms, growing = {}, params.p7c
     for name, arm in params.plugins.arms.items():
-        policy = SignalPolicy(arm.find("signal"), arm.grow_above, arm.prune_below)
-        arms[name] = Arm(Treatment(policy, arm.find("grow"), arm.find("prune")))
+        if arm.phase == phase:
+            policy = SignalPolicy(arm.find("signal"), arm.grow_above, arm.prune_below)
+            treatment = Treatment(policy, arm.find("grow"), arm.find("prune"))
+            if phase == "p7c2":
+                count = growing.large - (0 if arm.grow == "handover" else growing.small)
+                treatment = replace(treatment, count=count, expert_rate=(rates or {}).get(arm.grow))
+            arms[name] = Arm(treatment, dead=params.p7c3.dead if phase == "p7c3" else 0)
     return arms
 
 
