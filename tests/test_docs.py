@@ -5,6 +5,7 @@ import shlex
 import shutil
 import subprocess
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -117,13 +118,15 @@ def test_the_examples_of_signals_and_surgeries_run_as_written(
             plugin |= {"grow_above": 0.5, "prune_below": -0.5}  # the tiny model has five experts
         params = Params.model_validate(written | {"plugins": plugins})
         check(params)
-        [(name, arm)] = plugin_arms(params).items()
-        assert arm.treatment is not None
-        files = arm.treatment.files(seed=0)
-        folder, start = tmp_path / f"arm-{len(files)}", baselines / "seed-0"
-        run_arm(folder, prepared=prepared, start=start, phase="plugins", name=name, arm=arm, seed=0, schedule=schedule)
-        grown = "small_clone" if len(files) == 2 else "split"
-        assert {grown, "remove"} >= set(read_table(folder / "surgeries.csv")["operation"]) != set()
+        for name, arm in (plugin_arms(params, "p7b") | plugin_arms(params, "p7c3")).items():
+            assert arm.treatment is not None
+            files = arm.treatment.files(seed=0)
+            folder, trial = tmp_path / f"{name}-{len(files)}", {"prepared": prepared, "start": baselines / "seed-0"}
+            run_arm(folder, **trial, phase="plugins", name=name, arm=replace(arm, dead=1), seed=0, schedule=schedule)
+            grown = {None: "remove", "split": "split"}.get(arm.treatment.grow, "small_clone")
+            assert {grown, "remove"} >= set(read_table(folder / "surgeries.csv")["operation"]) != set()
+        for arm in plugin_arms(params, "p7c2", {"birth": 2.0}).values():
+            assert arm.treatment == replace(arm.treatment, grow="birth", prune=None, count=20, expert_rate=2.0)
 
 
 def test_the_example_of_your_own_data_is_prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -150,7 +150,7 @@ def test_scores_are_standardised_whatever_their_scale() -> None:
 def run(tmp_path: Path, prepared: Path, baselines: Path, schedule: Schedule) -> Run:
     """Return a function that runs a trial of the arm `mine`."""
     trial = partial(run_arm, tmp_path, prepared=prepared, start=baselines / "seed-0", phase="plugins", name="mine")
-    return lambda params: trial(arm=plugin_arms(params)["mine"], seed=0, schedule=schedule)
+    return lambda params: trial(arm=plugin_arms(params, "p7b")["mine"], seed=0, schedule=schedule)
 
 
 def test_the_shipped_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Run) -> None:
@@ -178,7 +178,7 @@ def test_a_surgery_that_does_something_else_is_named(write: Write, run: Run, ret
 
 def test_the_files_of_an_arm_are_inputs_of_its_trials_and_of_the_scores() -> None:
     params = with_arm(signal="loudest", grow="noisy_clone")
-    arms = plugin_arms(params)
+    arms = plugin_arms(params, "p7b")
     assert isinstance(arms["mine"].treatment, Treatment) and arms["mine"].treatment.prune == "remove"
     [trial] = continuations(Path("p"), Path("b"), "plugins", arms, range(1), params.p7b)
     files = {Path("plugins/loudest.py"), Path("plugins/noisy_clone.py")}
