@@ -123,10 +123,10 @@ def test_the_examples_of_signals_and_surgeries_run_as_written(
             files = arm.treatment.files(seed=0)
             folder, trial = tmp_path / f"{name}-{len(files)}", {"prepared": prepared, "start": baselines / "seed-0"}
             run_arm(folder, **trial, phase="plugins", name=name, arm=replace(arm, dead=1), seed=0, schedule=schedule)
-            grown = {None: "remove", "split": "split"}.get(arm.treatment.grow, "small_clone")
+            grown = {None: "remove", "split": "split"}.get(arm.treatment.grow, "small_clone")  # type: ignore[arg-type]
             assert {grown, "remove"} >= set(read_table(folder / "surgeries.csv")["operation"]) != set()
         for arm in plugin_arms(params, "p7c2", {"birth": 2.0}).values():
-            assert arm.treatment == replace(arm.treatment, grow="birth", prune=None, count=20, expert_rate=2.0)
+            assert (way := arm.treatment) == replace(way, grow="birth", prune=None, count=20, expert_rate=2.0)  # type: ignore[type-var]
 
 
 def test_the_example_of_your_own_data_is_prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -88,7 +88,7 @@ def test_a_file_is_read_once_and_its_bytes_go_to_every_worker(write: Write) -> N
         ({"signal": "lod"}, r"plugins.arms.mine.signal is 'lod', but .* no file plugins/lod.py: did you mean loud\?"),
         ({"grow": "splitt"}, r"plugins.arms.mine.grow is 'splitt', but .* plugins/splitt.py: did you mean split\?"),
         ({"grow": "loudr"}, r"plugins.arms.mine.grow is 'loudr', .*: did you mean loud\?"),
-        ({"prune": "split"}, r"plugins.arms.mine.prune is 'split', .*: it must be one of remove, merge, loud"),
+        ({"prune": "split"}, r"plugins.arms.mine.prune is 'split', .*: it must be one of remove, merge, none, loud"),
     ],
 )
 def test_a_misspelt_name_gets_a_suggestion(write: Write, arm: dict[str, str], sentence: str) -> None:
