@@ -180,13 +180,17 @@ def weights(model: Network) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def test_the_limit_of_a_container_counts_as_its_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_limit_of_a_container_or_a_shell_counts_as_its_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     physical = memory.memory()
     monkeypatch.setattr(memory, "CGROUP", tmp_path / "memory.max")
     assert memory.memory() >= physical
     for text, expected in (("max", memory.memory()), ("1000000", 1_000_000)):
         (tmp_path / "memory.max").write_text(f"{text}\n")
         assert memory.memory() == expected
+    monkeypatch.setattr("resource.getrlimit", lambda _: (999_999, -1))
+    assert memory.memory() == 999_999
 
 
 def test_an_assay_names_arms_that_run() -> None:

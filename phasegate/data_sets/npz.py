@@ -124,7 +124,6 @@ def _read(path: Path) -> tuple[dict[str, Array], list[str]]:
             if wrong := [key for key in keys if names[key] != 1]:
                 raise UserError(f"{path} lacks {', '.join(wrong)}: it must hold {', '.join(keys)}, each of them once")
             infos = [archive.getinfo(f"{key}.npy") for key in keys]
-            check_memory(str(path), 0, sum(info.file_size for info in infos))
             members = {key: _read_header(archive, info) for key, info in zip(keys, infos, strict=True)}
             values = sum(math.prod(member.shape) for key, member in members.items() if key != NAMES)
             check_memory(str(path), values, sum(info.file_size for info in infos))

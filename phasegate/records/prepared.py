@@ -109,11 +109,14 @@ def save(folder: Path, splits: Mapping[str, Split], **described: Any) -> None:
 
 
 def check_memory(what: str, values: int, stored: int) -> None:
-    """Raise `UserError` if so many values don't fit into memory, in their stored bytes and as float32."""
-    if (needed := stored + 4 * values) > LARGEST:
+    """Raise `UserError` if memory is too small for values in their stored bytes, as float32, and while `save` writes.
+
+    It writes copies of copies, so each value is there three times as float32.
+    """
+    if (needed := stored + 12 * values) > (most := LARGEST * 3 // 2):
         raise UserError(
-            f"{what} holds {values:,} values, which take {needed:,} bytes, {stored:,} as they are and the rest as"
-            f" float32: half of this machine's memory is {LARGEST:,}"
+            f"{what} holds {values:,} values, and preparing them takes {needed:,} bytes:"
+            f" three quarters of this machine's memory are {most:,}"
         )
 
 
