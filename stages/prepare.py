@@ -1,7 +1,5 @@
 """Prepare the data: fetch or generate, verify, split, standardise."""
 
-from pathlib import Path
-
 from phasegate.base.paths import PREPARED
 from phasegate.data_sets.prepare import prepare
 from phasegate.params import Params
@@ -14,7 +12,9 @@ def main(params: Params) -> None:
     """Write `data/prepared/`, and refuse models that are too large for such data."""
     data = params.data
     tasks = data.tasks.get(data.name, {})
-    prepare(data.name, PREPARED, Path(data.path), data.validation, data.split_seed, tasks)
+    given = (data.validation, data.split_seed, tasks, data.layout)
+    for remark in prepare(data.name, PREPARED, data.source, *given):
+        print(remark)
     meta = load_meta(PREPARED)
     refuse_too_large(params, meta.input_shape, meta.classes)
 

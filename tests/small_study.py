@@ -17,7 +17,8 @@ from phasegate.training.killed_trials import SNAPSHOT
 
 REPLACED = ("candidates", "arms", "mnist1d")
 FOLDERS = ("phasegate", "stages", "plugins")
-FILES = (".dvc/config", ".dvc/.gitignore", ".dvcignore", ".gitignore", "dvc.yaml", "params.yaml", "data/raw/.gitkeep")
+FILES = (".dvc/config", ".dvc/.gitignore", ".dvcignore", ".gitignore", "dvc.yaml", "params.yaml")
+KEPT = ("data/none", "data/raw/.gitkeep")  # files without content
 ROOT = Path(__file__).parent.parent
 PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 """Where programs of this environment are found, whether or not it is activated."""
@@ -41,7 +42,7 @@ class Checkout:
             return
         for name in FOLDERS:
             shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-        for name in FILES:
+        for name in (*FILES, *KEPT):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, folder / name)
         self.change(yaml.safe_load((ROOT / "tests/small.yaml").read_text()))

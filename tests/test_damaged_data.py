@@ -75,11 +75,14 @@ def test_arrays_that_python_2_wrote_are_read_without_a_warning(tmp_path: Path) -
 
 def test_a_zip_bomb_is_refused_before_it_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert memory() // 2 == prepared_data.LARGEST
-    path = zipped(tmp_path, x_test=npy(np.zeros((9, 2, 70_000))))
-    monkeypatch.setattr(npz, "LARGEST", 1 << 20)
-    monkeypatch.setattr(npz, "_read_member", lambda *_: pytest.fail("it was opened"))
-    refuse(path, r"damaged.npz holds arrays of 10,\d+,\d+ bytes: half of this machine's memory")
-    assert path.stat().st_size < 1 << 17
+    monkeypatch.setattr(prepared_data, "LARGEST", 4 << 20)
+    monkeypatch.setattr(npz, "_read_values", lambda *_: pytest.fail("it was opened"))
+    for kind in ("f8", "u1"):  # as float32 the bytes take four times as much as they claim
+        path = zipped(tmp_path, x_test=npy(np.zeros((9, 2, 70_000), kind)))
+        peak = refuse(path, r"damaged.npz holds 1,26\d,\d+ values, .* bytes: three quarters of .* are 6,291,456")
+        assert path.stat().st_size < 1 << 17 and peak < 1 << 20
+    header = npy(np.zeros((9, 2, 7))).replace(b"\1\0v\0", b"\2\0\0\0\x20\0") + bytes(1 << 21)  # it claims 2 MiB
+    assert refuse(zipped(tmp_path, x_test=header), INCOMPLETE) < 1 << 20
 
 
 def test_of_a_member_no_more_is_read_than_it_claims(tmp_path: Path) -> None:

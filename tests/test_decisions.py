@@ -26,7 +26,7 @@ CONTROL = np.array([67.0, 66.4, 67.9, 68.2])
 DOUBTFUL = [0.45, 1.35, 0.7, 1.35]  # p = 0.025: BETTER alone, not as one of four
 KEYS = ["phase", "arm", "seed"]
 CANDIDATES = {"c": 70, "b": 70, "a": 70, "z": 60}
-SIZES = dict(zip(AVERAGED, (12, 14, 9000, 2000, 4000), strict=True))
+SIZES = dict(zip(AVERAGED, (60, 12, 14, 9000, 2000, 4000), strict=True))
 RULE = load_params(ROOT / "params.yaml").decisions.model_copy(update={"confidence": 0.95})
 
 

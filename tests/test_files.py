@@ -70,11 +70,13 @@ def test_a_read_only_disk_is_named(small_disk: Path) -> None:
 def test_tables_come_back_with_names_that_look_like_nothing_and_blank_numbers(tmp_path: Path) -> None:
     arms = ["null", "NA", "None", "nan", "true", "inf", "7"]
     accuracy = [1 / 3, float("nan"), float("inf"), -float("inf"), 1e-20, 0.0, 97.65625]
-    table = pd.DataFrame({"arm": arms, "reason": [*arms[:4], None, "", "x"], "seed": range(7), "accuracy": accuracy})
+    table = pd.DataFrame(
+        {"arm": arms, "class": arms[::-1], "reason": [*arms[:4], None, "", "x"], "seed": range(7), "accuracy": accuracy}
+    )
     write_table(tmp_path / "full.csv", table, digits=None)
     assert (tmp_path / "full.csv").read_text() == table.to_csv(index=False)
     read = read_table(tmp_path / "full.csv")
-    assert read["arm"].tolist() == arms and read["reason"].tolist()[:4] == arms[:4]
+    assert read["arm"].tolist() == read["class"].tolist()[::-1] == arms and read["reason"].tolist()[:4] == arms[:4]
     assert read["reason"].isna().tolist() == [False] * 4 + [True, True, False]
     pd.testing.assert_frame_equal(read[["seed", "accuracy"]], table[["seed", "accuracy"]])
     write_table(tmp_path / "short.csv", table)

@@ -36,6 +36,9 @@ def test_the_committed_parameters_are_right() -> None:
         ),
         ("seeds.first", True, "seeds.first is True: input should be a valid integer"),
         ("training.lr", float("nan"), "training.lr is nan"),
+        ("data.name", "npz", "path is data/none, but data set npz is read from a file: give its path"),
+        ("data.path", "data/raw/x.npz", "path is data/raw/x.npz, but data set mnist1d needs none: set it to data/none"),
+        ("data.layout", "channel_last", "data.layout is 'channel_last': did you mean channels_last?"),
         ("training.warmup", 3000, "warmup is 3000: it must be less than steps = 3000"),
         ("model.top_k", 13, "top_k is 13: it must be at most n_routed = 12"),
         ("p7a.n_routed", 13, "p7a.n_routed is 13, but no candidate of q2 has that many experts"),
@@ -177,13 +180,17 @@ def weights(model: Network) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def test_the_limit_of_a_container_counts_as_its_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_limit_of_a_container_or_a_shell_counts_as_its_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     physical = memory.memory()
     monkeypatch.setattr(memory, "CGROUP", tmp_path / "memory.max")
     assert memory.memory() >= physical
     for text, expected in (("max", memory.memory()), ("1000000", 1_000_000)):
         (tmp_path / "memory.max").write_text(f"{text}\n")
         assert memory.memory() == expected
+    monkeypatch.setattr("resource.getrlimit", lambda _: (999_999, -1))
+    assert memory.memory() == 999_999
 
 
 def test_an_assay_names_arms_that_run() -> None:

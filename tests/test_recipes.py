@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -19,7 +20,7 @@ from phasegate.data_sets.raw import Raw
 from phasegate.params import load_params
 from phasegate.records.prepared import Split
 from phasegate.tools.command import output
-from phasegate.tools.plan import changed
+from phasegate.tools.plan import changed, refuse_stale
 from tests import chaos
 from tests.one_process import run_all
 from tests.small_study import ROOT, Checkout, content
@@ -33,6 +34,15 @@ def test_a_plan_names_changes_and_not_what_is_only_absent() -> None:
     assert changed("changed command") == ["changed command"]
     assert changed({"changed deps": deps}) == ["phasegate/model", "p7b"]
     assert changed({"changed outs": {"models/p7b1": "not in cache"}}) == []
+
+
+def test_tables_of_other_data_than_there_are_now_are_stale(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {"prepare": ["data/prepared/dataset.json", "models/p7a"]}
+    monkeypatch.setattr("phasegate.tools.plan.stale", lambda *_: found)
+    refuse_stale()
+    found["prepare"].append("data/raw/mine.npz")
+    with pytest.raises(UserError, match=r"\(data/raw/mine.npz, which prepare uses, changed\): run `dvc repro`"):
+        refuse_stale()
 
 
 def test_a_command_that_fails_or_is_missing_is_told_in_a_sentence(tmp_path: Path) -> None:
@@ -151,8 +161,8 @@ def test_what_a_killed_dvc_left_half_written_costs_no_training(small_study: Path
 def test_permuting_the_test_labels_changes_nothing_but_the_evaluation(
     small_study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def permuted(name: str, path: Path) -> Raw:
-        raw = load_source(name, path)
+    def permuted(*source: Any) -> Raw:
+        raw = load_source(*source)
         return replace(raw, test=Split(raw.test.x, np.random.default_rng(0).permutation(raw.test.y)))
 
     monkeypatch.setattr("phasegate.data_sets.prepare.load_source", permuted)

@@ -205,6 +205,20 @@ def test_the_markdown_table_has_a_cell_for_every_column_and_bold_primary_arms() 
     assert "- **7b.2** It is so. (Claim: harmless; expected: GO; assay: p7a/continue beats p7a/baseline by" in text
 
 
+def test_balanced_accuracy_stands_beside_accuracy_where_classes_are_uneven() -> None:
+    even = decided().assign(balanced_accuracy=lambda table: table["accuracy"] + 1e-9)
+    assert "balanced" not in wording.decisions_markdown(even, NONE, CLAIMS, RULE)
+    assert wording.decision_cells(even.assign(balanced_accuracy=61.234))[0]["balanced accuracy, %"] == "61.23"
+
+
+def test_classes_have_their_names_in_their_order_in_the_figure(tmp_path: Path) -> None:
+    names = ["zebra", "a $x_$ \\{", "antelope of the mountains"]
+    named = routing().assign(**{"class": lambda table: table["class"].map(dict(enumerate(names)))})
+    figure = draw("expert_routing", tables(routing=named), PARAMS)
+    drawing.save(figure, tmp_path / "figure")
+    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == [*names[:2], "antelope of the…"]
+
+
 def rows_by_key(summary: pd.DataFrame) -> dict[tuple[str, str, str], dict[Any, Any]]:
     return {(row["phase"], row["arm"], row["operation"]): row for row in summary.to_dict("records")}
 

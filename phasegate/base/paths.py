@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+RAW = Path("data/raw")
 SCHEMA = Path("data/params.schema.json")
 PREPARED = Path("data/prepared")
 EVALUATED = Path("data/evaluated")

@@ -1,5 +1,6 @@
 """Turn a source into a prepared data set: splits, standardisation, tasks. x is (N, C, ...), y is (N,)."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -7,22 +8,31 @@ from pathlib import Path
 import numpy as np
 
 from phasegate.base import used
-from phasegate.base.errors import UserError
-from phasegate.data_sets.raw import Raw
-from phasegate.records.prepared import Array, Split, save
+from phasegate.base.errors import UserError, printable
+from phasegate.data_sets.raw import LEAST, Raw, some
+from phasegate.records.prepared import Array, Split, check_memory, save
+
+CHANNELS_FIRST = "channels_first"
+LONGEST_NAME = 100  # characters in the name of a class
+AT_ONCE = 1 << 20  # values that are standardised in one step: float64 takes memory
 
 
 def prepare(
-    name: str, out_dir: Path, path: Path, validation: int, split_seed: int, tasks: Mapping[str, Sequence[int]]
-) -> None:
+    name: str, out_dir: Path, path: Path, validation: int, split_seed: int, tasks: Mapping[str, Sequence[int]],
+    layout: str = CHANNELS_FIRST,
+) -> list[str]:  # fmt: skip
     """Write the splits of a data set, shuffled and standardised by train's channels, into `out_dir`.
 
-    `tasks` are label maps (name -> task label of every class), joined by the source's own.
+    `tasks` are label maps (name -> task label of every class), joined by the source's own. `layout` is that of a user's
+    arrays. Returns what people should know of the data, in sentences.
     """
-    raw = load_source(name, path)
+    raw = load_source(name, path, layout)
+    given = [split.x for split in (raw.train, raw.test, raw.validation, raw.published) if split]
+    check_memory(name, sum(x.size for x in given), sum(x.nbytes for x in given))
     generator = np.random.default_rng(split_seed)
     train, signal, gate = split_validation(raw, validation, generator)
     class_names = raw.class_names or tuple(str(label) for label in np.unique(train.y))
+    check_names(class_names)
     all_tasks = merge_tasks(tasks, raw.tasks, len(class_names))
     if not all_tasks:
         raise UserError(f"data.tasks has no label map for {name}: phase 7b.3 needs one, such as even: [0, 1, 0, …]")
@@ -30,21 +40,25 @@ def prepare(
     mean, std = channel_moments(train.x) if raw.standardise else ((0.0,) * channels, (1.0,) * channels)
     splits = {"train": train, "signal": signal, "gate": gate, "test": shuffled(raw.test, generator)}
     splits["published"] = shuffled(raw.published or _rows(raw.test, slice(0)), generator)
+    remarks = raw.remarks
+    del raw, given  # their memory
     for key, split in splits.items():
         splits[key] = Split(standardise(split.x, mean, std), split.y)
         if not np.isfinite(splits[key].x).all():
             raise UserError(f"{key} has values beyond float32 once train's channels have mean 0 and deviation 1")
     save(out_dir, splits, name=name, class_names=class_names, tasks=all_tasks, mean=mean, std=std)
+    return [*remarks, *lacking(splits, class_names)]
 
 
-def load_source(name: str, path: Path) -> Raw:
+def load_source(name: str, path: Path, layout: str = CHANNELS_FIRST) -> Raw:
     """Load a data set by `data_sets/<name>.py`, from the user's own file or a folder that keeps downloads."""
     try:
         if not (path.is_file() or path.is_dir()):
             state = "is neither a file nor a folder" if path.exists() else "does not exist"
             raise UserError(f"data path is {str(path)!r}, which {state}")
         used.include(path)
-        return import_module(f"phasegate.data_sets.{name}").load(path)  # type: ignore[no-any-return]
+        load = import_module(f"phasegate.data_sets.{name}").load
+        return load(path, layout) if name == "npz" else load(path)  # type: ignore[no-any-return]
     except OSError as error:
         raise UserError(f"data path is {str(path)!r}, which can't be used ({error.strerror or error})") from error
 
@@ -58,14 +72,17 @@ def split_validation(raw: Raw, validation: int, generator: np.random.Generator) 
     if raw.validation:
         held_out = shuffled(raw.validation, generator)
     else:
-        if not 4 <= validation < len(train):  # a control head cannot learn from one example: it has no standard error
+        if not LEAST <= validation < len(train):
             raise UserError(
-                f"validation is {validation}: it must be from 4 to {len(train) - 1}, a part of train with two examples "
-                "for each of its halves, signal and gate"
+                f"validation is {validation}: it must be from {LEAST} to {len(train) - 1}, a part of train with two"
+                " examples for each of its halves, signal and gate"
             )
         held_out, train = _rows(train, slice(validation)), _rows(train, slice(validation, None))
         if lost := sorted(set(np.unique(raw.train.y)) - set(np.unique(train.y))):
-            raise UserError(f"validation is {validation}: it must leave examples of class {lost[0]} in train")
+            raise UserError(
+                f"validation is {validation}: it must leave examples of class {lost[0]} in train, which has"
+                f" {(raw.train.y == lost[0]).sum()}: lower it, or take another data.split_seed"
+            )
     half = len(held_out) // 2
     return train, _rows(held_out, slice(half)), _rows(held_out, slice(half, None))
 
@@ -100,6 +117,29 @@ def merge_tasks(
     return tasks
 
 
+def check_names(names: Sequence[str]) -> None:
+    """Raise `UserError` for names of classes that tables and figures can't show."""
+    often = Counter(names)
+    for place, name in enumerate(names):
+        if not name.strip() or not name.isprintable() or len(name) > LONGEST_NAME or often[name] > 1:
+            raise UserError(
+                f"class {place} is named '{printable(name[:LONGEST_NAME])}': it must have a name of its own, of one to"
+                f" {LONGEST_NAME} characters that can be printed"
+            )
+
+
+def lacking(splits: Mapping[str, Split], class_names: Sequence[str]) -> list[str]:
+    """Return a sentence for each split that has no example of some classes."""
+    remarks = []
+    for key, split in splits.items():
+        absent = [class_names[label] for label in sorted({*range(len(class_names))}.difference(split.y.tolist()))]
+        if len(split) and absent:
+            remarks.append(
+                f"{key} has no example of class {some(absent)}: nothing in it tells how well that is learned"
+            )
+    return remarks
+
+
 def channel_moments(x: Array) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Return mean and standard deviation of every channel of x (N, C, ...); a constant channel gets deviation 1."""
     channels = [x[:, channel] for channel in range(x.shape[1])]
@@ -109,10 +149,12 @@ def channel_moments(x: Array) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 def standardise(x: Array, mean: Sequence[float], std: Sequence[float]) -> Array:
     """Return (x - mean) / std per channel of x (N, C, ...), in float64, then rounded to float32 or infinity."""
-    result = np.empty(x.shape, np.float32)
-    for channel, (centre, scale) in enumerate(zip(mean, std, strict=True)):
+    result, per_channel = np.empty(x.shape, np.float32), (-1, *(1 for _ in x.shape[2:]))
+    centre, scale = np.reshape(mean, per_channel), np.reshape(std, per_channel)
+    at_once = max(1, AT_ONCE // max(1, x[:1].size))
+    for rows in (slice(start, start + at_once) for start in range(0, len(x), at_once)):
         with np.errstate(over="ignore"):
-            result[:, channel] = (x[:, channel].astype(np.float64) - centre) / scale
+            result[rows] = (x[rows].astype(np.float64) - centre) / scale
     return result
 
 

@@ -28,8 +28,8 @@ from phasegate.training.predictions import predict
 
 CALIBRATION_BINS = 15
 KEY = ["phase", "arm", "seed"]  # the name of a trial in every table
-TRIALS = ["accuracy", "nll", "calibration_error", "routing_entropy", "dead_experts", "mutual_information"]
-TRIALS += ["n_routed_start", "n_routed_end", *Cost.model_fields]
+TRIALS = ["accuracy", "balanced_accuracy", "nll", "calibration_error", "routing_entropy", "dead_experts"]
+TRIALS += ["mutual_information", "n_routed_start", "n_routed_end", *Cost.model_fields]
 TABLES = {  # the tables of a phase, with their further columns
     "trials": TRIALS,
     "routing": ["block", "expert", "class", "tokens"],
@@ -57,7 +57,7 @@ def evaluate_phase(models: Path, prepared: Path, output: Path, may_be_empty: boo
     References are evaluated on the published test split, where `test` is another one. `UserError` if a checkpoint does
     not load, or if there is nothing though there has to be.
     """
-    gate, tasks = load_examples(prepared, device())[2], load_meta(prepared).tasks
+    gate, meta = load_examples(prepared, device())[2], load_meta(prepared)
     splits = load_splits(prepared / TEST)
     published = splits["published"] if models.name == REFERENCES else None
     test = on_device(published or splits["test"], device())
@@ -68,7 +68,9 @@ def evaluate_phase(models: Path, prepared: Path, output: Path, may_be_empty: boo
     predictions, parts = {}, {name: list[pd.DataFrame]() for name in TABLES}
     for folder in folders:
         left = {name: _read_left(folder / file, TABLES[name]) for name, file in FILES.items()}
-        result = evaluate(checkpoint.load(folder, gate, device()), test, tasks, left["surgeries"])
+        result = evaluate(checkpoint.load(folder, gate, device()), test, meta.tasks, left["surgeries"])
+        routing = result.tables["routing"]
+        routing["class"] = routing["class"].map(dict(enumerate(meta.class_names)))
         predictions["{phase}/{arm}/seed-{seed}".format(**result.trial)] = result.predictions
         for name, table in {"trials": pd.DataFrame([result.trial]), **result.tables, **left}.items():
             parts[name].append(table.assign(**{key: result.trial[key] for key in KEY}))
@@ -93,6 +95,7 @@ def evaluate(
     routing = routing_table(trial.model, outputs, test.y)
     row = {key: getattr(trial.record, key) for key in KEY} | {
         "accuracy": 100 * right.mean(),
+        "balanced_accuracy": balanced_accuracy(right, y),
         "nll": -np.log(probs[np.arange(len(y)), y].clip(min=np.finfo(float).tiny)).mean(),
         "calibration_error": calibration_error(probs.max(1), right),
         **_routing_metrics(outputs, routing),
@@ -115,6 +118,12 @@ def further_tasks(model: Network, test: Examples, predicted: Array, tasks: Mappi
             answers = torch.cat([output.logits[head] for output in outputs]).argmax(-1).cpu().numpy()
             rows.append((task, *(100 * (found == labels[y]).mean() for found in (answers, labels[predicted]))))
     return pd.DataFrame(rows, columns=TABLES["tasks"])
+
+
+def balanced_accuracy(right: Array, y: Array) -> float:
+    """Return the mean over classes of the accuracy on each, percent; a class without examples doesn't count."""
+    counts, hits = np.bincount(y), np.bincount(y, weights=right)
+    return float(100 * (hits[counts > 0] / counts[counts > 0]).mean())
 
 
 def calibration_error(confidence: Array, right: Array, bins: int = CALIBRATION_BINS) -> float:

@@ -1,14 +1,17 @@
 """Define the parameters of the data, the model, its training and the searches of phase 7a."""
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
 
+from phasegate.base.paths import RAW
 from phasegate.params import fields
 from phasegate.params.fields import Count, Fraction, Index, Name, NonNegative, Positive, Section, Size
 from phasegate.params.names import DATA_SETS
 
-RAW = "data/raw"  # where downloads go, and the path of data sets that need no file
+NO_FILE = "data/none"  # an empty file in git, the path of data sets that need none: DVC wants some path
+OF_FILES = ("npz", "cifar10", "cifar100")  # data sets that are read from a file of yours
 BASE = "base"  # the candidate of a search that changes nothing
 
 
@@ -17,13 +20,22 @@ class Data(Section):
 
     name: Literal[*DATA_SETS]  # type: ignore[valid-type]
     path: fields.Text
+    layout: Literal["channels_first", "channels_last", "no_channels"]
     validation: Count
     split_seed: Annotated[int, Field(ge=0, lt=2**63, strict=True)]
     tasks: dict[str, dict[str, list[Index]]]
 
     def check_together(self) -> None:
-        if self.name in ("npz", "cifar10", "cifar100") and self.path == RAW:
-            raise ValueError(f"path is {RAW}, but data set {self.name} is read from a file: give its path")
+        if (self.name in OF_FILES) == (self.path == NO_FILE):
+            needs = (
+                "is read from a file: give its path" if self.name in OF_FILES else f"needs none: set it to {NO_FILE}"
+            )
+            raise ValueError(f"path is {self.path}, but data set {self.name} {needs}")
+
+    @property
+    def source(self) -> Path:
+        """Return the file or folder that the data are read from; downloads go into the folder."""
+        return Path(self.path) if self.name in OF_FILES else RAW
 
 
 class Training(Section):

@@ -100,18 +100,24 @@ def save(folder: Path, splits: Mapping[str, Split], **described: Any) -> None:
     """Write the splits that `FILES` names, and `dataset.json`; `described` are the other fields of `Meta`."""
     arrays = {f"{key}_x": np.ascontiguousarray(split.x, np.float32) for key, split in splits.items()}
     arrays |= {f"{key}_y": np.ascontiguousarray(split.y, np.int64) for key, split in splits.items()}
-    for file, keys in ARRAYS.items():
-        if (size := sum(arrays[key].nbytes for key in keys)) > LARGEST:
-            raise UserError(
-                f"{described['name']} takes {size:,} bytes in {file}, as float32:"
-                f" half of this machine's memory is {LARGEST:,}"
-            )
     infos = {key: _describe(arrays[key]) for keys in ARRAYS.values() for key in keys}
     meta = Meta(**described, arrays=infos)
     for file, keys in ARRAYS.items():
         write_atomic(folder / file, safetensors.numpy.save({key: arrays[key] for key in keys}))
     derived = {"classes": meta.classes, "input_shape": meta.input_shape, "splits": meta.splits}
     write_atomic(folder / META, json.dumps(asdict(meta) | derived, indent=2) + "\n")
+
+
+def check_memory(what: str, values: int, stored: int) -> None:
+    """Raise `UserError` if memory is too small for values in their stored bytes, as float32, and while `save` writes.
+
+    It writes copies of copies, so each value is there three times as float32.
+    """
+    if (needed := stored + 12 * values) > (most := LARGEST * 3 // 2):
+        raise UserError(
+            f"{what} holds {values:,} values, and preparing them takes {needed:,} bytes:"
+            f" three quarters of this machine's memory are {most:,}"
+        )
 
 
 def load_meta(folder: Path) -> Meta:

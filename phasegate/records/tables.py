@@ -10,7 +10,7 @@ import pandas as pd
 from phasegate.base.errors import UserError, one_line
 from phasegate.base.files import refuse_special, write_atomic
 
-NAMES = ("arm", "candidate", "operation", "signal", "task")  # columns of names that people choose
+NAMES = ("arm", "candidate", "class", "operation", "signal", "task")  # columns of names that people choose
 COSTS = ["params_total", "params_active", "flops_per_example"]  # columns of what models cost
 DECIMALS = 9  # accuracies are 100 * counts / N: smaller differences are rounding errors
 

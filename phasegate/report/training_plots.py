@@ -28,6 +28,7 @@ MARKERS = {"split": "^", "clone": "P", "reinit": "*", "remove": "v", "merge": "d
 PLUGIN_MARKER = "h"  # of every surgery that is a plugin
 THINNEST, WIDEST = 0.03, 0.42  # half the height of an idle expert, and of the busiest; rows are one apart
 BLOCK = 0  # the block whose experts are drawn
+LONGEST = 16  # characters of the name of a class
 
 
 def learning_curves(tables: Tables, params: Params) -> Figure:
@@ -108,7 +109,9 @@ def expert_routing(tables: Tables, params: Params) -> Figure:
     """Draw the share of each class's tokens by expert, in the rows of 7a: removed ones stay grey, born ones follow."""
     routing = tables["routing"][tables["routing"]["block"] == BLOCK]
     shown = {
-        (row.phase, row.arm): part.pivot_table("tokens", "expert", "class", aggfunc="sum", fill_value=0)
+        (row.phase, row.arm): part.pivot_table(
+            "tokens", "expert", "class", "sum", fill_value=0, sort=False
+        ).sort_index()
         for row in decision_rows(tables["decisions"])
         if row.primary and len(part := of_arm(routing, row.phase, row.arm))
     }
@@ -208,9 +211,10 @@ def _draw_heatmap(axes: Axes, shares: pd.DataFrame, old: "pd.Index[Any]", most: 
     names = [str(expert) if expert in old else f"+{expert}" for expert in shares.index]
     every = ceil(len(names) / 40)
     axes.set_yticks(np.arange(0, len(names), every) + 0.5, names[::every], fontsize=7)
-    labels = [str(name) for name in shares.columns]
+    labels = [name if len(name) <= LONGEST else f"{name[: LONGEST - 1]}…" for name in map(str, shares.columns)]
     every, upright = ceil(len(labels) / 34), len(labels) > 25 or max(map(len, labels)) > 3
-    axes.set_xticks(np.arange(0, len(labels), every) + 0.5, labels[::every], fontsize=7, rotation=90 if upright else 0)
+    axes.set_xticks(np.arange(0, len(labels), every) + 0.5, labels[::every], fontsize=7, parse_math=False)
+    axes.tick_params(axis="x", rotation=90 if upright else 0)
     axes.invert_yaxis()
     axes.tick_params(length=0)
     axes.set(xlabel="class", ylabel="expert")

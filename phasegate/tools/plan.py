@@ -8,8 +8,10 @@ import sys
 
 from phasegate.base import settings, timings
 from phasegate.base.errors import UserError, report_user_errors
-from phasegate.base.paths import TIMINGS
+from phasegate.base.paths import EVALUATED, MODELS, PREPARED, SCHEMA, TIMINGS
 from phasegate.tools.command import output
+
+MADE = (f"{MODELS}/", f"{PREPARED}/", f"{EVALUATED}/", str(SCHEMA))  # by stages
 
 
 def stale(*options: str) -> dict[str, list[str]]:
@@ -30,7 +32,7 @@ def changed(entry: str | dict[str, dict[str, object]]) -> list[str]:
 def refuse_stale() -> None:
     """Raise UserError if the tables in `reports/` are not made by these parameters and this code."""
     for stage, names in stale("--with-deps", "decide").items():
-        found = [name for name in names if not name.startswith(("models/", "data/"))]  # an experiment's may lie there
+        found = [name for name in names if not name.startswith(MADE)]  # an experiment's may lie there
         if found and stage != "check":  # which reads the headline's parameters, too
             changed_input = f"{found[0]}, which {stage} uses, changed"
             raise UserError(f"reports/ has tables of other parameters or code ({changed_input}): run `dvc repro`")

@@ -13,7 +13,7 @@ from phasegate.params.phases import Claim, Decisions
 from phasegate.records.tables import COSTS, DECIMALS, check_numbers
 from phasegate.verdicts.statistics import holm, interval_columns, margin_p_value, mean_interval, paired_difference
 
-AVERAGED = ["n_routed_start", "n_routed_end", *COSTS]
+AVERAGED = ["balanced_accuracy", "n_routed_start", "n_routed_end", *COSTS]
 BETTER, WORSE, EQUIVALENT, NO_WORSE = "BETTER", "WORSE", "EQUIVALENT", "NO WORSE"
 UNDECIDED, NOTHING_DONE = "UNDECIDED", "NOTHING DONE"
 GO, NO_GO, INCONCLUSIVE, NO_ASSAY = "GO", "NO-GO", "INCONCLUSIVE", "NO ASSAY"
@@ -58,6 +58,7 @@ class Decision(NamedTuple):
     margin_pp: float = nan  # these three are the same in all rows
     margin_nll: float = nan  # nats
     gain_pp: float = nan  # the smallest gain worth having
+    balanced_accuracy: float = nan  # the mean over classes, percent
 
 
 def decision_rows(decisions: pd.DataFrame) -> list[Decision]:

@@ -150,11 +150,13 @@ def control_row(decisions: pd.DataFrame) -> Decision:
 
 
 def decision_cells(decisions: pd.DataFrame) -> Cells:
-    """Return the decisions as people read them."""
+    """Return the decisions as people read them; balanced accuracy, too, if classes are so uneven that it differs."""
+    uneven = (decisions["balanced_accuracy"] - decisions["accuracy"]).abs().max() > 0.005
     return [
         {"phase": phase_label(row.phase), "arm": row.arm}
         | {"verdict": ", ".join(filter(None, [row.verdict, failed(row)])), "word": row.word}
         | {"as expected": row.as_expected, "accuracy, %": measure(row, "accuracy")}
+        | ({"balanced accuracy, %": number(row.balanced_accuracy)} if uneven else {})
         | (_difference_cells(row) if row.verdict != "CONTROL" else dict.fromkeys(_difference_cells(row), ""))
         | {"p": p_text(row.p_value), "p (Holm)": p_text(row.p_holm), "seeds": str(row.n_seeds)}
         | {"operations": number(row.operations, 1)}
