@@ -16,6 +16,7 @@ import pooch
 
 from phasegate.data_sets import cifar100, fashion_mnist
 from phasegate.data_sets.cifar import load_cifar
+from phasegate.data_sets.npz import LAYOUTS
 from phasegate.data_sets.prepare import load_source, prepare
 from phasegate.records.prepared import FIT, META, TEST, Split, load_meta, load_splits
 from tests.damage import damage_file, damaged_bytes
@@ -35,7 +36,8 @@ def originals(folder: Path) -> Path:
     fashion_mnist.DEBIAN, pooch.create = folder / "absent", Mock(side_effect=ConnectionError)
     cifar100.load = partial(load_cifar, form=SMALL)
     write_tiny_data(folder / "prepared")
-    own_data(folder)
+    x, y = np.random.default_rng(1).normal(size=(8, 2, 7)), np.arange(8) % 3
+    own_data(folder, x_val=x, y_val=y, class_names=np.array(["ash", "beech", "oak"]))
     return folder
 
 
@@ -58,7 +60,9 @@ def own(state: Path, draw: random.Random, folder: Path) -> Case:
             with np.load(io.BytesIO(content)) as archive:
                 arrays: dict[str, Any] = _damaged_arrays(dict(archive), draw)
             draw.choice([np.savez, np.savez_compressed])(path, **arrays)
-    return Case((lambda: load_source("npz", path), lambda: prepare("npz", out, path, 12, 0, {"first": [1, 0, 0]})))
+    layout = draw.choice([*LAYOUTS])
+    prepared = partial(prepare, "npz", out, path, 12, 0, {"first": [1, 0, 0]}, layout)
+    return Case((lambda: load_source("npz", path, layout), prepared))
 
 
 def _damaged_members(content: bytes, draw: random.Random) -> bytes:

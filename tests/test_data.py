@@ -186,6 +186,7 @@ def test_names_of_classes_come_from_the_file(tmp_path: Path, names: Any) -> None
         (r"class_names .* shape \(2,\) .* must be 3 strings, a name for each", {"class_names": np.array(["a", "b"])}),
         (r"class_names .* dtype int64: it must be 3 strings", {"class_names": np.arange(3)}),
         (r"class_names .* must hold Unicode strings, or bytes in UTF-8", {"class_names": np.array([b"\xff"] * 3)}),
+        (r"class_names .* must hold Unicode strings", {"class_names": np.array([1 << 21] * 3, "u4").view("U1")}),
         (r"class 1 is named 'a': it must have a name of its own", {"class_names": np.array(["b", "a", "a"])}),
         (r"class 2 is named '': .* one to 100 characters", {"class_names": np.array(["b", "a", " "])}),
         (r"class 0 is named '\\x1b\[2J': .* can be printed", {"class_names": np.array(["\x1b[2J", "a", "b"])}),

@@ -129,7 +129,9 @@ def test_the_examples_of_signals_and_surgeries_run_as_written(
             assert (way := arm.treatment) == replace(way, grow="birth", prune=None, count=20, expert_rate=2.0)  # type: ignore[type-var]
 
 
-def test_the_example_of_your_own_data_is_prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_example_of_your_own_data_is_prepared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     page = ROOT / "docs/data.md"
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data/raw").mkdir(parents=True)
@@ -140,8 +142,9 @@ def test_the_example_of_your_own_data_is_prepared(tmp_path: Path, monkeypatch: p
     apply_overrides(tmp_path / "params.yaml", [word for word in command[3:] if word != "-S"])
     prepare.main(load_params())
     meta = load_meta(tmp_path / "data/prepared")
-    assert meta.splits == {"train": 1600, "signal": 200, "gate": 200, "test": 500, "published": 0}
-    assert meta.input_shape == (20, 1) and meta.tasks == {"first": (1, 0, 0)}
+    assert meta.splits == {"train": 2000, "signal": 200, "gate": 200, "test": 500, "published": 0}
+    assert meta.input_shape == (1, 8, 8) and meta.tasks == {"first": (1, 0, 0)}
+    assert meta.class_names == ("ash", "beech", "oak") and "1 channel of 8 x 8" in capsys.readouterr().out
 
 
 def test_the_readme_names_the_margin_and_the_confidence_of_the_parameters() -> None:

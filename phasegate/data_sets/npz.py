@@ -2,6 +2,7 @@
 
 import io
 import math
+import sys
 import warnings
 import zipfile
 from collections import Counter
@@ -110,6 +111,11 @@ def _class_names(name: str, array: Array, classes: int) -> tuple[str, ...]:
             " class in y_train"
         )
     try:
+        if (
+            array.dtype.kind == "U"
+            and array.astype(array.dtype.newbyteorder("=")).view(np.uint32).max() > sys.maxunicode
+        ):
+            raise ValueError("beyond Unicode")  # numpy would make strings that end the process
         return tuple(text.decode() if isinstance(text, bytes) else text for text in array.tolist())
     except ValueError as error:
         raise UserError(f"{name} can't be read: it must hold Unicode strings, or bytes in UTF-8") from error
