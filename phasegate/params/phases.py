@@ -114,7 +114,7 @@ class Growing(Section):
         """Return the schedule of the trials; what `Growing` does not say is as in `shared`."""
         own = {"steps": self.steps, "lr_scale": 1.0, "act_every": self.act_every, "settle": self.settle}
         own |= {"cooldown": 0, "eval_every": self.eval_every}
-        own |= {"min_experts": self.small, "max_experts": self.small + self.large}  # while a handover is under way
+        own |= {"min_experts": self.small, "max_experts": self.large}
         return shared.model_copy(update=own)
 
 

@@ -122,8 +122,9 @@ class Surgeon:
         else:
             prunable = (moe.path != 0).any(1).cpu() | (moe.n_families > moe.top_k)
         more = self.treatment.count if self.treatment.grow in get_args(GrowMany) else 1
+        grown = more if self.treatment.grow == "handover" else moe.n_routed + more
         return Allowed(
-            grow=rested & (self.treatment.grow is not None and moe.n_routed + more <= schedule.max_experts),
+            grow=rested & (self.treatment.grow is not None and grown <= schedule.max_experts),
             prune=rested & prunable & (self.treatment.prune is not None and moe.n_routed > schedule.min_experts),
         )
 
