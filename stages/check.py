@@ -38,7 +38,7 @@ def main(params: Params) -> None:
             raise UserError(f"decisions.phases.{phase}.arms lacks {name!r}, with which other arms are compared: add it")
     for phase, claim in params.claims().items():
         check_assay(f"{PLUGINS if phase == PLUGINS else f'decisions.phases.{phase}'}.assay", claim.assay, params)
-    for name, seeds in (("q1", params.q1.seeds), ("q2", params.q2.seeds)):
+    for name, seeds in (("q1", params.q1.seeds), ("q2", params.q2.seeds), ("p7c", params.p7c.seeds)):
         if shared := sorted({*seeds.all} & {*params.seeds.all}):
             raise UserError(
                 f"{name}.seeds has {shared[0]}, which `seeds` has too: no search may choose by the seeds of verdicts"

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from phasegate.model.moe import MoE
 from phasegate.params.fields import override
-from phasegate.params.phases import Grow, Prune, Schedule
+from phasegate.params.phases import Grow, GrowMany, Prune, Schedule
 from phasegate.surgery import hyperplanes
 from phasegate.surgery.controllers import Action, PlannedController, PlannedPolicy, Proposal, Situation
 from phasegate.surgery.operations import ExpertManager
@@ -263,6 +263,25 @@ def test_what_is_allowed_keeps_to_the_bounds(make: Make) -> None:
     assert ask(make(prune="merge"), 0, masks) == (yes, no)
     assert ask(make(grow=None), 0, masks) == (no, yes)
     assert ask(make(prune=None), 0, masks) == (yes, no)
+
+
+@pytest.mark.parametrize(("way", "count", "most"), [("birth", 3, 8), ("upcycle", 3, 8), ("handover", 7, 7)])
+def test_growth_by_many_keeps_to_the_bounds_and_a_birth_rests_until_its_end(
+    way: GrowMany, count: int, most: int, make: Make
+) -> None:
+    surgeons = [make(max_experts=max_experts) for max_experts in (most - 1, most)]
+    for surgeon in surgeons:
+        surgeon.treatment = replace(surgeon.treatment, grow=way, count=count)
+    few, enough = surgeons
+    assert ask(few, 0, masks)[0] == [False] * 5
+    assert ask(enough, 0, masks)[0] == [True] * 5
+    operate(enough, 0, Proposal(Action.GROW, 1))
+    (row,) = enough.log
+    after = 5 + count
+    assert (row["operation"], row["n_routed_before"], row["n_routed_after"]) == (way, 5, after)
+    assert (row["output_change"] == 0) == (way != "upcycle")
+    assert way == "upcycle" or ask(enough, 0, masks, step=20) == ([False] * after, [False] * after)
+    assert ask(enough, 1, masks, step=20)[1] == [True] * 5
 
 
 def test_experts_that_surgery_touched_rest_on_their_own_layer_only(make: Make) -> None:

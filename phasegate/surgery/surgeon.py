@@ -121,10 +121,10 @@ class Surgeon:
             prunable = torch.tensor([sibling is not None and sibling not in resting for sibling in siblings])
         else:
             prunable = (moe.path != 0).any(1).cpu() | (moe.n_families > moe.top_k)
-        many = self.treatment.count if self.treatment.grow in get_args(GrowMany) else 1
-        after = many if self.treatment.grow == "handover" else moe.n_routed + many
+        more = self.treatment.count if self.treatment.grow in get_args(GrowMany) else 1
+        grown = more if self.treatment.grow == "handover" else moe.n_routed + more
         return Allowed(
-            grow=rested & (self.treatment.grow is not None and moe.n_routed < after <= schedule.max_experts),
+            grow=rested & (self.treatment.grow is not None and grown <= schedule.max_experts),
             prune=rested & prunable & (self.treatment.prune is not None and moe.n_routed > schedule.min_experts),
         )
 
