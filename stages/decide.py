@@ -28,7 +28,7 @@ def main(params: Params) -> None:
     tables = {name: collect(name) for name in COLLECTED}
     tables |= {name: read_table(MODELS / f"{name}.csv") for name in ("signals", "in_a_row")}
     trials, failures = tables["trials"], tables["failures"]
-    tables["sampling"] = sampling(EVALUATED)
+    tables["sampling"] = sampling(EVALUATED, claims)
     decisions = decide(tables, claims, params.decisions)
     published = {name: model.published for name, model in params.references_of(load_meta(PREPARED).name).items()}
     references = reference_rows(

@@ -169,7 +169,8 @@ def test_an_outcome_says_whether_it_was_expected_and_why_there_is_no_assay() -> 
 
 def test_the_rule_names_the_margins_and_what_so_many_seeds_can_decide() -> None:
     text = wording.rule(decided(10), RULE.model_copy(update={"margin": 0.03, "spread_pp": 0.5}))
-    assert "within the margin of ±1.00 pp" in text and "3 % of the error of `continue`" in text
+    assert "The margin is 3 % of the control's error" in text and ": 1.00 pp and 0.0" in text
+    assert "surgery without control head" not in text and "fixed order, 7b.1, 7b.2, 7b.3 and surgery;" in text
     assert "With 10 seeds a difference that spreads by 0.5 pp" in text and "is known to ±0.36 pp." in text
     assert wording.reach(1, RULE) == "One seed decides nothing."
 

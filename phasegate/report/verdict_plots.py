@@ -8,7 +8,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from phasegate.params import Params
-from phasegate.params.names import CONTROL
 from phasegate.report import drawing
 from phasegate.report.drawing import DotStyle, Tables, dot_rows
 from phasegate.verdicts import decisions as words
@@ -36,15 +35,13 @@ REFERENCE_STYLES = {
 def differences(tables: Tables, params: Params) -> Figure:
     """Draw each arm's difference from the control (pp) with its interval, beside zero and the margins."""
     decisions = tables["decisions"]
-    margin = wording.control_row(decisions).margin_pp
-    rows = [row for row in decision_rows(decisions) if row.verdict != "CONTROL"]
+    rows = [row for row in decision_rows(decisions) if not row.is_control]
     gaps = [1.6 if before.phase != row.phase else 1.0 for before, row in zip([rows[0], *rows], rows, strict=False)]
     positions = list(accumulate(gaps))
     figure, (axes,) = drawing.new_figure(9, 1.6 + 0.32 * positions[-1])
     axes.axvline(0, color=drawing.GREY, linewidth=1)
-    for edge in (-margin, margin):
-        axes.axvline(edge, color=drawing.BLACK, linewidth=1, linestyle="--")
     for y, row in zip(positions, rows, strict=True):
+        axes.vlines([-row.margin_pp, row.margin_pp], y - 0.5, y + 0.5, color=drawing.BLACK, linewidth=1)
         style = DotStyle(*WORD_STYLES[row.word], row.primary, None if row.primary else "white")
         drawing.dot(axes, y, (row.delta_pp, row.delta_lo, row.delta_hi), style)
         said = ", ".join(filter(None, [wording.measure(row, "delta_pp", signed=True), wording.failed(row)]))
@@ -53,7 +50,7 @@ def differences(tables: Tables, params: Params) -> Figure:
     axes.set_yticks(positions, [f"{phase_label(row.phase)}  {row.arm}" for row in rows])
     drawing.embolden(axes, [row.primary for row in rows])
     axes.set_ylim(max(positions) + 0.8, min(positions) - 0.8)
-    axes.set_xlabel(f"test accuracy minus {CONTROL}, pp (dashed: the margins, ±{wording.number(margin)} pp)")
+    axes.set_xlabel("test accuracy minus the control's, pp (black: the margins)")
     heads = wording.headline_rows(decisions)
     findings = [drawing.wrapped(f"{phase_label(row.phase)} {wording.finding(row)}", 100) for row in heads]
     figure.suptitle("\n".join(findings), x=0.01, ha="left")
