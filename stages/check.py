@@ -16,6 +16,7 @@ from phasegate.params.check import check
 from phasegate.params.fields import suggestion
 from phasegate.params.names import PLUGINS
 from phasegate.stage import run
+from phasegate.verdicts import growth
 from phasegate.verdicts.attribution import ACCOUNTS
 from phasegate.verdicts.wording import reach
 
@@ -32,7 +33,8 @@ def main(params: Params) -> None:
                 raise UserError(f"decisions.phases.{phase}.arms has {arm!r}: {suggestion(arm, defined)}")
             if arm in claim.arms[:place]:
                 raise UserError(f"decisions.phases.{phase}.arms has {arm!r} twice: name each arm once")
-    for arm in sorted({arm for account in ACCOUNTS.values() for contrast in account.values() for arm in contrast}):
+    needed = {arm for account in ACCOUNTS.values() for contrast in account.values() for arm in contrast}
+    for arm in sorted(needed | {f"{growth.PHASE}/{growth.LARGE}"}):
         phase, _, name = arm.partition("/")
         if name not in params.arms()[phase]:
             raise UserError(f"decisions.phases.{phase}.arms lacks {name!r}, with which other arms are compared: add it")

@@ -70,7 +70,7 @@ def test_the_gap_closed_is_paired_and_stands_beside_step_rate_and_slots() -> Non
         "arm"
     )
     assert table["gap_closed"].to_dict() == pytest.approx({"small": 0, "large": 1, "birth": 0.75, "birth_early": 0.875})
-    assert table.loc["birth", ["gap_lo", "gap_hi"]].tolist() == pytest.approx([0.75, 0.75])
+    assert table.loc["birth", ["gap_closed_lo", "gap_closed_hi"]].tolist() == pytest.approx([0.75, 0.75])
     assert table["n_seeds"].tolist() == [3, 3, 2, 3]
     assert table["operator"].to_dict() == {"small": "small", "large": "large", "birth": "birth", "birth_early": "birth"}
     assert table["factor"].tolist() == [4, 8, 2, 2]

@@ -101,7 +101,7 @@ def lineage(tables: Tables, params: Params) -> Figure:
         busiest = f"the busiest takes {number(100 * final.max(), 0)} % of the tokens"
         axes.set_title(wrapped(f"{phase_label(head.phase)} {head.arm}: {counts}; {busiest}"))
     still = [phase_label(row.phase) for row in heads if row not in operated]
-    rest = f"; {' and '.join(still)} changed nothing" if still else "" if heads else "; no primary arm finished it"
+    rest = f"; {wording.listed(still)} changed nothing" if still else "" if heads else "; no primary arm finished it"
     title = f"Lineages of the experts, as thick as their load (seed {seed}; blue: born, orange: removed){rest}"
     figure.suptitle(wrapped(title, 110), x=0.01, ha="left")
     return figure

@@ -12,8 +12,8 @@ from phasegate.verdicts.statistics import column_names, interval_columns, mean_i
 from phasegate.verdicts.wording import of_arm
 
 PHASE, LARGE = "p7c1", "large"  # the phase, and the arm that has all experts from the start
-GAP = ("gap_closed", "gap_lo", "gap_hi")
-COLUMNS = ["arm", "operator", "step", "factor", "n_seeds", *GAP, *column_names("slot_ratio")]
+COLUMNS = ["arm", "operator", "step", "factor", "n_seeds"]
+COLUMNS += [*column_names("gap_closed"), *column_names("slot_ratio")]
 """operator: the way to have experts, by which the rate was chosen. step: of the growth; blank if the arm never grows.
 factor: the chosen rate of expert matrices, relative to all others'. gap_closed: (arm - small) / (large - small) of mean
 test accuracy; blank, without bounds, where `large` is not certainly ahead of `small`. slot_ratio: the expert slots that
@@ -38,7 +38,7 @@ def growth(tables: Mapping[str, pd.DataFrame], claims: Mapping[str, Claim], conf
         row |= {"step": of_arm(tables["surgeries"], PHASE, arm)["step"].min(), "factor": chosen.get(operator)}
         if len(done):
             gain, gap = ((done[name] - done["small"]).round(DECIMALS) for name in ("arm", "large"))
-            row |= dict(zip(GAP, ratio_interval(gain, gap, confidence), strict=True))
+            row |= dict(zip(column_names("gap_closed"), ratio_interval(gain, gap, confidence), strict=True))
             ratio = (slots[arm] / slots[_key(claim.control)[1]]).reindex(done.index).dropna()
             row |= interval_columns("slot_ratio", ratio, confidence) if len(ratio) else {}
         rows.append(row)

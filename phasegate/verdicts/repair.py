@@ -10,9 +10,8 @@ from phasegate.verdicts.statistics import column_names, interval_columns, share_
 from phasegate.verdicts.wording import of_arm
 
 PHASE, SHAM = "p7c3", "sham"  # the phase, and the arm in which no expert is killed
-ACTING = ("acting", "acting_lo", "acting_hi")
 COLUMNS = ["arm", "n_seeds", "dead", *column_names("found"), *column_names("false"), *column_names("false_share")]
-COLUMNS += [*column_names("operations"), *ACTING]
+COLUMNS += [*column_names("operations"), *column_names("acting")]
 """dead: experts of each checkpoint that were killed. found: the share of them that was removed. false: living experts
 that were removed, per seed; false_share: their share of the living ones. operations: of any kind, per seed; all of
 them are false alarms where nothing is dead. These intervals are over seeds. acting: the share of seeds with any
@@ -43,6 +42,6 @@ def repair(
             row |= interval_columns("false_share", false / (trials["n_routed_start"] - killed), confidence)
             row |= interval_columns("operations", operations, confidence)
             acting = share_interval(int((operations > 0).sum()), len(trials), confidence)
-            row |= dict(zip(ACTING, acting, strict=True))
+            row |= dict(zip(column_names("acting"), acting, strict=True))
         rows.append(row)
     return pd.DataFrame(rows, columns=COLUMNS)
