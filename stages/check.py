@@ -5,6 +5,7 @@ The schema changes with the code alone, so a changed parameter reruns this stage
 
 import ast
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from phasegate.base.errors import UserError
@@ -14,8 +15,8 @@ from phasegate.params import Params
 from phasegate.params.check import check
 from phasegate.params.fields import suggestion
 from phasegate.params.names import PLUGINS
-from phasegate.params.phases import Assay
 from phasegate.stage import run
+from phasegate.verdicts import growth
 from phasegate.verdicts.attribution import ACCOUNTS
 from phasegate.verdicts.wording import reach
 
@@ -32,12 +33,16 @@ def main(params: Params) -> None:
                 raise UserError(f"decisions.phases.{phase}.arms has {arm!r}: {suggestion(arm, defined)}")
             if arm in claim.arms[:place]:
                 raise UserError(f"decisions.phases.{phase}.arms has {arm!r} twice: name each arm once")
-    for arm in sorted({arm for account in ACCOUNTS.values() for contrast in account.values() for arm in contrast}):
+    needed = {arm for account in ACCOUNTS.values() for contrast in account.values() for arm in contrast}
+    for arm in sorted(needed | {f"{growth.PHASE}/{growth.LARGE}"}):
         phase, _, name = arm.partition("/")
         if name not in params.arms()[phase]:
             raise UserError(f"decisions.phases.{phase}.arms lacks {name!r}, with which other arms are compared: add it")
     for phase, claim in params.claims().items():
-        check_assay(f"{PLUGINS if phase == PLUGINS else f'decisions.phases.{phase}'}.assay", claim.assay, params)
+        key = PLUGINS if phase == PLUGINS else f"decisions.phases.{phase}"
+        named = {f"{key}.assay.better": claim.assay.better, f"{key}.assay.worse": claim.assay.worse}
+        named |= {f"{key}.control": claim.control}
+        check_runs(named | {f"{key}.controls.{arm}": name for arm, name in claim.controls.items()}, params)
     for name, seeds in (("q1", params.q1.seeds), ("q2", params.q2.seeds), ("p7c", params.p7c.seeds)):
         if shared := sorted({*seeds.all} & {*params.seeds.all}):
             raise UserError(
@@ -48,12 +53,12 @@ def main(params: Params) -> None:
     write_atomic(SCHEMA, schema())
 
 
-def check_assay(key: str, assay: Assay, params: Params) -> None:
-    """Raise `UserError` for an arm of an assay, which stands under `key`, that no phase lists."""
+def check_runs(named: Mapping[str, str], params: Params) -> None:
+    """Raise `UserError` for an arm, by the key that names it, that no phase lists."""
     known = [f"{phase}/{arm}" for phase, arms in params.arms().items() for arm in arms]
-    for end, arm in (("better", assay.better), ("worse", assay.worse)):
+    for key, arm in named.items():
         if arm not in known:
-            raise UserError(f"{key}.{end} is {arm!r}, which no phase runs: {suggestion(arm, known)}")
+            raise UserError(f"{key} is {arm!r}, which no phase runs: {suggestion(arm, known)}")
 
 
 def arms_of(phase: str) -> list[str]:

@@ -8,12 +8,17 @@ from phasegate.base.paths import EVALUATED, MODELS, PREPARED, REPORTS, TABLES
 from phasegate.params import Params
 from phasegate.params.fields import load_yaml
 from phasegate.params.names import EVALUATED as FOLDERS
+from phasegate.records.predictions import read_predictions
 from phasegate.records.prepared import load_meta
 from phasegate.records.tables import read_table, write_table
 from phasegate.stage import run
+from phasegate.verdicts.arrival import PHASE as ARRIVAL
+from phasegate.verdicts.arrival import arrival
 from phasegate.verdicts.attribution import attribution
 from phasegate.verdicts.decisions import decide
+from phasegate.verdicts.growth import growth, mean_rates
 from phasegate.verdicts.leaderboard import leaderboard, reference_rows
+from phasegate.verdicts.repair import repair
 from phasegate.verdicts.sampling import sampling
 from phasegate.verdicts.signal_summary import signal_summary
 from phasegate.verdicts.surgery_summary import surgery_summary
@@ -26,9 +31,9 @@ def main(params: Params) -> None:
     """Write `reports/tables/` and `reports/decisions.md`."""
     claims, confidence = params.claims(), params.decisions.confidence
     tables = {name: collect(name) for name in COLLECTED}
-    tables |= {name: read_table(MODELS / f"{name}.csv") for name in ("signals", "in_a_row")}
+    tables |= {name: read_table(MODELS / f"{name}.csv") for name in ("signals", "in_a_row", "rates")}
     trials, failures = tables["trials"], tables["failures"]
-    tables["sampling"] = sampling(EVALUATED)
+    tables["sampling"] = sampling(EVALUATED, claims)
     decisions = decide(tables, claims, params.decisions)
     published = {name: model.published for name, model in params.references_of(load_meta(PREPARED).name).items()}
     references = reference_rows(
@@ -40,6 +45,10 @@ def main(params: Params) -> None:
         "surgery_summary": surgery_summary(
             tables["surgeries"], tables["split_halves"], tables["curves"], decisions, confidence
         ),
+        "growth": growth(tables, claims, confidence),
+        "arrival": arrival(*read_predictions(EVALUATED / ARRIVAL), claims, params.p7c2.classes, confidence),
+        "repair": repair(tables, claims, params.p7c3.dead / params.p7a.n_routed, confidence),
+        "rates": mean_rates(tables["rates"], confidence),
         "signal_summary": signal_summary(tables["signals"], confidence),
         "leaderboard_q1": leaderboard(*search("q1"), confidence, references),
         "leaderboard_q2": leaderboard(*search("q2"), confidence),

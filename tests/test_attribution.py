@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from phasegate.base.errors import UserError
 from phasegate.params import load_params
-from phasegate.verdicts.attribution import ACCOUNTS, ADDING, BOTH, CHOOSING, CONTINUED, REMOVING, attribution
+from phasegate.params.names import CONTINUED
+from phasegate.verdicts.attribution import ACCOUNTS, ADDING, BOTH, CHOOSING, REMOVING, attribution
 from phasegate.verdicts.attribution import attribution_findings as findings
 from phasegate.verdicts.statistics import holm, mean_interval
 from tests.small_study import ROOT

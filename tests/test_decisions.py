@@ -113,6 +113,48 @@ def test_margins_are_shares_of_the_error_and_of_the_nll_of_the_control() -> None
     assert table["margin_nll"].tolist() == [pytest.approx(0.02 * 0.515)] * 3
 
 
+def controlled() -> tuple[pd.DataFrame, dict[str, Claim]]:
+    """A study whose phases have controls of their own, and its claims."""
+    arms: dict[str, Iterable[float]] = {"p7a/continue": CONTROL, "p7a/baseline": CONTROL - 1}
+    arms |= {"p7b2/split": CONTROL + 0.1, "p7c3/leave": [50.0, 51, 49, 50], "p7c3/oracle": [51.0, 52, 50, 51]}
+    study = trials_of(arms | {"p7c3/yoked": [50.5, 51.5, 49.5, 50], "p7c3/sham": CONTROL - DOUBTFUL})
+    claims = claims_of({"p7b2": "split", "p7c3": "oracle"}, "gain")
+    own = {"control": "p7c3/leave", "arms": ("leave", "oracle", "yoked", "sham"), "controls": {"sham": "p7a/continue"}}
+    return study, claims | {"p7c3": claims["p7c3"].model_copy(update=own)}
+
+
+def test_each_arm_is_compared_with_the_control_of_its_claim() -> None:
+    study, claims = controlled()
+    table = decide(tables_of(study), claims, RULE).set_index("arm", drop=False)
+    assert table["phase"].tolist() == ["p7a"] * 2 + ["p7b2"] + ["p7c3"] * 4
+    assert table["control"].tolist() == ["p7a/continue"] * 3 + ["p7c3/leave"] * 3 + ["p7a/continue"]
+    assert table["delta_pp"].tolist() == pytest.approx([-1, 0, 0.1, 1, 0, 0.375, -0.9625])
+    margins = [0.02 * (50 if control == "p7c3/leave" else 32.625) for control in table["control"]]
+    assert table["margin_pp"].tolist() == table["gain_pp"].tolist() == pytest.approx(margins)
+    leave = table.loc["leave"]
+    assert (leave["verdict"], leave["word"]) == ("CONTROL", "") and np.isnan(leave["p_value"])
+    assert table["p_holm"]["sham"] == min(1, 2 * table["p_value"]["sham"])  # of two: the control is no trial
+    assert (table["verdict"]["oracle"], table["verdict"]["continue"]) == ("GO", "CONTROL")
+
+
+def test_a_control_that_failed_or_is_not_there_is_named() -> None:
+    study = trials(p7b2__split=[0.1] * 4, p7c1__small=[0.0] * 4, p7c1__birth=[1.0] * 4)
+    claims = claims_of({"p7b2": "split", "p7c1": "birth"})
+    for control, failed, sentence in (
+        ("p7c1/smal", 0, "the trials have no control arm: phase p7c1, arm smal"),
+        ("p7c1/small", 4, r"every trial of the control failed \(phase p7c1, arm small\)"),
+        ("p7c1/small", 1, ""),
+    ):
+        claims["p7c1"] = claims["p7c1"].model_copy(update={"control": control})
+        kept, failures = failing(*(f"p7c1/small/{seed}" for seed in range(failed)), study=study)
+        if sentence:
+            with pytest.raises(UserError, match=sentence):
+                decide(tables_of(kept, failures), claims, RULE)
+        else:  # counts against no arm but itself
+            table = decide(tables_of(kept, failures), claims, RULE).set_index("arm")
+            assert table.loc[["small", "birth"], ["n_seeds", "n_failed"]].to_numpy().tolist() == [[3, 1], [3, 0]]
+
+
 def test_the_better_and_worse_of_an_exploratory_arm_also_have_to_pass_holm() -> None:
     among = trials(p7b1__noise_acting=[0.0] * 4, **{f"p7b1__{name}": DOUBTFUL for name in "abcd"})
     assert decided(trials(p7b1__noise_acting=DOUBTFUL))["word"]["noise_acting"] == "BETTER"

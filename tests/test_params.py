@@ -12,9 +12,7 @@ from phasegate.model.classifier import ModelSpec, Network
 from phasegate.model.references import ReferenceSpec, build
 from phasegate.params import Params, check, load_params
 from phasegate.params.fields import Seeds, parse
-from phasegate.params.phases import Assay
 from stages import check as check_stage
-from stages.check import check_assay
 from tests.damage import BOMBS, put
 from tests.small_study import ROOT
 
@@ -79,6 +77,11 @@ def test_the_committed_parameters_are_right() -> None:
             "decisions.phases",
             {},
             "decisions: phases has : it must have p7b1, p7b2, p7b3, p7b4, surgery, p7c1, p7c2, p7c3",
+        ),
+        (
+            "decisions.phases.p7c3.controls",
+            {"shm": "p7a/continue"},
+            "p7c3: controls names 'shm', no arm: did you mean sham?",
         ),
         ("p7b.act_evry", 3, "p7b.act_evry is not a parameter; did you mean act_every?"),
         ("references.mnist1d.mlp.lrr", 1, "references.mnist1d.mlp.lrr is not a parameter; did you mean lr?"),
@@ -204,13 +207,17 @@ def test_the_limit_of_a_container_or_a_shell_counts_as_its_memory(
     assert memory.memory() == 999_999
 
 
-def test_an_assay_names_arms_that_run() -> None:
-    params = load_params(PATH)
-    [arm, *_] = params.arms()["p7b1"]
-    claim = Assay(better="p7a/continue", worse=f"p7b1/{arm}", margin_pp=0.5)
-    check_assay("plugins.assay", claim, params)
-    with pytest.raises(UserError, match=r"plugins\.assay\.worse is 'p7a/contine', which no phase runs: did"):
-        check_assay("plugins.assay", claim.model_copy(update={"worse": "p7a/contine"}), params)
+def test_assays_and_controls_are_arms_that_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for changed, key in (
+        ({"control": "p7c3/leve"}, "control is 'p7c3/leve', which no phase runs: did you mean p7c3/leave"),
+        ({"controls": {"sham": "p7a/contine"}}, "controls.sham is 'p7a/contine', which no phase runs: did you mean"),
+        ({"assay": {"better": "p7c3/removd", "worse": "p7c3/leave", "margin_pp": 0}}, "assay.better is 'p7c3/removd'"),
+    ):
+        values = yaml.safe_load(PATH.read_text())
+        values["decisions"]["phases"]["p7c3"] |= changed
+        with pytest.raises(UserError, match=f"^decisions.phases.p7c3.{key}"):
+            check_stage.main(Params.model_validate(values))
 
 
 @pytest.mark.parametrize(

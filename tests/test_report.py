@@ -1,6 +1,7 @@
 """The report says what the tables say, renders any study, and gives the same bytes for the same data."""
 
 import re
+from math import nan
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -15,22 +16,31 @@ from phasegate.report.figures import FIGURES, draw
 from phasegate.verdicts import attribution, surgery_summary, wording
 from phasegate.verdicts.decisions import decide
 from phasegate.verdicts.leaderboard import leaderboard, reference_rows
+from phasegate.verdicts.statistics import column_names
 from tests.small_study import ROOT
 from tests.test_decisions import NO_SHARE, NONE, RULE, claims_of, rule_of, searched, tables_of, trials_of
+from tests.test_story import story_tables
 
 PARAMS = load_params(ROOT / "params.yaml")
 COMMITTED = {path.stem: pd.read_csv(path) for path in (ROOT / "reports/tables").glob("*.csv")}
 DELTAS = {"p7a/continue": 0.0, "p7a/baseline": -1.0, "p7b1/noise_acting": -5.0, "p7b1/a|b_c": 0.0, "p7b2/split": 2.0}
 DELTAS |= {"p7b3/task_gates": -0.9, "surgery/split": 0.0, "surgery/clone": -3.0, "surgery/merge": -0.2}
+DELTAS |= {"p7c1/small": 0.0, "p7c1/large": 4.0, "p7c1/birth": 2.0, "p7c1/birth_early": 3.0}
 ARMS = [key.split("/") for key in DELTAS]
 PRIMARY = {"p7b1": "noise_acting", "p7b2": "split", "p7b3": "task_gates", "surgery": "split"}
+PRIMARY |= {"p7c1": "birth"}
 CLAIMS = claims_of(PRIMARY)
+CLAIMS["p7c1"] = CLAIMS["p7c1"].model_copy(update={"control": "p7c1/small", "claim": "gain"})
+
+
+def tried(seeds: int = 3) -> pd.DataFrame:
+    """The trials of a study."""
+    return trials_of({key: 67 + delta + 0.1 * np.arange(seeds) * (delta != 0) for key, delta in DELTAS.items()})
 
 
 def decided(seeds: int = 3) -> pd.DataFrame:
     """Decisions with a NO-GO (7b.1), a GO (7b.2) and an INCONCLUSIVE (7b.3), if there are three seeds."""
-    steps = 0.1 * np.arange(seeds)
-    trials = trials_of({key: 67 + delta + steps * (delta != 0) for key, delta in DELTAS.items()})
+    trials = tried(seeds)
     return decide(
         tables_of(trials, idle=["merge"]), CLAIMS, rule_of(1.0, trials[trials["arm"] == "continue"]["accuracy"])
     )
@@ -91,6 +101,11 @@ def summed(surgeries: pd.DataFrame = SURGERIES) -> pd.DataFrame:
 EXPLAINED = sorted({arm for account in attribution.ACCOUNTS.values() for part in account.values() for arm in part})
 LOST = {arm: 3.0 * ("random" in arm) + (7 + 0.1 * np.arange(3)) * (arm == "p7b1/prune") for arm in EXPLAINED}
 ATTRIBUTION = attribution.attribution(trials_of({arm: 67 - lost for arm, lost in LOST.items()}), NONE, SURGERIES, 0.95)
+GROWTH = pd.DataFrame({"arm": ["small", "large", "birth", "birth_early"], "step": [nan, nan, 300, 100]})
+GROWTH = GROWTH.assign(operator=["small", "large", "birth", "birth"], factor=[4, 8, 2, 2], n_seeds=3)
+for name, values in (("gap_closed", [0, 1, 0.5, 0.75]), ("slot_ratio", [1, 1, 1.05, 1.05])):
+    GROWTH[list(column_names(name))] = [[value, value - 0.1, value + 0.1] for value in values]
+STORY = story_tables()
 LOADS = pd.DataFrame(
     {"phase": phase, "arm": arm, "seed": 0, "step": step, "block": 0, "expert": expert, "share": share}
     for phase, arm in PRIMARY.items()
@@ -107,6 +122,9 @@ BORN = pd.DataFrame(
 def tables(seeds: int = 3, /, **changes: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """The tables of the study above, some of them changed; the others are the committed tables."""
     boards = dict.fromkeys(("leaderboard_q1", "leaderboard_q2"), board(seeds))
+    boards |= {"growth": GROWTH, "trials": tried(seeds)} | {
+        name: STORY[name] for name in ("arrival", "repair", "rates")
+    }
     same = {"failures": NONE, "surgeries": SURGERIES, "split_halves": HALVES, "attribution": ATTRIBUTION}
     made = {"decisions": decided(seeds), "surgery_summary": summed(), "curves": curves(seeds), "routing": routing()}
     return COMMITTED | boards | same | made | {"loads": LOADS} | changes
@@ -169,7 +187,8 @@ def test_an_outcome_says_whether_it_was_expected_and_why_there_is_no_assay() -> 
 
 def test_the_rule_names_the_margins_and_what_so_many_seeds_can_decide() -> None:
     text = wording.rule(decided(10), RULE.model_copy(update={"margin": 0.03, "spread_pp": 0.5}))
-    assert "within the margin of ±1.00 pp" in text and "3 % of the error of `continue`" in text
+    assert "The margin is 3 % of the control's error" in text and ": 1.00 pp and 0.0" in text
+    assert "surgery without control head" not in text and "fixed order, 7b.1, 7b.2, 7b.3, surgery and 7c.1;" in text
     assert "With 10 seeds a difference that spreads by 0.5 pp" in text and "is known to ±0.36 pp." in text
     assert wording.reach(1, RULE) == "One seed decides nothing."
 
@@ -192,7 +211,7 @@ def test_the_attribution_says_what_does_the_harm() -> None:
 def test_lineages_count_births_and_name_phases_that_changed_nothing() -> None:
     whole, panel = titles("lineage", surgeries=BORN)
     assert panel == "7b.2 split: 2 born, 1 gone, 3 in the end; the busiest takes 50 % of the tokens"
-    assert "7b.1 and 7b.3 and surgery changed nothing" in whole
+    assert "7b.1, 7b.3, surgery and 7c.1 changed nothing" in whole
     (axes,) = draw("lineage", tables(surgeries=BORN), PARAMS).axes
     assert [label.get_text() for label in axes.get_yticklabels()] == ["0", "2", "1", "3"]  # children below parents
 
@@ -272,7 +291,7 @@ def test_the_finding_on_surgery_has_the_numbers_of_its_rows() -> None:
 
 def test_dead_experts_are_reported() -> None:
     found = surgery_summary.dead_finding(curves())
-    assert found.startswith("In 3 of the 54 intervals") and "at most 2 at once (phase surgery, clone, seed 2" in found
+    assert found.startswith("In 3 of the 78 intervals") and "at most 2 at once (phase surgery, clone, seed 2" in found
     assert "every existing expert got tokens" in surgery_summary.dead_finding(curves().query("arm != 'clone'"))
 
 
@@ -287,7 +306,7 @@ def test_equal_data_gives_equal_figures(name: str, seeds: int, tmp_path: Path) -
 
 def test_titles_say_the_verdict_the_ranking_and_where_entropy_ends() -> None:
     verdicts = [text.split()[1].rstrip(":") for text in titles("learning_curves")[1:]]
-    assert verdicts == ["BASELINE", "NO-GO", "GO", "INCONCLUSIVE", "GO"]
+    assert verdicts == ["BASELINE", "NO-GO", "GO", "INCONCLUSIVE", "GO", "GO"]
     ends = ["noise_acting: ends at 0.900, above the control", "split: ends at 0.800, the same as the control"]
     assert titles("entropy")[1:3] == [f"7b.1 {ends[0]}", f"7b.2 {ends[1]}"]
     assert "Q1: wide chosen at 71.0" in titles("leaderboard_q1")[0]

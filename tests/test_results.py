@@ -16,8 +16,10 @@ from scipy import stats
 
 from phasegate.base.paths import SCHEMA, TABLES
 from phasegate.tools.documents import DOCUMENTS, refreshed, written
+from phasegate.verdicts.decisions import decide
 from stages.check import schema
 from tests.small_study import ROOT
+from tests.test_decisions import RULE, controlled, tables_of
 
 FOLDERS = sorted(lock.parent for lock in (ROOT / "reports").glob("*/dvc.lock"))  # other data sets' results
 RESULTS = [pytest.param(ROOT, id="study"), *(pytest.param(folder, id=folder.name) for folder in FOLDERS)]
@@ -83,36 +85,50 @@ def test_the_decisions_follow_from_the_trials_by_textbook_formulas(results: Path
     pd.testing.assert_frame_equal(found, expected, rtol=1e-6, atol=1e-8)
 
 
+def test_phases_with_controls_of_their_own_follow_by_textbook_formulas() -> None:
+    study, claims = controlled()
+    decisions = decide(tables_of(study), claims, RULE).sort_values(["phase", "arm"], ignore_index=True)
+    rule = RULE.model_dump() | {"phases": {phase: claim.model_dump() for phase, claim in claims.items()}}
+    expected = textbook(study, set(zip(study["phase"], study["arm"], strict=True)), **rule)
+    expected = expected.sort_values(["phase", "arm"], ignore_index=True)
+    pd.testing.assert_frame_equal(decisions[expected.columns], expected, rtol=1e-9)
+
+
 def textbook(
     trials: pd.DataFrame, operated: set[tuple[str, str]], margin: float, gain: float, confidence: float,
     phases: dict[str, Any], **_: Any,
 ) -> pd.DataFrame:  # fmt: skip
     """Paired t intervals and tests by scipy, Holm's correction by hand, and the rules of the words and the verdicts."""
     arms = {key: rows.set_index("seed")[["accuracy", "nll"]] for key, rows in trials.groupby(["phase", "arm"])}
-    control = arms["p7a", "continue"]
-    error, rows = 100 - control["accuracy"].mean(), []
+    rows = []
     primary: dict[Any, str] = {"p7a": "baseline"} | {phase: claim["primary"] for phase, claim in phases.items()}
     for (phase, arm), values in arms.items():
         if phase == "plugins":
             continue
+        claim: dict[str, Any] = phases.get(str(phase), {})
+        compared = claim.get("controls", {}).get(arm, claim.get("control", "p7a/continue"))
+        control = arms[tuple(compared.split("/"))]
+        error, nll, apart = 100 - control["accuracy"].mean(), control["nll"].mean(), compared == f"{phase}/{arm}"
         deltas = (values - control).round(9)
         mean, lo, hi, p = interval(deltas["accuracy"], confidence)
         row = {
             "phase": phase,
             "arm": arm,
             "primary": arm == primary[phase],
+            "control": compared,
         }
+        row |= {"margin_pp": margin * error, "margin_nll": margin * nll, "gain_pp": gain * error}
         row |= {"delta_pp": mean, "delta_lo": lo, "delta_hi": hi, "worst_delta": deltas["accuracy"].min()}
         row |= dict(zip(("nll_delta", "nll_lo", "nll_hi"), interval(deltas["nll"], confidence)[:3], strict=True))
         idle = (phase, arm) not in operated and not deltas.to_numpy().any()
-        rows.append(row | {"idle": idle, "p_value": np.nan if phase == "p7a" or idle else p})
+        rows.append(row | {"idle": idle, "p_value": np.nan if phase == "p7a" or apart or idle else p})
     table = pd.DataFrame(rows).assign(p_holm=np.nan)
     for phase in phases:
-        ordered = table[(table["phase"] == phase) & ~table["primary"]]["p_value"].fillna(1).sort_values()
+        explored = (table["phase"] == phase) & ~table["primary"] & (table["control"] != f"{phase}/" + table["arm"])
+        ordered = table[explored]["p_value"].fillna(1).sort_values()
         adjusted = (ordered * np.arange(len(ordered), 0, -1)).cummax().clip(upper=1)
         table.loc[ordered.index, "p_holm"] = adjusted.mask(table["p_value"].isna())
-    said = [judge(row, arms, margin * error, margin * control["nll"].mean(), gain * error, confidence,
-                  phases.get(row["phase"])) for row in table.to_dict("records")]  # fmt: skip
+    said = [judge(row, arms, confidence, phases.get(row["phase"])) for row in table.to_dict("records")]
     return pd.concat(
         [table.drop(columns="idle"), pd.DataFrame(said, columns=["word", "verdict", "as_expected"])], axis=1
     )
@@ -128,12 +144,12 @@ def interval(x: "pd.Series[float]", confidence: float) -> tuple[float, float, fl
 
 
 def judge(
-    row: dict[Any, Any], arms: dict[Any, pd.DataFrame], m: float, m_nll: float, gain: float, confidence: float,
-    claim: dict[str, Any] | None,
-) -> tuple[str, str, str]:  # fmt: skip
+    row: dict[Any, Any], arms: dict[Any, pd.DataFrame], confidence: float, claim: dict[str, Any] | None
+) -> tuple[str, str, str]:
     """The word of a row, and of a primary arm the verdict, and whether it was expected."""
-    if claim is None:
-        return "", {"baseline": "BASELINE", "continue": "CONTROL"}[row["arm"]], ""
+    if claim is None or row["control"] == f"{row['phase']}/{row['arm']}":
+        return "", "BASELINE" if row["arm"] == "baseline" else "CONTROL", ""
+    m, m_nll, gain = row["margin_pp"], row["margin_nll"], row["gain_pp"]
     lo, hi, certain = row["delta_lo"], row["delta_hi"], row["primary"] or row["p_holm"] < 1 - confidence
     word = "NO WORSE" if lo >= -m else "UNDECIDED"
     word = "EQUIVALENT" if -m <= lo and hi <= m else word

@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 
 from phasegate.base.errors import UserError
+from phasegate.params import load_params
 from phasegate.params.names import EVALUATED
 from phasegate.records import predictions
 from phasegate.records.prepared import Array
 from phasegate.verdicts.sampling import examples_error, sampling
+from tests.small_study import ROOT
 
 
 @pytest.mark.parametrize("shared", [0, 0.3, 1], ids=lambda share: f"{share} of the variance is the examples'")
@@ -36,12 +38,14 @@ def study(folder: Path) -> dict[int, Array]:
     """Write predictions of two classes: the arm `split` answers as the control does, and one of its trials failed."""
     draws = np.random.default_rng(1)
     labels = {name: draws.integers(2, size=50 if name == "references" else 200) for name in EVALUATED}
-    labels |= dict.fromkeys(("control", "p7b2"), labels["p7a"])
+    labels |= dict.fromkeys(("control", "p7b2", "p7c1"), labels["p7a"])
     hard = draws.random(200) < 0.3  # some examples are hard for all seeds
     right = {seed: np.where(hard & (draws.random(200) < 0.7), 1 - labels["p7a"], labels["p7a"]) for seed in range(3)}
     trials = {"references": {"references/cnn/seed-0": labels["references"]}}
     trials["control"] = {f"p7a/continue/seed-{seed}": right[seed] for seed in right}
     trials["p7b2"] = {f"p7b2/split/seed-{seed}": right[seed] for seed in (0, 2)}
+    trials["p7c1"] = {f"p7c1/small/seed-{seed}": labels["p7a"] for seed in right}
+    trials["p7c1"] |= {f"p7c1/birth/seed-{seed}": right[seed] for seed in (0, 1)}
     trials["p7b2"] |= {f"p7b2/clone/seed-{seed}": labels["p7a"] for seed in right}
     for name in EVALUATED:
         predictions.write_predictions(folder / name, labels[name], trials.get(name, {}))
@@ -50,14 +54,23 @@ def study(folder: Path) -> dict[int, Array]:
 
 def test_arms_are_compared_on_the_seeds_that_both_finished(tmp_path: Path) -> None:
     right = study(tmp_path)
-    table = {(phase, arm): errors for phase, arm, *errors in sampling(tmp_path).itertuples(index=False)}
-    both, all_seeds = (examples_error(np.stack([right[seed] for seed in some])) for some in ((0, 2), (0, 1, 2)))
-    assert table["p7b2", "split"] == [both, 0]
-    assert table["p7a", "continue"] == [all_seeds, 0]
-    assert table["p7b2", "clone"] == [0, all_seeds]  # it is never wrong
+    table = {
+        (phase, arm): errors
+        for phase, arm, *errors in sampling(tmp_path, load_params(ROOT / "params.yaml").claims()).itertuples(
+            index=False
+        )
+    }
+    both, all_seeds, first = (
+        examples_error(np.stack([right[seed] for seed in some])) for some in ((0, 2), (0, 1, 2), (0, 1))
+    )
+    assert table["p7b2", "split"] == pytest.approx([both, 0])
+    assert table["p7a", "continue"] == pytest.approx([all_seeds, 0])
+    assert table["p7b2", "clone"] == pytest.approx([0, all_seeds])  # it is never wrong
+    assert table["p7c1", "birth"] == pytest.approx([first, first])  # beside `small`, which is never wrong
+    assert table["p7c1", "small"] == [0, 0]
     accuracy, delta = table["references", "cnn"]
     assert accuracy == 0 and math.isnan(delta)
-    assert len(table) == 4 and all_seeds > 0
+    assert len(table) == 6 and all_seeds > 0
 
 
 @pytest.mark.parametrize("damage", ["missing", "cut", "no labels", "too few"])
@@ -74,4 +87,4 @@ def test_damaged_predictions_are_refused(tmp_path: Path, damage: str) -> None:
         case "too few":
             predictions.write_predictions(tmp_path / "p7b2", np.arange(5), {"p7b2/split/seed-0": np.arange(4)})
     with pytest.raises(UserError, match=r"p7b2/predictions.safetensors .*`dvc repro` makes it again"):
-        sampling(tmp_path)
+        sampling(tmp_path, {})

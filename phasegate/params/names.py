@@ -12,6 +12,8 @@ START = "p7a"
 """The phase whose checkpoints all later phases start from."""
 BASELINE, CONTROL = "baseline", "continue"
 """The arms of that phase: the checkpoints themselves, and the same training continued with nothing added."""
+CONTINUED = f"{START}/{CONTROL}"
+"""The control of every phase that starts from those checkpoints."""
 PHASES = ("p7b1", "p7b2", "p7b3", "p7b4", "surgery", "p7c1", "p7c2", "p7c3")
 """The phases that get a verdict; `params.yaml` lists the arms of each."""
 PLUGINS = "plugins"

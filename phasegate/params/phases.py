@@ -6,7 +6,7 @@ from pydantic import Field
 
 from phasegate.params import fields
 from phasegate.params.fields import Count, Hypothesis, Index, Name, NonNegative, Number, Positive, Section, Size, Text
-from phasegate.params.names import MEASURED, PHASES, PREDICTED, SIGNALS
+from phasegate.params.names import CONTINUED, MEASURED, PHASES, PREDICTED, SIGNALS
 from phasegate.params.plugins import Plugin
 
 Grow = Literal["split", "clone", "reinit"]
@@ -196,12 +196,19 @@ class Claim(Stated):
 
     arms: Annotated[tuple[Name, ...], Field(min_length=1)]  # the arms that run, by the names that its stage gives them
     primary: Text
-    control: Arm = "p7a/continue"  # what the arms are compared with
+    control: Arm = CONTINUED  # what the arms are compared with
     controls: dict[Name, Arm] = Field(default_factory=dict)  # of arms that are compared with another one
+
+    def control_of(self, arm: str) -> str:
+        """Return what an arm is compared with."""
+        return self.controls.get(arm, self.control)
 
     def check_together(self) -> None:
         if self.primary not in self.arms:
             raise ValueError(f"primary is {self.primary!r}, no arm: {fields.suggestion(self.primary, self.arms)}")
+        for arm in self.controls:
+            if arm not in self.arms:
+                raise ValueError(f"controls names {arm!r}, no arm: {fields.suggestion(arm, self.arms)}")
 
 
 class Decisions(Section):

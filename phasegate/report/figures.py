@@ -7,7 +7,7 @@ from typing import NamedTuple
 from matplotlib.figure import Figure
 
 from phasegate.params import Params
-from phasegate.report import signal_plots, surgery_plots, training_plots, verdict_plots
+from phasegate.report import growth_plots, signal_plots, surgery_plots, training_plots, verdict_plots
 from phasegate.report.drawing import Tables, styled
 
 
@@ -20,7 +20,8 @@ class Entry(NamedTuple):
 
 
 FIGURES = {
-    "differences": Entry("verdicts", "Difference of each arm from the control", verdict_plots.differences),
+    "gap": Entry("first", "What growing gains, by the step of growth", growth_plots.gap),
+    "differences": Entry("first", "Difference of each arm from its control", verdict_plots.differences),
     "attribution": Entry("accounts", "What each ingredient of an arm does", verdict_plots.attribution),
     "learning_curves": Entry("training", "Learning curves and surgeries", training_plots.learning_curves),
     "lineage": Entry("surgeries", "Lineages of the experts, with their load over time", training_plots.lineage),

@@ -10,6 +10,7 @@ from markupsafe import Markup
 
 from phasegate.params import Params
 from phasegate.params.names import DATA_SETS
+from phasegate.report import story
 from phasegate.report.drawing import Tables
 from phasegate.report.figures import FIGURES
 from phasegate.verdicts import attribution, signal_summary, surgery_summary, wording
@@ -31,6 +32,12 @@ def render(
             | {"hypothesis": wording.stated(claims[row.phase]), "outcome": wording.outcome(row, decisions)}
             for row in wording.headline_rows(decisions)
         ],
+        answer=story.answer(tables, params),
+        first=story.story_table({data: decisions}, params),
+        growth=story.growth_cells(tables["growth"]),
+        rates=story.rate_cells(tables["rates"]),
+        arrival=story.arrival_cells(tables["arrival"]),
+        repair=story.repair_cells(tables["repair"]),
         rule=wording.rule(decisions, params.decisions),
         decisions=wording.decision_cells(decisions),
         failures=wording.failure_list(tables["failures"]),

@@ -18,13 +18,14 @@ from phasegate.report.drawing import Tables, band, new_figure, wrapped
 from phasegate.verdicts import wording
 from phasegate.verdicts.decisions import decision_rows
 from phasegate.verdicts.statistics import mean_interval
-from phasegate.verdicts.wording import headline_rows, number, of_arm, phase_label, rows_of
+from phasegate.verdicts.wording import beside, headline_rows, number, of_arm, phase_label, rows_of
 
 CONTROL_STYLE = (drawing.GREY, "-")  # colour and dash
 COLOURS = [drawing.BLUE, drawing.VERMILION, drawing.GREEN, drawing.PURPLE, drawing.ORANGE, drawing.SKY]
 DASHES: list[Any] = ["-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1))]
 ARM_STYLES = list(zip(COLOURS, DASHES, strict=True))  # of the arms of a phase, primary first
 MARKERS = {"split": "^", "clone": "P", "reinit": "*", "remove": "v", "merge": "d"}
+MARKERS |= {"birth": "o", "handover": "s", "upcycle": "X"}
 PLUGIN_MARKER = "h"  # of every surgery that is a plugin
 THINNEST, WIDEST = 0.03, 0.42  # half the height of an idle expert, and of the busiest; rows are one apart
 BLOCK = 0  # the block whose experts are drawn
@@ -36,17 +37,19 @@ def learning_curves(tables: Tables, params: Params) -> Figure:
     curves, decisions, surgeries = tables["curves"], tables["decisions"], tables["surgeries"]
     confidence = params.decisions.confidence
     shown = curves[curves["arm"] != CONTROL]["phase"].unique()
-    heads = [row for row in decision_rows(decisions) if row.primary and row.phase in shown]
+    rows = decision_rows(decisions)
+    heads = [row for row in rows if row.primary and row.phase in shown]
     columns = min(2, len(heads))
     figure, panels = new_figure(6.4 * columns, 3.7 * ceil(len(heads) / columns), len(heads), columns)
     for axes, head in zip(panels, heads, strict=True):
         if head.phase != START:
-            band(axes, of_arm(curves, START, CONTROL), "accuracy", CONTROL_STYLE, confidence, CONTROL, 1.3)
-        every = list(decisions[(decisions["phase"] == head.phase) & (decisions["arm"] != CONTROL)]["arm"])
+            control = of_arm(curves, *head.control.split("/"))
+            band(axes, control, "accuracy", CONTROL_STYLE, confidence, beside(head), 1.3)
+        every = [row.arm for row in rows if row.phase == head.phase and not row.is_control]
         arms = every[: len(ARM_STYLES)]  # the primary arm comes first in the decisions
         for arm, style in zip(arms, ARM_STYLES, strict=False):
-            rows = of_arm(curves, head.phase, arm)
-            band(axes, rows, "accuracy", style, confidence, arm, 2.2 if arm == head.arm else 1.3)
+            points = of_arm(curves, head.phase, arm)
+            band(axes, points, "accuracy", style, confidence, arm, 2.2 if arm == head.arm else 1.3)
         _mark_surgeries(axes, surgeries[surgeries["phase"] == head.phase], arms)
         axes.set_title(wrapped(f"{phase_label(head.phase)} {wording.finding(head)}"))
         axes.set(xlabel="training step", ylabel="gate accuracy, %")
@@ -69,10 +72,9 @@ def entropy(tables: Tables, params: Params) -> Figure:
     heads = headline_rows(tables["decisions"])
     columns = min(3, len(heads))
     figure, panels = new_figure(4.2 * columns, 3.2 * ceil(len(heads) / columns), len(heads), columns)
-    control = of_arm(curves, START, CONTROL)
     for axes, head in zip(panels, heads, strict=True):
-        rows = of_arm(curves, head.phase, head.arm)
-        band(axes, control, "routing_entropy", CONTROL_STYLE, confidence, CONTROL, 1.3)
+        rows, control = of_arm(curves, head.phase, head.arm), of_arm(curves, *head.control.split("/"))
+        band(axes, control, "routing_entropy", CONTROL_STYLE, confidence, beside(head), 1.3)
         band(axes, rows, "routing_entropy", (drawing.BLUE, "--"), confidence, head.arm, 2)
         axes.set(xlabel="training step", ylabel="routing entropy")
         ending = _compare_endings(rows, control, confidence) or wording.failed(head)
@@ -93,13 +95,13 @@ def lineage(tables: Tables, params: Params) -> Figure:
     for axes, head in zip(panels, operated, strict=True):
         shown, surgeries = of_arm(loads, head.phase, head.arm), of_arm(done, head.phase, head.arm)
         _draw_tree(axes, shown, surgeries, float(loads["share"].max()))
-        born = (surgeries["n_routed_after"] > surgeries["n_routed_before"]).sum()
+        change = surgeries["n_routed_after"] - surgeries["n_routed_before"]
         final = shown[shown["step"] == shown["step"].max()]["share"]
-        counts = f"{born} born, {len(surgeries) - born} gone, {len(final)} in the end"
+        counts = f"{change.clip(0).sum()} born, {-change.clip(upper=0).sum()} gone, {len(final)} in the end"
         busiest = f"the busiest takes {number(100 * final.max(), 0)} % of the tokens"
         axes.set_title(wrapped(f"{phase_label(head.phase)} {head.arm}: {counts}; {busiest}"))
     still = [phase_label(row.phase) for row in heads if row not in operated]
-    rest = f"; {' and '.join(still)} changed nothing" if still else "" if heads else "; no primary arm finished it"
+    rest = f"; {wording.listed(still)} changed nothing" if still else "" if heads else "; no primary arm finished it"
     title = f"Lineages of the experts, as thick as their load (seed {seed}; blue: born, orange: removed){rest}"
     figure.suptitle(wrapped(title, 110), x=0.01, ha="left")
     return figure
@@ -164,7 +166,11 @@ def _compare_endings(rows: pd.DataFrame, control: pd.DataFrame, confidence: floa
 def _draw_tree(axes: Axes, loads: pd.DataFrame, surgeries: pd.DataFrame, most: float) -> None:
     """Draw the lineage of one arm."""
     grown = surgeries["n_routed_after"] > surgeries["n_routed_before"]
-    births = {row.expert: row for row in rows_of(surgeries[grown])}
+    births = {
+        row.expert + further: row
+        for row in rows_of(surgeries[grown])
+        for further in range(row.n_routed_after - row.n_routed_before)
+    }
     removed = set(surgeries[~grown]["expert"])
     experts = {expert: rows_of(rows) for expert, rows in loads.groupby("expert")}
     parents = {expert: birth.parent for expert, birth in births.items() if birth.parent in experts}

@@ -1,5 +1,6 @@
 """Draw the figures of the verdicts: differences from the control, what each part of an arm does, and the searches."""
 
+from collections import Counter
 from itertools import accumulate
 from math import nan
 from typing import Any
@@ -8,14 +9,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from phasegate.params import Params
-from phasegate.params.names import CONTROL
 from phasegate.report import drawing
 from phasegate.report.drawing import DotStyle, Tables, dot_rows
 from phasegate.verdicts import decisions as words
 from phasegate.verdicts import wording
 from phasegate.verdicts.attribution import ACCOUNTS, REMOVING, account_label, effect, harm
-from phasegate.verdicts.decisions import decision_rows
-from phasegate.verdicts.wording import phase_label, rows_of
+from phasegate.verdicts.decisions import Decision, decision_rows
+from phasegate.verdicts.wording import of_arm, phase_label, rows_of
 
 WORD_STYLES = {  # colour and marker: no meaning hangs on colour alone
     words.BETTER: (drawing.BLUE, "^"),
@@ -34,30 +34,40 @@ REFERENCE_STYLES = {
 
 
 def differences(tables: Tables, params: Params) -> Figure:
-    """Draw each arm's difference from the control (pp) with its interval, beside zero and the margins."""
-    decisions = tables["decisions"]
-    margin = wording.control_row(decisions).margin_pp
-    rows = [row for row in decision_rows(decisions) if row.verdict != "CONTROL"]
+    """Draw each arm's difference from its control (pp): seeds as dots, mean, interval, zero, and the margins."""
+    decisions, trials = tables["decisions"], tables["trials"]
+    rows = [row for row in decision_rows(decisions) if not row.is_control]
     gaps = [1.6 if before.phase != row.phase else 1.0 for before, row in zip([rows[0], *rows], rows, strict=False)]
     positions = list(accumulate(gaps))
-    figure, (axes,) = drawing.new_figure(9, 1.6 + 0.32 * positions[-1])
+    figure, (axes,) = drawing.new_figure(9, 1.2 + 0.21 * positions[-1])
     axes.axvline(0, color=drawing.GREY, linewidth=1)
-    for edge in (-margin, margin):
-        axes.axvline(edge, color=drawing.BLACK, linewidth=1, linestyle="--")
     for y, row in zip(positions, rows, strict=True):
+        edges: dict[str, Any] = {"color": drawing.BLACK, "linewidth": 1, "label": "margin" if row is rows[0] else None}
+        axes.vlines([-row.margin_pp, row.margin_pp], y - 0.5, y + 0.5, **edges)
+        own, other = (
+            of_arm(trials, *name).set_index("seed")["accuracy"]
+            for name in ((row.phase, row.arm), row.control.split("/"))
+        )
+        seeds = (own - other).dropna()
+        axes.plot(seeds, [y] * len(seeds), ".", color=drawing.GREY, markersize=4, alpha=0.6, zorder=1.5)
         style = DotStyle(*WORD_STYLES[row.word], row.primary, None if row.primary else "white")
         drawing.dot(axes, y, (row.delta_pp, row.delta_lo, row.delta_hi), style)
         said = ", ".join(filter(None, [wording.measure(row, "delta_pp", signed=True), wording.failed(row)]))
         short = ", ".join(filter(None, [row.verdict, row.word]))
-        drawing.note(axes, y, f"{short}  {said}", weight="bold" if row.primary else "normal")
-    axes.set_yticks(positions, [f"{phase_label(row.phase)}  {row.arm}" for row in rows])
+        drawing.note(axes, y, f"{short}  {said}", size=8, weight="bold" if row.primary else "normal")
+    axes.set_yticks(positions, [f"{phase_label(row.phase)}  {row.arm}" for row in rows], fontsize=8)
     drawing.embolden(axes, [row.primary for row in rows])
     axes.set_ylim(max(positions) + 0.8, min(positions) - 0.8)
-    axes.set_xlabel(f"test accuracy minus {CONTROL}, pp (dashed: the margins, ±{wording.number(margin)} pp)")
-    heads = wording.headline_rows(decisions)
-    findings = [drawing.wrapped(f"{phase_label(row.phase)} {wording.finding(row)}", 100) for row in heads]
-    figure.suptitle("\n".join(findings), x=0.01, ha="left")
+    axes.set_xlabel("test accuracy minus that of its control, pp (dots: seeds; black: the margins)")
+    figure.suptitle(drawing.wrapped(_count_words(rows), 90), x=0.01, ha="left")
     return figure
+
+
+def _count_words(rows: list[Decision]) -> str:
+    """Return how many arms have each word."""
+    counts = Counter(row.word for row in rows if row.word)
+    parts = [f"{counts[word]} {word}" for word in WORD_STYLES if counts[word]]
+    return f"Of {counts.total()} arms beside their controls: {', '.join(parts)}"
 
 
 def attribution(tables: Tables, params: Params) -> Figure:

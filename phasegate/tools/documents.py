@@ -17,12 +17,16 @@ from phasegate.params import Params, load_params
 from phasegate.params.fields import load_yaml, parse
 from phasegate.params.names import DATA_SETS, START
 from phasegate.records.tables import read_table
+from phasegate.report import story
 from phasegate.tools.command import output
 from phasegate.verdicts import attribution, signal_summary, surgery_summary, wording
 
 DOCUMENTS = ("README.md", "docs/study.md", "docs/architecture.md")
 SPEED = ("case", "threads", "ours", "limit's time / ours", "best peer's time / ours")
-NEEDED = ("decisions", "attribution", "surgery_summary", "signal_summary", "surgeries", "failures")
+NEEDED = (
+    *("decisions", "attribution", "surgery_summary", "signal_summary", "surgeries", "failures"),
+    *("growth", "arrival", "repair"),
+)
 Tables = Mapping[str, pd.DataFrame]
 """The tables of a study, by name; or the decisions of several studies, by data set."""
 
@@ -53,16 +57,33 @@ def blocks(studies: Mapping[str, Tables], params: Params) -> dict[str, str]:
             study["signal_summary"], study["decisions"], study["surgeries"], confidence
         ),
     }
+    further = {
+        "growth": story.growth_cells(study["growth"]),
+        "arrival": story.arrival_cells(study["arrival"]),
+        "repair": story.repair_cells(study["repair"]),
+    }
     decisions = {name: tables["decisions"] for name, tables in studies.items()}
-    results = side_by_side(decisions)
+    named = {DATA_SETS[name]: table for name, table in decisions.items()}
+    results = wording.markdown_table(story.story_table(named, params))
     for name, tables in studies.items():
         results += wording.failed_lines(tables["failures"], f"Failed trials on {DATA_SETS[name]}")
     return {
+        "answer": "\n\n".join(answers(studies, params)),
         "results": "\n".join(results),
+        "verdicts": "\n".join(side_by_side(decisions)),
+        **{name: "\n".join(wording.markdown_table(cells)) for name, cells in further.items()},
         "rule": wording.rule(study["decisions"], params.decisions),
         "phases": "\n".join(claims(decisions, params)),
         **{name: "\n".join(f"- {sentence}" for sentence in sentences) for name, sentences in findings.items()},
     }
+
+
+def answers(studies: Mapping[str, Tables], params: Params) -> Iterator[str]:
+    """Write the answer of every study as a Markdown list, a point for each question, below its data set."""
+    for name, tables in studies.items():
+        seeds = int(tables["decisions"]["n_seeds"].max())
+        yield f"**{DATA_SETS[name]}**, {seeds} seed{'s' * (seeds != 1)} per arm:"
+        yield "\n".join(f"- {wording.escaped(paragraph)}" for paragraph in story.answer(tables, params))
 
 
 def side_by_side(decisions: Tables) -> list[str]:

@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 
 from phasegate.base.errors import UserError
-from phasegate.params.names import CONTROL, START
+from phasegate.params.names import CONTINUED
 from phasegate.records.tables import DECIMALS
 from phasegate.verdicts.decisions import paired_arms
 from phasegate.verdicts.statistics import column_names, holm, interval_columns, margin_p_value
@@ -20,7 +20,6 @@ from phasegate.verdicts.wording import Cells, measure, number, of_arm, p_text, p
 
 Contrast = Mapping[str, float]  # "phase/arm" -> weight; the weights sum to zero
 
-CONTINUED = f"{START}/{CONTROL}"
 ADDING, REMOVING, BOTH, CHOOSING = "adding alone", "removing alone", "both", "choosing the experts"
 COUNTS = ["added", "removed"]
 COLUMNS = ["account", "part", "contrast", "n_seeds", *COUNTS, *column_names("effect_pp")]

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from phasegate.base.errors import UserError
-from phasegate.params.names import BASELINE, CONTROL, PLUGINS, PRIMARY, REFERENCES, START
+from phasegate.params.names import BASELINE, CONTINUED, CONTROL, PRIMARY, REFERENCES, START
 from phasegate.params.phases import Claim, Decisions
 from phasegate.records.tables import COSTS, DECIMALS, check_numbers
 from phasegate.verdicts.statistics import holm, interval_columns, margin_p_value, mean_interval, paired_difference
@@ -20,7 +20,7 @@ GO, NO_GO, INCONCLUSIVE, NO_ASSAY = "GO", "NO-GO", "INCONCLUSIVE", "NO ASSAY"
 
 
 class Decision(NamedTuple):
-    """Hold one arm beside the control: a row of the decisions table, in which unknown numbers are NaN, words blank."""
+    """Hold one arm beside its control: a row of the decisions table, in which unknown numbers are NaN, words blank."""
 
     phase: str
     arm: str
@@ -55,10 +55,16 @@ class Decision(NamedTuple):
     assay_pp: float = nan  # of a primary arm: by how much the phase's known winner beats its known loser
     assay_lo: float = nan
     assay_hi: float = nan
-    margin_pp: float = nan  # these three are the same in all rows
+    margin_pp: float = nan  # these three are shares of the control's error, or of its NLL
     margin_nll: float = nan  # nats
     gain_pp: float = nan  # the smallest gain worth having
     balanced_accuracy: float = nan  # the mean over classes, percent
+    control: str = ""  # phase/arm; a control arm is its own
+
+    @property
+    def is_control(self) -> bool:
+        """Tell whether other arms are compared with this one."""
+        return self.control == f"{self.phase}/{self.arm}"
 
 
 def decision_rows(decisions: pd.DataFrame) -> list[Decision]:
@@ -73,26 +79,27 @@ def decide(tables: Mapping[str, pd.DataFrame], claims: Mapping[str, Claim], rule
     """Return the decisions table: a `Decision` for each phase and arm of `trials` and `failures` (phase, arm, seed).
 
     Of `tables` it takes these two, `surgeries`, and `sampling` (phase, arm, accuracy_se, delta_se; pp): the standard
-    errors that the choice of test examples gives the mean accuracy of an arm and its difference from the control.
-    Margins are shares of the control's mean error, and of its mean NLL, over the seeds that it finished.
+    errors that the choice of test examples gives the mean accuracy of an arm and its difference from its control.
+    Claims say what the control of an arm is. Margins are shares of the control's mean error, and of its mean NLL, over
+    the seeds that it finished.
 
-    A row compares the seeds that both the arm and the control finished. It counts the arm's failures in the seeds that
-    the control finished; for the arms of 7a, all failures. `word` and `verdict` say what follows from a row. Holm's
-    correction is over the exploratory arms of a phase, so another phase changes nothing in this one; an arm without a
-    p-value counts there with p = 1. Raises UserError for a phase without its primary arm or the arms of its assay, and
-    as `paired_arms` does.
+    A row compares the seeds that both the arm and its control finished. It counts the arm's failures in the seeds that
+    the control finished; for controls and the arms of 7a, all failures. `word` and `verdict` say what follows from a
+    row. Holm's correction is over the exploratory arms of a phase, so another phase changes nothing in this one; an arm
+    without a p-value counts there with p = 1. Phases come in the order of `claims`, their arms in that of the trials,
+    after the primary. Raises UserError for a phase without its primary arm, a control or the arms of its assay, and as
+    `paired_arms` does.
     """
     arms = paired_arms(tables["trials"], tables["failures"])
     primary = {phase: claim.primary for phase, claim in claims.items()} | {START: BASELINE}
     for phase in {phase for phase, _ in arms} - {START}:
         if (phase, primary.get(phase, "")) not in arms:
             raise UserError(f"the primary arm of phase {phase} is {primary.get(phase)}: it has no trials")
-    # The study's phases in order, then the plugins; arms keep their order, after the primary.
-    keys = sorted(arms, key=lambda key: (key[0] == PLUGINS, key[0], primary[key[0]] != key[1]))
-    control, rows = arms[START, CONTROL], []
-    margins = _margins(control, rule)
-    for phase, arm in keys:
-        row = Decision(phase, arm, primary[phase] == arm, 0, 0, **margins)
+    order, rows = [START, *claims], []
+    for phase, arm in sorted(arms, key=lambda key: (order.index(key[0]), primary[key[0]] != key[1])):
+        named = control_of(claims, phase, arm)
+        control = _control(named, arms)
+        row = Decision(phase, arm, primary[phase] == arm, 0, 0, control=named, **_margins(control, rule))
         row = _compare(row, arms[phase, arm], control, tables, rule.confidence)
         if row.primary and phase != START:
             claim = claims[phase]
@@ -102,13 +109,18 @@ def decide(tables: Mapping[str, pd.DataFrame], claims: Mapping[str, Claim], rule
     return pd.DataFrame(row for phase, group in phases for row in _decide_phase(list(group), claims.get(phase), rule))
 
 
+def control_of(claims: Mapping[str, Claim], phase: str, arm: str) -> str:
+    """Return what an arm is compared with, phase/arm."""
+    return claims[phase].control_of(arm) if phase in claims else CONTINUED
+
+
 def word(row: Decision, certain: bool = True) -> str:
     """Return in a word what a row says of its arm, from the interval of the difference in accuracy.
 
     `certain`: whether a difference from zero may be claimed. An arm with a failed trial is WORSE or UNDECIDED. An arm
     that did no operation and is the control in every seed, in accuracy and in NLL, is NOTHING DONE.
     """
-    if not row.n_seeds or row.phase == START:
+    if not row.n_seeds or _apart(row):
         return ""
     if row.operations == 0 and row.worst_delta == row.delta_pp == row.nll_delta == 0:
         return NOTHING_DONE
@@ -143,6 +155,21 @@ def verdict(row: Decision, assay_margin_pp: float) -> str:
     return GO if go and not row.n_failed else NO_GO if no_go else INCONCLUSIVE
 
 
+def _apart(row: Decision) -> bool:
+    """Tell whether a row is on no trial: it is of 7a, or the control of others."""
+    return row.phase == START or row.is_control
+
+
+def _control(name: str, arms: Mapping[tuple[str, str], pd.DataFrame]) -> pd.DataFrame:
+    """Return the trials of a control, phase/arm; `UserError` if there are none, or none that finished."""
+    phase, _, arm = name.partition("/")
+    if (phase, arm) not in arms:
+        raise UserError(f"the trials have no control arm: phase {phase}, arm {arm}")
+    if arms[phase, arm]["accuracy"].isna().all():
+        raise UserError(f"every trial of the control failed (phase {phase}, arm {arm}): nothing can be compared")
+    return arms[phase, arm]
+
+
 def _margins(control: pd.DataFrame, rule: Decisions) -> dict[str, Any]:
     """Return the margins of a run, without rounding error: a difference may be exactly as large."""
     error, nll = 100 - control["accuracy"].mean(), control["nll"].mean()
@@ -155,7 +182,7 @@ def _compare(
 ) -> Decision:
     """Return the row of an arm with its numbers, from trials that are indexed by seed."""
     done, compared = trials["accuracy"].notna(), control["accuracy"].notna()
-    failed = ~done if row.phase == START else ~done & compared
+    failed = ~done if _apart(row) else ~done & compared
     row = row._replace(n_seeds=int((done & compared).sum()), n_failed=int(failed.sum()))
     if not row.n_seeds:
         return row
@@ -173,7 +200,7 @@ def _compare(
     numbers |= {"worst_delta": float(deltas.min()), "delta_test_se": delta_se}
     numbers |= {"operations": surgeries["seed"].isin(trials.index).sum() / row.n_seeds}
     row = row._replace(**numbers, delta_sd=float(deltas.std(ddof=1)) if len(deltas) > 1 else nan)
-    return row if row.phase == START or word(row) == NOTHING_DONE else row._replace(p_value=margin_p_value(deltas, 0))
+    return row if _apart(row) or word(row) == NOTHING_DONE else row._replace(p_value=margin_p_value(deltas, 0))
 
 
 def _assay(claim: Claim, arms: Mapping[tuple[str, str], pd.DataFrame], confidence: float) -> dict[str, Any]:
@@ -192,14 +219,16 @@ def _assay(claim: Claim, arms: Mapping[tuple[str, str], pd.DataFrame], confidenc
 
 def _decide_phase(rows: list[Decision], claim: Claim | None, rule: Decisions) -> Iterator[Decision]:
     """Yield the rows of one phase, 7a without a claim, with their corrected p-values, words and verdicts."""
-    exploratory = [row for row in rows if not row.primary and claim]
+    exploratory = [row for row in rows if not row.primary and not _apart(row)]
     adjusted = holm([1 if isnan(row.p_value) else row.p_value for row in exploratory])
     p_holm = {row.arm: p for row, p in zip(exploratory, adjusted.tolist(), strict=True) if not isnan(row.p_value)}
     for row in rows:
         row = row._replace(p_holm=p_holm.get(row.arm, nan))
         row = row._replace(word=word(row, row.primary or row.p_holm < 1 - rule.confidence))
-        if not claim:
-            row = row._replace(verdict="BASELINE" if row.primary else "CONTROL")
+        if row.is_control:
+            row = row._replace(verdict="CONTROL")
+        elif not claim:
+            row = row._replace(verdict="BASELINE")
         elif row.primary:
             found = verdict(row, claim.assay.margin_pp)
             decided = row.n_seeds and found in (GO, NO_GO)  # failed trials confirm no hypothesis
@@ -220,7 +249,7 @@ def metrics(decisions: pd.DataFrame, phase: str, arm: str) -> dict[str, str | bo
 
 
 def paired_arms(trials: pd.DataFrame, failures: pd.DataFrame) -> dict[tuple[str, str], pd.DataFrame]:
-    """Return trials by phase and arm, each indexed by the control's seeds; a failed trial is a row of blanks.
+    """Return trials by phase and arm, each indexed by the seeds of 7a's control; a failed trial is a row of blanks.
 
     Raises UserError for a seed without a trial or a failure, a trial given twice, a number that isn't finite, or a
     control without a finished trial.
@@ -235,11 +264,8 @@ def paired_arms(trials: pd.DataFrame, failures: pd.DataFrame) -> dict[tuple[str,
         (str(phase), str(arm)): rows.set_index("seed").sort_index()
         for (phase, arm), rows in trials.groupby(["phase", "arm"], sort=False)
     }
+    _control(CONTINUED, arms)
     control = (START, CONTROL)
-    if control not in arms:
-        raise UserError(f"the trials have no control arm: phase {START}, arm {CONTROL}")
-    if arms[control]["accuracy"].isna().all():
-        raise UserError(f"every trial of the control failed (phase {START}, arm {CONTROL}): nothing can be compared")
     for key in arms:
         for lacking, having in ((key, control), (control, key)):
             if seeds := set(arms[having].index) - set(arms[lacking].index):

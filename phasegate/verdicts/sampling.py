@@ -3,23 +3,26 @@
 Shapes: S seeds, N test examples.
 """
 
+from collections.abc import Mapping
 from math import nan
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from phasegate.params.names import CONTROL, EVALUATED, REFERENCES, START
+from phasegate.params.names import EVALUATED, REFERENCES
+from phasegate.params.phases import Claim
 from phasegate.records.predictions import read_predictions
 from phasegate.records.prepared import Array
+from phasegate.verdicts.decisions import control_of
 
 COLUMNS = ["phase", "arm", "accuracy_se", "delta_se"]
 
 
-def sampling(evaluated: Path) -> pd.DataFrame:
+def sampling(evaluated: Path, claims: Mapping[str, Claim]) -> pd.DataFrame:
     """Return a row per phase and arm below the folder `evaluated`, with standard errors in percentage points.
 
-    accuracy_se is that of the mean accuracy, delta_se that of the mean difference from the control, over the seeds that
+    accuracy_se is that of the mean accuracy, delta_se that of the mean difference from its control, over the seeds that
     both finished. References, which may have other test examples, are compared with nothing: delta_se is blank, and
     all their seeds count. The squares of these standard errors and of those over seeds add up.
     """
@@ -31,9 +34,10 @@ def sampling(evaluated: Path) -> pd.DataFrame:
             right.setdefault((phase, arm), {})[seed] = 100.0 * (predicted == labels)
     rows = []
     for (phase, arm), found in right.items():
-        control = right.get((START, CONTROL), {}) if phase != REFERENCES else {}
-        both = [seed for seed in found if seed in control]
-        delta = examples_error(np.stack([found[seed] - control[seed] for seed in both])) if both else nan
+        control, _, name = control_of(claims, phase, arm).partition("/")
+        others = right.get((control, name), {}) if phase != REFERENCES else {}
+        both = [seed for seed in found if seed in others]
+        delta = examples_error(np.stack([found[seed] - others[seed] for seed in both])) if both else nan
         rows.append((phase, arm, examples_error(np.stack([found[seed] for seed in both or found])), delta))
     return pd.DataFrame(rows, columns=COLUMNS)
 

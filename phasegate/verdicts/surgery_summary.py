@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from math import inf
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from phasegate.params.names import CONTROL, START
@@ -18,9 +19,10 @@ COLUMNS += ["pairs", "balanced", "output_distance", *column_names("swap_loss")]
 """n_seeds: of the arm. surgeries: their number. seeds_operated: seeds with any such surgery; means of immediate effects
 are over these seeds. output_change: mean, relative, immediate. accuracy_lost: pp of gate accuracy, immediate.
 recovery_steps: median, where a surgery that never recovered counts as inf. recovered: share. delta_pp: the arm's final
-difference from the control on test. gate_delta_pp: the same on the gate split, by which parameters are chosen. For
+difference from its control on test. gate_delta_pp: the same on the gate split, by which parameters are chosen. For
 splits: pairs (both halves are still there at the end), balanced (share of pairs in which each half has at least a
 quarter of the tokens), output_distance (mean, relative), swap_loss (nats per token if the halves traded places)."""
+KEY = ["phase", "arm", "seed"]
 AGAINST = "Against the same training without surgery"
 BALANCED = 0.25  # the share of the pair's tokens that each half of a split should keep
 STUDY = "surgery"  # the phase whose operations are planned
@@ -34,19 +36,26 @@ MERGING = {"merge": "merges"}
 def surgery_summary(
     surgeries: pd.DataFrame, halves: pd.DataFrame, curves: pd.DataFrame, decisions: pd.DataFrame, confidence: float
 ) -> pd.DataFrame:
-    """Return a row per phase, arm and operation, below the control's; seeds that the control failed are left out."""
+    """Return a row per phase, arm and operation, below 7a's control, without seeds that an arm's control failed."""
     arms = {(row.phase, row.arm): row for row in decision_rows(decisions)}
     ends = curves.sort_values("step", kind="stable").groupby(["phase", "arm", "seed"])["accuracy"].last()
-    control = ends[START][CONTROL]
-    surgeries, halves = (table[table["seed"].isin(control.index)] for table in (surgeries, halves))
+
+    def control(phase: str, arm: str) -> "pd.Series[float]":
+        of, _, name = arms[phase, arm].control.partition("/")
+        found: pd.Series[float] = ends[of][name]
+        return found
+
+    def compared(table: pd.DataFrame) -> pd.DataFrame:
+        seeds = (seed in control(phase, arm) for phase, arm, seed in table[KEY].itertuples(index=False))
+        return table[np.fromiter(seeds, bool, len(table))]
 
     def final(phase: str, arm: str) -> dict[str, Any]:
         test = {name: getattr(arms[phase, arm], name) for name in ("n_seeds", *column_names("delta_pp"))}
-        gate = paired_difference(*ends[phase][arm].align(control, join="inner"))
+        gate = paired_difference(*ends[phase][arm].align(control(phase, arm), join="inner"))
         return test | interval_columns("gate_delta_pp", gate, confidence)
 
     nothing = {"phase": START, "arm": CONTROL, "operation": "none", "surgeries": 0, "seeds_operated": 0}
-    rows = [nothing | final(START, CONTROL)]
+    rows, surgeries, halves = [nothing | final(START, CONTROL)], compared(surgeries), compared(halves)
     for (phase, arm, operation), done in surgeries.groupby(["phase", "arm", "operation"], sort=False):
         recovery = done["recovery_steps"].astype(float)
         lost = (done["accuracy_before"] - done["accuracy_after"]).groupby(done["seed"]).mean()

@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from phasegate.params.names import CONTROL, START
+from phasegate.params.names import CONTINUED, START
 from phasegate.params.phases import Decisions, Stated
 from phasegate.records.tables import COSTS
 from phasegate.verdicts import decisions as words
@@ -24,6 +24,12 @@ SAID = {
     words.EQUIVALENT: "is EQUIVALENT to",
     words.NO_WORSE: "is NO WORSE than",
     words.UNDECIDED: "is UNDECIDED against",
+}
+CONTROLS = {  # what people call the controls of the study, and what they are
+    CONTINUED: "the same 7a checkpoints, without control head or surgery",
+    "p7c1/small": "the few experts of the start",
+    "p7c2/stay": "the few experts of the start while classes arrive",
+    "p7c3/leave": "7a checkpoints of which some experts were killed, and left",
 }
 Cells = list[dict[str, str]]
 """A table as people read it: one dict of column title and text per row."""
@@ -96,10 +102,16 @@ def _compare(row: Decision) -> str:
     """Return where the finished trials of an arm stand beside the control."""
     if row.word == words.NOTHING_DONE:
         finished = " that finished" if row.n_failed else ""
-        return f"never operated and equals {CONTROL} in every seed{finished} ({row.word})"
+        return f"never operated and equals {beside(row)} in every seed{finished} ({row.word})"
     said = SAID.get(row.word, "stands beside")
     difference = measure(row, "delta_pp", signed=True, unit="pp")
-    return f"{said} {CONTROL}, {difference}, NLL {nll(row)}"
+    return f"{said} {beside(row)}, {difference}, NLL {nll(row)}"
+
+
+def beside(row: Decision) -> str:
+    """Return what people call the control of a row: its arm, with the phase if that is a third one."""
+    phase, _, arm = row.control.partition("/")
+    return arm if phase in (START, row.phase) else f"{arm} of {phase_label(phase)}"
 
 
 def nll(row: Decision) -> str:
@@ -116,7 +128,7 @@ def outcome(row: Decision, decisions: pd.DataFrame) -> str:
     if row.verdict == words.NO_ASSAY:
         assay = measure(row, "assay_pp", signed=True, unit="pp")
         remarks += [f"the assay's better arm against its worse one: {assay or 'no seed finished both'}"]
-    return f"{finding(row)} ({'; '.join(remarks)}){spending(row, control_row(decisions))}."
+    return f"{finding(row)} ({'; '.join(remarks)}){spending(row, control_row(decisions, row.control))}."
 
 
 def spending(row: Decision, control: Decision) -> str:
@@ -126,7 +138,7 @@ def spending(row: Decision, control: Decision) -> str:
         "FLOPs per example": row.flops_per_example / control.flops_per_example,
     }
     said = [f"{100 * (ratio - 1):.0f} % more {what}" for what, ratio in more.items() if ratio >= 1.01]
-    return f", with {' and '.join(said)} than {CONTROL}" if said else ""
+    return f", with {' and '.join(said)} than {beside(row)}" if said else ""
 
 
 def rows_of(table: pd.DataFrame) -> list[Any]:
@@ -144,20 +156,21 @@ def headline_rows(decisions: pd.DataFrame) -> list[Decision]:
     return [row for row in decision_rows(decisions) if row.primary and row.phase != START]
 
 
-def control_row(decisions: pd.DataFrame) -> Decision:
-    """Return the row of the control arm."""
-    return decision_rows(of_arm(decisions, START, CONTROL))[0]
+def control_row(decisions: pd.DataFrame, control: str = CONTINUED) -> Decision:
+    """Return the row of a control, phase/arm."""
+    phase, _, arm = control.partition("/")
+    return decision_rows(of_arm(decisions, phase, arm))[0]
 
 
 def decision_cells(decisions: pd.DataFrame) -> Cells:
     """Return the decisions as people read them; balanced accuracy, too, if classes are so uneven that it differs."""
     uneven = (decisions["balanced_accuracy"] - decisions["accuracy"]).abs().max() > 0.005
     return [
-        {"phase": phase_label(row.phase), "arm": row.arm}
+        {"phase": phase_label(row.phase), "arm": row.arm, "control": beside(row)}
         | {"verdict": ", ".join(filter(None, [row.verdict, failed(row)])), "word": row.word}
         | {"as expected": row.as_expected, "accuracy, %": measure(row, "accuracy")}
         | ({"balanced accuracy, %": number(row.balanced_accuracy)} if uneven else {})
-        | (_difference_cells(row) if row.verdict != "CONTROL" else dict.fromkeys(_difference_cells(row), ""))
+        | (_difference_cells(row) if not row.is_control else dict.fromkeys(_difference_cells(row), ""))
         | {"p": p_text(row.p_value), "p (Holm)": p_text(row.p_holm), "seeds": str(row.n_seeds)}
         | {"operations": number(row.operations, 1)}
         | {"experts": f"{row.n_routed_start:g} → {round(row.n_routed_end, 1):g}" if row.n_seeds else ""}
@@ -183,12 +196,11 @@ def _cost_cells(row: Any) -> dict[str, str]:
 
 
 def cost_cells(decisions: pd.DataFrame) -> Cells:
-    """Return what every arm takes, with its ratio to what the control takes."""
-    control = control_row(decisions)
+    """Return what every arm takes, with its ratio to what its control takes."""
     titles = dict(zip(COSTS, ("parameters", "active", "FLOPs/example"), strict=True))
 
     def ratio(row: Decision, name: str) -> str:
-        value = getattr(row, name)
+        value, control = getattr(row, name), control_row(decisions, row.control)
         return f"{number(value, 0)} ({TIMES} {number(value / getattr(control, name))})" if row.n_seeds else ""
 
     return [
@@ -199,24 +211,51 @@ def cost_cells(decisions: pd.DataFrame) -> Cells:
 
 def rule(decisions: pd.DataFrame, shares: Decisions) -> str:
     """Return in one paragraph what is compared with what, what words and verdicts mean, and what the seeds can show."""
-    control = control_row(decisions)
-    margin = f"{number(control.margin_pp)} pp"
+    compared: dict[str, list[Decision]] = {}
+    for row in decision_rows(decisions):
+        if row.phase != START and not row.is_control:
+            compared.setdefault(row.control, []).append(row)
+    controls = {name: control_row(decisions, name) for name in compared or [CONTINUED]}
+    kinds = [
+        f"`{row.arm}`, {CONTROLS.get(name, 'of ' + phase_label(row.phase))}, for {_said(compared.get(name, []))}"
+        for name, row in controls.items()
+    ]
+    margins = [
+        f"{number(row.margin_pp)} pp and {number(row.margin_nll, 4)} nats beside `{row.arm}`"
+        for row in controls.values()
+    ]
+    gains = [f"{number(row.gain_pp)} pp beside `{row.arm}`" for row in controls.values()]
+    phases = listed([phase_label(row.phase) for row in headline_rows(decisions)])
     return (
-        f"Every arm is compared seed by seed with `{CONTROL}`: the same 7a checkpoints, trained for as many steps "
-        f"without control head or surgery. The {100 * shares.confidence:g} % interval of the difference in test "
-        "accuracy says its word, the first that holds: BETTER, it lies above zero; WORSE, below; EQUIVALENT, within "
-        f"the margin of ±{margin}; NO WORSE, at or above {MINUS}{margin}; UNDECIDED, else. NOTHING DONE: the arm never "
-        f"operated and equals `{CONTROL}` in every seed. The margin is {100 * shares.margin:g} % of the error of "
-        f"`{CONTROL}`; that of the negative log-likelihood (NLL), {number(control.margin_nll, 4)} nats, is as large a "
-        "share of its NLL. The primary arm decides its phase by the claim. Harmless: GO if accuracy and NLL lose no "
-        "more than their margins, NO-GO if one of them certainly does. Gain: GO if accuracy is BETTER, else NO-GO if "
-        f"it certainly gains less than {number(control.gain_pp)} pp. INCONCLUSIVE: neither, or NOTHING DONE. NO ASSAY: "
-        "the known winner of the phase is not certainly ahead of its known loser by the margin of the assay, so there "
-        "is no verdict. Each phase is decided by itself, without correction across them. The other arms are "
-        "exploratory: BETTER and WORSE also have to pass Holm's correction within their phase. An arm with a failed "
-        "trial is WORSE or UNDECIDED, if it did anything, never GO, and NO-GO if all its trials failed. A seed that "
-        f"`{CONTROL}` failed counts against no arm. {reach(control.n_seeds, shares)}"
+        f"Every arm is compared seed by seed with a control that trains for as many steps: {'; '.join(kinds)}. "
+        f"The {100 * shares.confidence:g} % interval of the difference in test accuracy says its word, the first that "
+        "holds: BETTER, it lies above zero; WORSE, below; EQUIVALENT, within the margin on both sides; NO WORSE, above "
+        "the lower margin; UNDECIDED, else. NOTHING DONE: the arm never operated and equals its control in every seed. "
+        f"The margin is {100 * shares.margin:g} % of the control's error, and as large a share of its negative "
+        f"log-likelihood (NLL): {', '.join(margins)}. The primary arm decides its phase by the claim. Harmless: GO if "
+        "accuracy and NLL lose no more than their margins, NO-GO if one of them certainly does. Gain: GO if accuracy "
+        f"is BETTER, else NO-GO if it certainly gains less than {100 * shares.gain:g} % of the control's error: "
+        f"{', '.join(gains)}. INCONCLUSIVE: neither, or NOTHING DONE. NO ASSAY: the known winner of the phase is not "
+        "certainly ahead of its known loser by the margin of the assay, so there is no verdict. "
+        f"The phases are tested in a fixed order, {phases}; each is decided by itself, without correction across them. "
+        "The other arms are exploratory: BETTER and WORSE also have to pass Holm's correction within their phase. An "
+        "arm with a failed trial is WORSE or UNDECIDED, if it did anything, never GO, and NO-GO if all its trials "
+        "failed. A seed that its control failed counts against no arm. "
+        f"{reach(control_row(decisions).n_seeds, shares)}"
     )
+
+
+def _said(rows: list[Decision]) -> str:
+    """Return the phases that these rows decide, and the further arms: `7b.1 and sham of 7c.3`."""
+    whole = {row.phase for row in rows if row.primary}
+    further = [f"`{row.arm}` of {phase_label(row.phase)}" for row in rows if row.phase not in whole]
+    phases = dict.fromkeys(phase_label(row.phase) for row in rows if row.phase in whole)
+    return listed([*phases, *further])
+
+
+def listed(parts: Sequence[str]) -> str:
+    """Return `a, b and c`."""
+    return " and ".join(filter(None, [", ".join(parts[:-1]), *parts[-1:]]))
 
 
 def reach(seeds: int, shares: Decisions) -> str:

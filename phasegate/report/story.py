@@ -1,0 +1,234 @@
+"""Tell the answer first: what came out in plain words, and one table of what was done.
+
+Each sentence is made from rows of the tables, and says no more than their words do.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import pandas as pd
+
+from phasegate.params import Params
+from phasegate.params.names import START
+from phasegate.verdicts import arrival, growth, repair, wording
+from phasegate.verdicts import decisions as words
+from phasegate.verdicts.attribution import ADDING, REMOVING, SIGNALS, harm
+from phasegate.verdicts.decisions import Decision, decision_rows
+from phasegate.verdicts.statistics import column_names
+from phasegate.verdicts.wording import Cells, interval, listed, measure, number, phase_label, rows_of
+
+Tables = Mapping[str, pd.DataFrame]
+CONVERGED = ("p7b1", "p7b2", "p7b3", "p7b4", "surgery")
+"""The phases that begin with a converged model of which nothing is broken."""
+GAINED = {  # by the word of a row; each goes on with the difference
+    words.BETTER: "gains",
+    words.WORSE: "loses:",
+    words.EQUIVALENT: "neither gains nor loses more than the margin:",
+    words.NO_WORSE: "loses no more than the margin, and is not shown to gain:",
+    words.UNDECIDED: "is not shown to gain, nor to be harmless:",
+    words.NOTHING_DONE: "never acts:",
+}
+DONE = {
+    "p7b1/noise_acting": "a head trained on random labels adds and removes experts",
+    "p7b1/grow": "random labels only add",
+    "p7b1/prune": "random labels only remove",
+    "p7b2/split": "routing entropy adds and removes experts",
+    "p7b3/task_gates": "further tasks, with gates of their own",
+    "p7b4/counterfactual_head": "ground truth, predicted, adds and removes experts",
+    "surgery/split": "the busiest experts are split",
+    "p7c1/large": "started with {large} experts, not {small}",
+    "p7c1/birth": "started with {small}, grown to {large} by births at step {at}",
+    "p7c1/upcycle": "the same by routed copies",
+    "p7c1/split": "the same by splits",
+    "p7c2/measured": "classes arrive: a controller grows once measuring shows a gain",
+    "p7c2/informed": "classes arrive: grown when told",
+    "p7c3/removed": "{dead} experts are dead: all of them removed by who knows",
+    "p7c3/oracle": "{dead} experts are dead: ground truth removes what it finds",
+}
+"""What was done, in plain words, in the arms that the first table shows; primary arms are always shown."""
+
+
+def answer(tables: Tables, params: Params) -> list[str]:
+    """Return what came out, a paragraph for each question."""
+    rows = {(row.phase, row.arm): row for row in decision_rows(tables["decisions"])}
+    primary = {row.phase: row for row in rows.values() if row.primary}
+    told = [f"{_converged(rows.values())} {_breaking(tables['attribution'], params.decisions.confidence)}"]
+    told += [_growing(primary[growth.PHASE], tables, params)] if growth.PHASE in primary else []
+    told += [_arriving(primary[arrival.PHASE], rows, tables, params)] if arrival.PHASE in primary else []
+    return told + ([_repairing(primary[repair.PHASE], tables, params)] if repair.PHASE in primary else [])
+
+
+def _converged(rows: Iterable[Decision]) -> str:
+    """Say which arms that added or removed experts of a converged model are better or worse than no surgery."""
+    rewired = [row for row in rows if row.phase in CONVERGED and row.operations > 0]
+    if not rewired:
+        return "No arm rewired a converged model."
+    better, worse = ([row for row in rewired if row.word == word] for word in (words.BETTER, words.WORSE))
+    named = [f"`{row.arm}` of {phase_label(row.phase)} ({measure(row, 'delta_pp', 2, True, 'pp')})" for row in better]
+    gain = f"{len(better)} {_are(better)} better ({listed(named)})" if better else "none is shown to be better"
+    return (
+        f"Of {len(rewired)} arms that rewire a converged model, {gain} than the same model trained on unchanged, and "
+        f"{len(worse) or 'none'} {_are(worse)} worse."
+    )
+
+
+def _are(rows: list[Decision]) -> str:
+    return "are" if len(rows) > 1 else "is"
+
+
+def _breaking(attribution: pd.DataFrame, confidence: float) -> str:
+    """Say whether adding or removing experts does the harm."""
+    found = {
+        account: harm(attribution, account, confidence)
+        for account in SIGNALS
+        if {ADDING, REMOVING} <= set(attribution[attribution["account"] == account]["part"])
+    }
+    if len(set(found.values())) == 1:
+        by = " as by ".join(SIGNALS[account] for account in found)
+        return f"Where experts are added, or trained ones removed, by {by}, {next(iter(found.values()))}."
+    parts = [f"by {SIGNALS[account]} {said}" for account, said in found.items()]
+    return f"Where experts are added, or trained ones removed, {', but '.join(parts)}."
+
+
+def gained(row: Decision) -> str:
+    """Return what became of an arm beside its control, by its word, with the difference and the failed trials."""
+    if not row.n_seeds:
+        return f"is compared in no seed: {wording.failed(row) or 'its control failed there'}"
+    text = f"{GAINED[row.word]} {measure(row, 'delta_pp', 2, True, 'pp')}" if row.word else "is the control"
+    return f"{text}, though {wording.failed(row)}" if row.n_failed else text
+
+
+def _verdict(row: Decision, params: Params) -> str:
+    """Return the verdict in brackets; without an assay, what was not shown."""
+    if row.verdict != words.NO_ASSAY:
+        return f"({row.verdict})"
+    assay = params.claims()[row.phase].assay
+    found = measure(row, "assay_pp", 2, True, "pp") or "no seed finished both"
+    better, worse = (f"`{name.partition('/')[2]}`" for name in (assay.better, assay.worse))
+    return f"({row.verdict}: {better} is not certainly ahead of {worse} by {assay.margin_pp:g} pp, but {found})"
+
+
+def _growing(row: Decision, tables: Tables, params: Params) -> str:
+    """Say what growing a model that started too small gains, how much of the gap it closes, and when."""
+    small, large, steps = params.p7c.small, params.p7c.large, params.p7c.steps
+    table = {each.arm: each for each in rows_of(tables["growth"])}
+    own, exact = table[row.arm], ""
+    done = wording.of_arm(tables["surgery_summary"], row.phase, row.arm)
+    if len(done) and done["output_change_max"].max() == 0:
+        exact = ", which at first changes no bit of the output,"
+    at = f" at step {own.step:.0f} of {number(steps, 0)}" if pd.notna(own.step) else ""
+    text = (
+        f"A model that starts with {small} experts and grows to {large} by `{row.arm}`{at}{exact} "
+        f"{gained(row)} {_verdict(row, params)}."
+    )
+    if pd.isna(own.gap_closed):
+        return text
+    by_step: dict[float, Any] = {}
+    for each in table.values():
+        if each.operator == own.operator and pd.notna(each.step) and pd.notna(each.gap_closed):
+            by_step.setdefault(each.step, each)
+    shares = [f"{share(by_step[step], 'gap_closed')} at step {step:.0f}" for step in sorted(by_step)]
+    return f"{text} Of the gap to {large} from the start, that way closes {listed(shares)}." if shares else text
+
+
+def _arriving(row: Decision, rows: Mapping[tuple[str, str], Decision], tables: Tables, params: Params) -> str:
+    """Say whether a controller gains when classes arrive, and what being told is worth."""
+    start = f"When further classes join the first {params.p7c2.classes} at step {params.p7c2.at}, `{row.arm}`"
+    text = f"{start}, which decides itself whether to grow, {gained(row)} {_verdict(row, params)}"
+    if told := rows.get((row.phase, "informed")):
+        text += f"; growing when told {gained(told)}"
+    table = wording.rows_of(tables["arrival"][tables["arrival"]["arm"] == row.arm])
+    parts = [f"{measure(each, 'delta_pp', 2, True, 'pp')} on {each.classes} classes" for each in table if each.n_seeds]
+    return f"{text}. `{row.arm}` itself: {listed(parts)}." if parts else f"{text}."
+
+
+def _repairing(row: Decision, tables: Tables, params: Params) -> str:
+    """Say how many dead experts ground truth finds, how many living ones it removes, and what it does where none is."""
+    counts = {each.arm: each for each in rows_of(tables["repair"])}
+    own, sham = counts.get(row.arm), counts.get(repair.SHAM)
+    text = f"Where {params.p7c3.dead} of {params.p7a.n_routed} experts are dead, `{row.arm}` "
+    if own and own.n_seeds:
+        text += f"removes {share(own, 'found')} of them, and {measure(own, 'false')} living ones a seed; it "
+    text += f"{gained(row)} {_verdict(row, params)}."
+    if sham and sham.n_seeds:
+        seeds = round(sham.acting * sham.n_seeds)
+        text += f" Where none is dead, it acts in {seeds} of {sham.n_seeds} seeds ({share(sham, 'acting')})."
+    return text
+
+
+def share(row: Any, name: str, digits: int = 0) -> str:
+    """Return a share with its interval in percent, `78 % [60, 95]`."""
+    mean, lo, hi = (100 * getattr(row, column) for column in column_names(name))
+    return interval(mean, lo, hi, digits, unit="%")
+
+
+def story_cells(decisions: pd.DataFrame, params: Params) -> Iterator[tuple[str, dict[str, str]]]:
+    """Yield the rows of the first table, each with its key, phase/arm."""
+    growing, known = params.p7c, {f"{row.phase}/{row.arm}": row for row in decision_rows(decisions)}
+    numbers = {"small": growing.small, "large": growing.large, "at": params.p7c1.at, "dead": params.p7c3.dead}
+    for name, row in known.items():
+        if row.phase == START or row.is_control or not (row.primary or name in DONE):
+            continue
+        what = DONE.get(name, f"`{row.arm}`").format(**numbers)
+        yield (
+            name,
+            {
+                "what was done": f"{phase_label(row.phase)}: {what}",
+                "difference, pp": measure(row, "delta_pp", 2, True) or wording.failed(row),
+                "worst seed, pp": number(row.worst_delta, signed=True),
+                "word": " ".join(filter(None, [row.word, f"({row.verdict})" if row.verdict else ""])),
+                "as expected": row.as_expected,
+            },
+        )
+
+
+def story_table(studies: Mapping[str, pd.DataFrame], params: Params) -> Cells:
+    """Return the first table: of the first study, with difference and word of each other one in a further column."""
+    (first, *others), found = studies, {name: dict(story_cells(table, params)) for name, table in studies.items()}
+    rows = []
+    for key, row in found[first].items():
+        rows.append(dict(row))
+        for other in others:
+            there = found[other].get(key, {})
+            rows[-1][other] = ", ".join(filter(None, [there.get("difference, pp"), there.get("word")]))
+    return rows
+
+
+def growth_cells(table: pd.DataFrame) -> Cells:
+    """Return what growing is worth as people read it."""
+    return [
+        {"arm": row.arm, "grows at step": number(row.step, 0), "gap closed": share(row, "gap_closed")}
+        | {"rate of experts": f"{wording.TIMES} {row.factor:g}" if pd.notna(row.factor) else ""}
+        | {"slot-steps, relative to the control": measure(row, "slot_ratio"), "seeds": str(row.n_seeds)}
+        for row in rows_of(table)
+    ]
+
+
+def arrival_cells(table: pd.DataFrame) -> Cells:
+    """Return the accuracies on old and new classes as people read them."""
+    return [
+        {"arm": row.arm, "classes": row.classes, "accuracy, %": measure(row, "accuracy")}
+        | {"difference, pp": measure(row, "delta_pp", 2, True)}
+        | {"worst seed, pp": number(row.worst_delta, signed=True), "seeds": str(row.n_seeds)}
+        for row in rows_of(table)
+    ]
+
+
+def repair_cells(table: pd.DataFrame) -> Cells:
+    """Return what was found, and lost, among dead experts as people read it."""
+    return [
+        {"arm": row.arm, "dead": number(row.dead, 0), "dead experts removed": share(row, "found")}
+        | {"living ones removed, per seed": measure(row, "false")}
+        | {"of the living ones": share(row, "false_share", 1), "operations per seed": measure(row, "operations")}
+        | {"seeds with any": share(row, "acting"), "seeds": str(row.n_seeds)}
+        for row in rows_of(table)
+    ]
+
+
+def rate_cells(table: pd.DataFrame) -> Cells:
+    """Return the rates that were tried as people read them."""
+    return [
+        {"way to have experts": row.operator, "rate of experts": f"{wording.TIMES} {row.factor:g}"}
+        | {"gate accuracy, %": measure(row, "accuracy"), "chosen": "yes" * bool(row.chosen), "seeds": str(row.n_seeds)}
+        for row in rows_of(table)
+    ]

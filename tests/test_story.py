@@ -1,0 +1,173 @@
+"""What is told first is true, whatever the tables say."""
+
+from collections.abc import Iterable
+from math import nan
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from phasegate.params import load_params
+from phasegate.report.story import answer, story_cells, story_table
+from phasegate.verdicts.arrival import arrival
+from phasegate.verdicts.attribution import attribution
+from phasegate.verdicts.decisions import decide
+from phasegate.verdicts.growth import growth, mean_rates
+from phasegate.verdicts.repair import repair
+from tests.small_study import ROOT
+from tests.test_decisions import NONE, tables_of, trials_of
+
+PARAMS = load_params(ROOT / "params.yaml")
+CLAIMS = PARAMS.decisions.phases
+EFFECTS = {  # pp, of the arms that have any
+    "p7a/baseline": -0.1, "p7b1/noise_acting": -3.5, "p7b1/prune": -3.8, "p7b1/random_acting": -3.6, "p7b2/prune": -2.2,
+    "p7b1/yoked": -3.4, "p7b3/drowned": -1.9, "surgery/clone": -0.8, "surgery/remove_by_usage": -1.6,
+    "p7c1/large": 6.1, "p7c1/birth": 2.8, "p7c1/birth_early": 4.5, "p7c1/birth_late": 1.0, "p7c1/birth_short": 2.6,
+    "p7c1/handover": 2.9, "p7c1/upcycle": 2.6, "p7c1/upcycle_carried": 1.6, "p7c1/reinit": 1.2, "p7c1/split": -1.0,
+    "p7c2/large": 6.5, "p7c2/measured": 2.1, "p7c2/informed": 2.6, "p7c2/yoked": 1.4, "p7c2/restart": 2.4,
+    "p7c2/split": -1.4, "p7c3/removed": 1.1, "p7c3/oracle": 0.9, "p7c3/frequency": -1.0, "p7c3/yoked": -1.9,
+}  # fmt: skip
+LEVELS = {"p7c1": 74.0, "p7c2": 73.0, "p7c3": 81.0}  # of the controls; 82.5 in 7b
+STILL = {"continue", "baseline", "noise", "task_gates", "heads", "drowned", "entropy_loss", "small", "stay", "leave"}
+STILL |= {"large", "restart", "sham"}
+CONTROLS = ("continue", "small", "stay", "leave")
+STEPS = {"birth_early": 100, "birth_late": 600}
+
+
+def tried(seeds: int = 10, /, **effects: float) -> pd.DataFrame:
+    """Trials of every arm of the study, with these effects (`phase__arm`), which scatter by half a percentage point."""
+    changed, draws = EFFECTS | {key.replace("__", "/"): pp for key, pp in effects.items()}, np.random.default_rng(0)
+    levels = {phase: LEVELS.get(phase, 82.5) + draws.normal(size=seeds) for phase in ("p7a", *LEVELS)}
+    arms: dict[str, Iterable[float]] = {}
+    for phase, names in PARAMS.arms().items():
+        for name in names:
+            key, level = f"{phase}/{name}", levels.get(phase, levels["p7a"])
+            scatter = 0.5 * draws.normal(size=seeds) * (changed.get(key) != 0)
+            arms[key] = level if name in CONTROLS else level + changed.get(key, 0.1) + scatter
+    arms["p7c3/sham"] = arms["p7a/continue"]
+    return trials_of(arms)
+
+
+def logged(trials: pd.DataFrame, idle: Iterable[str] = ()) -> pd.DataFrame:
+    """A log in which every arm that may operate did so once, by an operation that keeps the output."""
+    keys = trials[["phase", "arm", "seed"]]
+    done = keys[~keys["arm"].isin(STILL) & ~(keys["phase"] + "/" + keys["arm"]).isin(list(idle))].copy()
+    done["step"] = done["arm"].map(STEPS).fillna(300).astype(int)
+    done["n_routed_before"] = 12
+    done["n_routed_after"] = 12 + np.where((done["phase"] == "p7c3") | (done["arm"] == "prune"), -1, 1)
+    done["dead"] = done["arm"].isin(["removed", "oracle"])
+    blank: dict[str, Any] = {"block": 0, "operation": "split", "expert": 12, "parent": nan}
+    found = done[done["arm"].isin(["removed", "oracle"])]
+    return pd.concat([done, *[found] * 3]).assign(**blank, output_change=0.0, accuracy_before=80.0, accuracy_after=80.0)
+
+
+def story_tables(
+    seeds: int = 10, idle: Iterable[str] = (), failures: pd.DataFrame = NONE, **effects: float
+) -> dict[str, pd.DataFrame]:
+    """The tables of a whole study that the story is told from."""
+    trials = tried(seeds, **effects)
+    gone = pd.MultiIndex.from_frame(failures[["phase", "arm", "seed"]])
+    trials = trials[~pd.MultiIndex.from_frame(trials[["phase", "arm", "seed"]]).isin(gone)]
+    surgeries = logged(trials, idle)
+    made: dict[str, pd.DataFrame] = tables_of(trials, failures) | {"surgeries": surgeries}
+    steps = pd.DataFrame({"step": [0, 300, 1500], "slots": [nan, 4.0, 4.2]})
+    made["curves"] = trials[["phase", "arm", "seed"]].merge(steps, "cross")
+    made["rates"] = pd.DataFrame(
+        {"operator": operator, "factor": factor, "seed": seed, "accuracy": 70.0 + factor + seed, "chosen": factor == 2}
+        for operator in ("small", "large", "birth", "handover", "upcycle", "upcycle_carried", "reinit", "split")
+        for factor in (1, 2, 4, 8)
+        for seed in range(3)
+    )
+    labels = np.arange(200) % 10
+    told = {
+        f"p7c2/{arm}/seed-{seed}": np.where(np.arange(200) < seed + 10 * (arm == "stay"), 10, labels)
+        for arm in CLAIMS["p7c2"].arms
+        for seed in range(seeds)
+    }
+    summary = surgeries[["phase", "arm", "output_change"]].drop_duplicates()
+    return {
+        **made,
+        "decisions": decide(made, CLAIMS, PARAMS.decisions),
+        "attribution": attribution(trials, failures, surgeries, 0.95),
+        "surgery_summary": summary.rename(columns={"output_change": "output_change_max"}),
+        "growth": growth(made, CLAIMS, 0.95),
+        "arrival": arrival(labels, told, CLAIMS, PARAMS.p7c2.classes, 0.95),
+        "repair": repair(made, CLAIMS, 4 / 12, 0.95),
+        "rates": mean_rates(made["rates"], 0.95),
+    }
+
+
+def told(question: int, **changes: Any) -> str:
+    """One paragraph of the answer: on the converged model, on growing, on arriving, or on repairing."""
+    return answer(story_tables(**changes), PARAMS)[question]
+
+
+def test_the_first_paragraph_says_which_arms_gain_and_what_does_the_harm() -> None:
+    text = told(0)
+    assert text.startswith("Of 25 arms that rewire a converged model, none is shown to be better than the same model ")
+    assert "trained on unchanged, and 7 are worse. " in text
+    assert "by random labels as by routing entropy, removing does the harm, and adding, by splits, none" in text
+    better = told(0, surgery__merge=3.0, p7b2__clone=2.0)
+    assert "model, 2 are better (`clone` of 7b.2 (+" in better and "none is shown" not in better
+    one = told(0, p7b2__prune=0.1, p7b2__grow=-3.0, surgery__merge=3.0)
+    assert "1 is better (`merge` of surgery (+" in one
+    assert "by random labels removing does the harm, and adding, by splits, none that is certain, but by routing" in one
+    idle = [f"{phase}/{arm}" for phase, arms in PARAMS.arms().items() for arm in arms]
+    assert told(0, idle=idle).startswith("No arm rewired a converged model. ")
+
+
+@pytest.mark.parametrize(
+    ("effect", "said"),
+    [
+        (2.8, "gains +2.46 pp [+2.26, +2.66] (GO). Of the gap to 24 from the start, that way closes 73 % [67, 79] at"),
+        (-2.0, "loses: −2.34 pp [−2.54, −2.14] (NO-GO)."),
+        (0.34, "neither gains nor loses more than the margin: 0.00 pp [−0.20, +0.20] (NO-GO)."),
+        (0.6, "gains +0.26 pp [+0.06, +0.46] (GO)."),
+    ],
+)
+def test_growing_is_told_by_the_word_of_its_arm(effect: float, said: str) -> None:
+    start = "A model that starts with 4 experts and grows to 24 by `birth` at step 300 of 1,500, which at first"
+    text = told(1, p7c1__birth=effect)
+    assert text.startswith(f"{start} changes no bit of the output, {said}")
+
+
+def test_without_an_assay_there_is_no_verdict_and_without_a_gap_no_share_of_it() -> None:
+    text = told(1, p7c1__large=1.5)
+    assert "(NO ASSAY: `large` is not certainly ahead of `small` by 2 pp, but +1.6" in text and "Of the gap" in text
+    assert "Of the gap" not in told(1, p7c1__large=0.0)
+    text = told(3, p7c3__removed=0.0)
+    assert "(NO ASSAY: `removed` is not certainly ahead of `leave` by 0.5 pp, but 0.00 pp [0.00" in text
+
+
+def test_failed_and_idle_arms_are_told_as_such() -> None:
+    failures = pd.DataFrame({"phase": "p7c1", "arm": "birth", "seed": range(10)}).assign(step=7, reason="it is nan")
+    assert "is compared in no seed: all 10 trials failed (NO-GO)." in told(1, failures=failures)
+    assert ", though 1 of 10 trials failed (INCONCLUSIVE)." in told(1, failures=failures.head(1))
+    text = told(2, idle=["p7c2/measured"], p7c2__measured=0.0)
+    assert "`measured`, which decides itself whether to grow, never acts: 0.00 pp [0.00, 0.00] (INCONCLUSIVE); " in text
+
+
+def test_arriving_and_repairing_have_the_numbers_of_their_tables() -> None:
+    text = told(2)
+    assert text.startswith("When further classes join the first 5 at step 500, `measured`")
+    assert "; growing when told gains +2.67 pp" in text
+    assert text.endswith(": +5.00 pp [+5.00, +5.00] on old classes and +5.00 pp [+5.00, +5.00] on new classes.")
+    text = told(3)
+    assert text.startswith("Where 4 of 12 experts are dead, `oracle` removes 100 % [100, 100] of them, and 0.00 [0.00")
+    assert text.endswith(" Where none is dead, it acts in 0 of 10 seeds (0 % [0, 31]).")
+
+
+def test_the_first_table_shows_every_primary_arm_and_the_other_study_beside_it() -> None:
+    decisions, other = (story_tables(p7c1__large=gap)["decisions"] for gap in (6.1, 1.0))
+    keys = dict(story_cells(decisions, PARAMS))
+    rows = dict(zip(keys, story_table({"one": decisions, "two": other}, PARAMS), strict=True))
+    primary = decisions[decisions["primary"] & (decisions["phase"] != "p7a")]
+    assert set(primary["phase"] + "/" + primary["arm"]) <= set(rows)
+    birth = rows["p7c1/birth"]
+    assert birth["what was done"] == "7c.1: started with 4, grown to 24 by births at step 300"
+    shown = ("+2.46 [+2.26, +2.66]", "BETTER (GO)", "yes")
+    assert (birth["difference, pp"], birth["word"], birth["as expected"]) == shown
+    assert birth["two"] == "+2.46 [+2.26, +2.66], BETTER (NO ASSAY)" and float(birth["worst seed, pp"]) > 2
+    unknown = decisions.assign(arm=decisions["arm"].replace({"birth": "mine"}))
+    assert dict(story_cells(unknown, PARAMS))["p7c1/mine"]["what was done"] == "7c.1: `mine`"
