@@ -16,7 +16,7 @@ from phasegate.model.moe import Routing
 from phasegate.model.routing_statistics import expert_signals, routing_kl
 from phasegate.params.phases import Grow, Prune
 from phasegate.params.plugins import Plugin
-from phasegate.surgery.controllers import Action, Allowed, Policy, Proposal, Situation
+from phasegate.surgery.controllers import Action, Allowed, Policy, Proposal, Situation, in_order
 from phasegate.surgery.hyperplanes import cut
 from phasegate.surgery.operations import ExpertManager, Moments, Surgery, SurgeryRefused
 from phasegate.surgery.probe import Probe
@@ -77,15 +77,15 @@ class Surgeon:
 
     @torch.no_grad()
     def act(self, step: int) -> None:
-        """Ask each controller for one operation on its layer, do the operation, and log it."""
+        """Ask each controller for operations on its layer, do them, and log them."""
         for block, controller in enumerate(self.controllers):
             probe = Probe(self.model, block, self.course.signal)
             draws = randomness.generator(self.course.seed, "decision", step, block)
             if not probe.losses.isfinite().all():
                 raise Diverged("a loss on the signal split is not finite", step)
-            proposal = controller.propose(self.situation(probe, step, draws))
-            if proposal is not None:
+            for proposal in in_order(controller.plan(self.situation(probe, step, draws))):
                 self.log.append({"step": step, "block": block} | self._carry_out(proposal, probe, draws))
+                probe = Probe(self.model, block, self.course.signal)
 
     def situation(self, probe: Probe, step: int, draws: torch.Generator) -> Situation:
         """Describe the probed layer to its controller."""
@@ -102,14 +102,17 @@ class Surgeon:
         """Mask the experts that may be operated on: within the bounds on their number, and not touched lately."""
         moe, schedule, experts = probe.layer, self.course.schedule, probe.layer.expert_id.tolist()
         rested = torch.tensor([expert not in resting for expert in experts])
+        at_once = 1
         if self.treatment.prune == "merge":
             siblings = map(ExpertManager(moe).sibling, experts)
             prunable = torch.tensor([sibling is not None and sibling not in resting for sibling in siblings])
         else:
             prunable = (moe.path != 0).any(1).cpu() | (moe.n_families > moe.top_k)
+            at_once = max(1, min(moe.n_routed - schedule.min_experts, moe.n_families - moe.top_k))
         return Allowed(
             grow=rested & (self.treatment.grow is not None and moe.n_routed < schedule.max_experts),
             prune=rested & prunable & (self.treatment.prune is not None and moe.n_routed > schedule.min_experts),
+            at_once=at_once,
         )
 
     def _carry_out(self, proposal: Proposal, probe: Probe, draws: torch.Generator) -> dict[str, Any]:
