@@ -169,11 +169,12 @@ def test_a_yoked_arm_does_the_same_operations_on_other_experts(
 def test_measuring_leaves_training_alone(trials: Trials, ended: Folders, tmp_path: Path, monkeypatch: Any) -> None:
     measured: list[tuple[Tensor, Tensor]] = []
 
-    def forks_and_nothing_more(controller: ground_truth.MeasuringController, situation: Situation) -> None:
-        proposals = [Proposal(Action.GROW, 0), Proposal(Action.PRUNE, 1)]
-        measured.append(forks.fork_proposals(proposals, situation, controller.optimizer, controller.course, 3, 2))
+    def forks_and_nothing_more(controller: ground_truth.MeasuringController, situation: Situation) -> tuple[()]:
+        plans = [[Proposal(Action.GROW, 0)], [Proposal(Action.PRUNE, 1)]]
+        measured.append(forks.fork_proposals(plans, situation, controller.optimizer, controller.course, 3, 2))
+        return ()
 
-    monkeypatch.setattr(ground_truth.MeasuringController, "propose", forks_and_nothing_more)
+    monkeypatch.setattr(ground_truth.MeasuringController, "plan", forks_and_nothing_more)
     folder = run(trials["p7b4/oracle"], tmp_path)
     assert len(measured) == 24 and all(gate.abs().sum() > 0 for _, gate in measured)
     assert alike(folder, ended[CONTROL])

@@ -59,7 +59,11 @@ def ask(surgeon: Surgeon, block: int, question: Any = None, proposal: Any = None
         heard.append(question and question(situation))
         return proposal if situation.probe.block == block else None
 
-    controllers: list[Any] = [SimpleNamespace(propose=propose) for _ in BLOCKS]
+    def plan(situation: Situation) -> list[Proposal]:
+        planned = propose(situation)
+        return [planned] if planned else []
+
+    controllers: list[Any] = [SimpleNamespace(plan=plan) for _ in BLOCKS]
     surgeon.controllers = controllers
     surgeon.act(step)
     return heard[block]
@@ -309,6 +313,20 @@ def test_as_many_families_stay_as_a_token_runs(make: Make) -> None:
     for _ in range(3):
         operate(surgeon, 0, PRUNE(1))
     assert ask(surgeon, 0, masks)[1] == [True, False, True]  # the halves of one family, and an only member
+
+
+def test_several_experts_go_at_once_down_to_the_bounds(make: Make) -> None:
+    surgeon = make(min_experts=3)
+    at_once = ask(surgeon, 1, lambda situation: situation.allowed.at_once)
+    assert at_once == surgeon.model.layers[1].n_routed - max(3, surgeon.model.layers[1].top_k)
+    ids, chosen = surgeon.model.layers[1].expert_id.tolist(), range(at_once)
+    going: Any = SimpleNamespace(plan=lambda situation: [PRUNE(e) for e in chosen] if situation.probe.block else [])
+    surgeon.controllers = [going, going]
+    surgeon.act(4)
+    assert surgeon.model.layers[1].expert_id.tolist() == ids[at_once:]
+    assert sorted(row["expert"] for row in surgeon.log) == sorted(ids[:at_once])
+    assert ask(surgeon, 1, lambda situation: situation.allowed.at_once, step=8) == 1
+    assert ask(make(prune="merge", grown=True), 1, lambda situation: situation.allowed.at_once) == 1
 
 
 def test_an_operation_has_recovered_at_the_first_point_that_makes_it_good(make: Make) -> None:
