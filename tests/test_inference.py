@@ -200,6 +200,15 @@ def test_an_exported_model_gives_the_same_numbers_for_any_batch(variant: str, tm
         torch.testing.assert_close(loaded(x[:size]), wanted)
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_compiled_model_gives_the_same_numbers_without_a_warning(tmp_path: Path) -> None:
+    model = phasegate.load(save_model(tmp_path, VARIANTS["one expert per token"]()), dataset=None)
+    compiled = torch.compile(model, backend="eager")
+    for size in (9, 2):
+        x = torch.randn(size, *model.input_shape)
+        torch.testing.assert_close(compiled(x), model(x))
+
+
 def test_the_page_on_using_models_is_true(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(study)
     examples, names = blocks(ROOT / "docs/models.md", "python"), dict[str, object]()

@@ -1,7 +1,7 @@
 """Make the kernels differentiable functions of float32 tensors on the CPU.
 
-Each can be differentiated once. Elsewhere, for other types, and while a program is exported, plain torch stands in for
-them: `suit` tells which.
+Each can be differentiated once. Elsewhere, for other types, and while torch compiles or exports a program, plain torch
+stands in for them: `suit` tells which.
 """
 
 import threading
@@ -37,9 +37,10 @@ class _Workspace(threading.local):
 workspace = _Workspace()
 
 
-def suit(x: Tensor) -> bool:
-    """Tell whether the kernels run for a tensor."""
-    return x.dtype == torch.float32 and x.device == CPU and not torch.compiler.is_exporting()
+def suit(*tensors: Tensor) -> bool:
+    """Tell whether the kernels run for some tensors."""
+    fit = all(x.dtype == torch.float32 and x.device == CPU for x in tensors)
+    return fit and not torch.compiler.is_compiling()
 
 
 def multiply(a: Tensor, b: Tensor, start: Tensor | None = None) -> Tensor:
