@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from dvc.repo import Repo
 
 from phasegate.tools.repair import is_cut_off, repair
 from tests.small_study import ROOT, Checkout
@@ -123,3 +124,39 @@ def test_arms_that_accounts_compare_are_asked_for_first(tmp_path: Path) -> None:
     study.change({"decisions": {"phases": {"p7b1": {"arms": [arm for arm in arms if arm != "noise"]}}}})
     said = study.command("python", "-m", "stages.check", ok=False)
     assert said == "check: decisions.phases.p7b1.arms lacks 'noise', with which other arms are compared: add it\n"
+
+
+LITTER = [
+    ".DS_Store",
+    "._a.py",
+    "Thumbs.db",
+    "desktop.ini",
+    ".a.py.swp",
+    ".a.py.swo",
+    "a.py~",
+    "#a.py#",
+    ".#a.py",
+    "a.py.bak",
+]
+LITTER += [
+    "a.py.bak",
+    "a.py.orig",
+    "a.py.rej",
+    ".nfs0001",
+    ".~lock.a.csv#",
+    ".a.py.1f.tmp",
+    "__pycache__/a.cpython-311.pyc",
+]
+LITTER += [".ipynb_checkpoints/a-checkpoint.py", ".mypy_cache/a.py", ".idea/a.py"]
+
+
+def test_dvc_sees_what_git_keeps_of_the_code_and_nothing_that_tools_leave() -> None:
+    ignores = Repo(ROOT).dvcignore.is_ignored_file
+    stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"].values()
+    used = {path for stage in stages for path in (*stage["deps"], *stage["outs"]) if isinstance(path, str)}
+    folders = [path for path in sorted(used) if "." not in path and "$" not in path]
+    assert {"plugins", "phasegate/model", "models/p7a"} <= {*folders}
+    kept = subprocess.check_output(["git", "ls-files", "-z", *folders, "stages"], cwd=ROOT, text=True).split("\0")[:-1]
+    assert len(kept) > 100 and [path for path in kept if ignores(str(ROOT / path))] == []
+    left = [str(ROOT / folder / name) for folder in (*folders, "phasegate/model/kernels") for name in LITTER]
+    assert [path for path in left if not ignores(path)] == []
