@@ -169,9 +169,6 @@ def test_what_a_killed_dvc_left_half_written_costs_no_training(small_study: Path
     lock.write_bytes(b"")
     with Repo(study.folder).lock:  # DVC is at work, and may be writing the file
         assert repair() == "" and lock.exists()
-    lock.write_bytes(conflict := b"<<<<<<< HEAD\n" + whole + b"=======\n" + whole + b">>>>>>> branch\n")
-    assert repair(ok=False).startswith("repair: dvc.lock has the marks of a merge conflict: resolve it")
-    assert lock.read_bytes() == conflict
 
 
 def test_permuting_the_test_labels_changes_nothing_but_the_evaluation(

@@ -160,3 +160,16 @@ def test_dvc_sees_what_git_keeps_of_the_code_and_nothing_that_tools_leave() -> N
     assert len(kept) > 100 and [path for path in kept if ignores(str(ROOT / path))] == []
     left = [str(ROOT / folder / name) for folder in (*folders, "phasegate/model/kernels") for name in LITTER]
     assert [path for path in left if not ignores(path)] == []
+
+
+@pytest.mark.parametrize("name", ["dvc.lock", "dvc.yaml", "params.yaml"])
+def test_the_marks_of_a_merge_conflict_are_recognised_and_the_file_stays(name: str, tmp_path: Path) -> None:
+    study = Checkout(tmp_path / "study")
+    shutil.copy(ROOT / "dvc.lock", study.folder)
+    head, *rest = (study.folder / name).read_text().splitlines(keepends=True)
+    (study.folder / name).write_text(conflict := "".join(["<<<<<<< HEAD\n=======\n", head, ">>>>>>> other\n", *rest]))
+    for program in ("repair", "plan"):
+        said = study.command(sys.executable, "-m", f"phasegate.tools.{program}", ok=False)
+        assert said.count("\n") == 1, said
+        assert said.startswith(f"{program}: {name} has the marks of a merge conflict: keep one side, as `git ")
+    assert (study.folder / name).read_text() == conflict and not [*(study.folder / ".dvc/tmp").glob("*.damaged")]
