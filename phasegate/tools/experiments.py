@@ -25,7 +25,7 @@ RUN = ["dvc", "exp", "run", "--temp", "--allow-missing", "--single-item", "headl
 def main(params: Params) -> None:
     """Save the arms that the command line names, or the primary arm of every phase, and print their verdicts."""
     wanted = list(dict.fromkeys(headline(name, params) for name in sys.argv[1:] or (START, *params.claims())))
-    if edited := output("git", "diff", "--name-only", "-z", "HEAD").split("\0")[0]:
+    if edited := output("git", "status", "--porcelain", "--untracked-files=no", "-z").split("\0")[0][3:]:
         raise UserError(f"{edited} changed since the last commit, from which experiments start: commit first")
     refuse_stale()
     for choice in wanted:
