@@ -34,7 +34,7 @@ study: $(READY) ## the study on other data: make study DATA=fashion_mnist fills 
 	dvc exp run --temp --name $(DATA) --set-param data.name=$(DATA) $(SET)
 	rm -rf reports/$(DATA) && mkdir reports/$(DATA)
 	ref=$$(git for-each-ref --format='%(refname)' 'refs/exps/**/$(DATA)') && \
-	git archive $$ref:reports tables figures decisions.md report.html headline_curve.csv | tar -x -f - -C reports/$(DATA) && \
+	(cd reports && git archive $$ref tables figures decisions.md report.html headline_curve.csv) | tar -x -f - -C reports/$(DATA) && \
 	git archive $$ref metrics.json params.yaml dvc.lock | tar -x -f - -C reports/$(DATA)
 
 phases: $(READY) ## every phase as a DVC experiment; other arms: make phases ARMS="p7b2/clone p7b1/noise"
@@ -50,7 +50,7 @@ BASE ?= origin/main
 verdicts: ## what changed in the verdicts since BASE (origin/main), as Markdown
 	@git rev-parse --git-dir >/dev/null && git rev-parse --quiet --verify '$(BASE)^{commit}' >/dev/null || \
 	{ echo "verdicts: there is no commit $(BASE) to compare with: set BASE" >&2; exit 2; }
-	@echo '```diff' && git --no-pager diff $(BASE) -- reports/decisions.md reports/*/decisions.md && echo '```'
+	@echo '```diff' && git --no-pager -c core.quotePath=false diff --relative $(BASE) -- reports/decisions.md reports/*/decisions.md && echo '```'
 
 test: lint ## all checks: format, lint, types, tests
 	pytest

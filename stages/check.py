@@ -43,7 +43,7 @@ def main(params: Params) -> None:
         named = {f"{key}.assay.better": claim.assay.better, f"{key}.assay.worse": claim.assay.worse}
         named |= {f"{key}.control": claim.control}
         check_runs(named | {f"{key}.controls.{arm}": name for arm, name in claim.controls.items()}, params)
-    for name, seeds in (("q1", params.q1.seeds), ("q2", params.q2.seeds)):
+    for name, seeds in (("q1", params.q1.seeds), ("q2", params.q2.seeds), ("p7c", params.p7c.seeds)):
         if shared := sorted({*seeds.all} & {*params.seeds.all}):
             raise UserError(
                 f"{name}.seeds has {shared[0]}, which `seeds` has too: no search may choose by the seeds of verdicts"

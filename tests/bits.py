@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory, TemporaryFile
@@ -36,7 +37,8 @@ from phasegate.signals.predictor import SURVEY, learn
 from phasegate.signals.signal_scores import score_signals
 from phasegate.signals.survey import survey
 from phasegate.surgery.continuation import Arm, run_arm
-from phasegate.surgery.controllers import HeadPolicy, LabelPolicy, PlannedPolicy
+from phasegate.surgery.controllers import HeadPolicy, InformedPolicy, LabelPolicy, PlannedPolicy, TimedPolicy
+from phasegate.surgery.growing import Plan, grow
 from phasegate.surgery.in_a_row import in_a_row
 from phasegate.surgery.surgeon import Treatment
 from phasegate.surgery.tasks import Tasks
@@ -92,8 +94,17 @@ def kinds(base: Path) -> Iterator[tuple[str, Callable[[Path], object]]]:
         name, chosen = f"hyperplanes_{hyperplanes}", {"split_direction": direction, "hyperplanes": hyperplanes}
         changed = course | {"schedule": override(SCHEDULE, chosen, "")}
         yield name, partial(run_arm, **changed, phase="p7b", name=name, arm=Arm(Treatment(PlannedPolicy(grow=2))))
+    early = Plan(ModelSpec(ARCHITECTURE, (1, 8), (4,)), TRAINING, SCHEDULE, until=2, classes=3)
+    grown: dict[str, Any] = {"prepared": line, "phase": "p7c1", "seed": 0}
+    yield "early", partial(grow, **grown, start=None, name="early", plan=early)
+    for way, count, steps in (("birth", 3, 30), ("handover", 8, 90), ("birth", 2, 108), ("upcycle", 7, 6)):
+        schedule = override(SCHEDULE, {"steps": steps, "max_experts": 12}, "")
+        treatment = Treatment(TimedPolicy((3,)), way, None, count=count, expert_rate=4.0)  # type: ignore[arg-type]
+        plan = replace(early, schedule=schedule).then(Arm(treatment), rate=2.0)
+        yield f"{way}_{steps}", partial(grow, **grown, start=base / "early", name=way, plan=plan)
+    yield "dead", partial(run_arm, **course, phase="p7c3", name="dead", arm=Arm(Treatment(InformedPolicy()), dead=1))
     (base / "models/all").mkdir(parents=True)
-    for name in ("mlp", "merge", "task_gates"):
+    for name in ("mlp", "merge", "task_gates", "birth_30", "handover_90", "dead"):
         (base / "models/all" / name).symlink_to(base / name)
     yield "evaluation", partial(evaluate_phase, base / "models", line)
     yield "in_a_row", lambda folder: write_table(folder / "rows.csv", in_a_row(line, base / "mlp", 0, "split", 3), None)

@@ -137,5 +137,5 @@ class Forks:
 
         probe, nobody = Probe(self.model, block, self.course.signal), torch.ones(0, dtype=torch.bool)
         situation = Situation(probe, Allowed(nobody, nobody), torch.Generator(), step, nobody, operate)
-        proposals = [Proposal(Action.GROW, index) for index in range(len(operations))]
-        return fork_proposals(proposals, situation, self.optimizer, self.course, self.steps, self.repeats)
+        plans = [(Proposal(Action.GROW, index),) for index in range(len(operations))]
+        return fork_proposals(plans, situation, self.optimizer, self.course, self.steps, self.repeats)

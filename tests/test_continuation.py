@@ -17,7 +17,7 @@ from phasegate.evaluation.split_halves import split_halves
 from phasegate.model.classifier import Model
 from phasegate.params import load_params
 from phasegate.params.fields import Seeds, override
-from phasegate.params.phases import GroundTruth, Schedule, SurgeryStudy
+from phasegate.params.phases import GroundTruth, Repairing, Schedule, SurgeryStudy
 from phasegate.records.trial_folder import SURGERIES
 from phasegate.signals import forks, ground_truth, predictor
 from phasegate.surgery import continuation, hyperplanes, tasks
@@ -28,7 +28,7 @@ from phasegate.training.checkpoint import RECORD, WEIGHTS, load
 from phasegate.trials.trial import Trial
 from tests.layers import same
 
-PHASES = ("control", "p7b1", "p7b2", "p7b3", "p7b4", "surgery")
+PHASES = ("control", "p7b1", "p7b2", "p7b3", "p7b4", "p7c3", "surgery")
 PARAMS = load_params(Path(__file__).parents[1] / "params.yaml")
 PLANNED = 4  # operations of each arm of the study on each layer: at steps 4, 8, 12 and 16, if nothing hinders them
 OPERATIONS = {
@@ -40,13 +40,18 @@ OPERATIONS = {
     "p7b1/yoked": {"reinit", "remove"},
     **{f"{phase}/yoked": {"split", "remove"} for phase in ("p7b2", "p7b4")},
     **{f"p7b4/{arm}": {"split", "remove"} for arm in ("counterfactual_head", "oracle", "frequency")},
+    **{f"p7c3/{arm}": {"remove"} for arm in PARAMS.arms()["p7c3"] if arm != "leave"},
     **{f"surgery/{grow}": {grow} for grow in ("split", "clone", "reinit")},
     "surgery/clone_carried": {"clone"},
     **{f"surgery/split_{plane}": {"split"} for plane in ("loss", "trained", "balanced")},
     **{f"surgery/remove_by_{signal}": {"remove"} for signal in ("usage", "loss")},
     "surgery/merge": {"split", "merge"},
 }
-MAY_REST = {"p7b4/counterfactual_head", "p7b4/oracle"}  # where nothing is worth doing
+MAY_REST = {
+    f"{phase}/{arm}" for phase in ("p7b4", "p7c3") for arm in ("counterfactual_head", "oracle", "sham", "yoked")
+}
+"""Arms in which nothing may be worth doing."""
+DEAD = 2  # experts of each layer in p7c3
 CONTROL = "p7a/continue"
 ARM_NAMES = [CONTROL, *(f"{phase}/{arm}" for phase in PHASES for arm in PARAMS.arms().get(phase, ()))]
 STUDY = [name for name in ARM_NAMES if name.startswith("surgery/")]
@@ -71,17 +76,18 @@ def trials(
     study = SurgeryStudy(operations=PLANNED, in_a_row=30)
     for phase in PHASES:
         stage = importlib.import_module(f"stages.{phase}")
-        room = override(schedule, {"min_experts": 3, "max_experts": 9} if phase == "surgery" else {}, "p7b")
+        room = override(
+            schedule,
+            {"surgery": {"min_experts": 3, "max_experts": 9}, "p7c3": {"min_experts": 3}}.get(phase, {}),
+            "p7b",
+        )
         with pytest.MonkeyPatch.context() as patch:
             for module in (stage, continuation):
                 for name, value in paths.items():
                     patch.setattr(module, name, value, raising=False)
                 patch.setattr(module, "run_trials", lambda trials, output: found.extend(trials), raising=False)
-            stage.main(
-                PARAMS.model_copy(
-                    update={"seeds": Seeds(first=0, count=1), "p7b": room, "p7b4": truth, "surgery": study}
-                )
-            )
+            changes = {"seeds": Seeds(first=0, count=1), "p7b": room, "p7b4": truth, "surgery": study}
+            stage.main(PARAMS.model_copy(update={**changes, "p7c3": Repairing(dead=DEAD)}))
     return {f"{trial.phase}/{trial.arm}": trial for trial in found}
 
 
@@ -109,7 +115,7 @@ def tables(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
 def test_stages_run_the_declared_arms_and_only_the_head_arms_read_a_control_head(trials: Trials) -> None:
     assert list(trials) == ARM_NAMES
     ask = {name for name, trial in trials.items() if any(path.name == predictor.HEAD for path in trial.inputs)}
-    assert ask == {"p7b4/counterfactual_head"}
+    assert ask == {"p7b4/counterfactual_head", "p7c3/counterfactual_head"}
 
 
 @each_arm
@@ -117,7 +123,8 @@ def test_every_arm_starts_at_the_accuracy_of_its_checkpoint(arm: str, ended: Fol
     start = json.loads((baselines / "seed-0" / RECORD).read_text())["gate"]
     curve, _ = tables(ended[arm])
     assert curve["step"].tolist() == list(range(0, 61, 4))
-    assert curve["accuracy"].iloc[0] == 100 * start["correct"] / start["total"] and start["correct"] > 100
+    same_start = curve["accuracy"].iloc[0] == 100 * start["correct"] / start["total"] and start["correct"] > 100
+    assert same_start == (not arm.startswith("p7c3") or arm.endswith("sham"))
     end = json.loads((ended[arm] / RECORD).read_text())
     assert curve["accuracy"].iloc[-1] == 100 * end["gate"]["correct"] / end["gate"]["total"]
     assert (f"{end['trial']['phase']}/{end['trial']['arm']}", end["trial"]["n_routed_start"]) == (arm, 10)
@@ -162,11 +169,12 @@ def test_a_yoked_arm_does_the_same_operations_on_other_experts(
 def test_measuring_leaves_training_alone(trials: Trials, ended: Folders, tmp_path: Path, monkeypatch: Any) -> None:
     measured: list[tuple[Tensor, Tensor]] = []
 
-    def forks_and_nothing_more(controller: ground_truth.MeasuringController, situation: Situation) -> None:
-        proposals = [Proposal(Action.GROW, 0), Proposal(Action.PRUNE, 1)]
-        measured.append(forks.fork_proposals(proposals, situation, controller.optimizer, controller.course, 3, 2))
+    def forks_and_nothing_more(controller: ground_truth.MeasuringController, situation: Situation) -> tuple[()]:
+        plans = [[Proposal(Action.GROW, 0)], [Proposal(Action.PRUNE, 1)]]
+        measured.append(forks.fork_proposals(plans, situation, controller.optimizer, controller.course, 3, 2))
+        return ()
 
-    monkeypatch.setattr(ground_truth.MeasuringController, "propose", forks_and_nothing_more)
+    monkeypatch.setattr(ground_truth.MeasuringController, "plan", forks_and_nothing_more)
     folder = run(trials["p7b4/oracle"], tmp_path)
     assert len(measured) == 24 and all(gate.abs().sum() > 0 for _, gate in measured)
     assert alike(folder, ended[CONTROL])
@@ -200,6 +208,23 @@ def test_the_log_of_surgeries_explains_the_number_of_experts(arm: str, trials: T
             experts = [row[name] for name in ("expert", "parent") if not pd.isna(row[name])]
             assert all(row["step"] - touched.get(expert, -8) >= 8 for expert in experts)
             touched |= dict.fromkeys(experts, row["step"])
+
+
+@pytest.mark.parametrize("arm", PARAMS.arms()["p7c3"])
+def test_planted_dead_experts_stay_dead_and_only_who_knows_them_removes_all(arm: str, ended: Folders) -> None:
+    left, log = weights(ended[f"p7c3/{arm}"]), tables(ended[f"p7c3/{arm}"])[1]
+    planted = weights(ended["p7c3/leave"])
+    for block in (0, 1):
+        layer = f"model.blocks.{block}.moe."
+        known = {e for e in range(5) if not any(planted[f"{layer}{name}"][e].any() for name in ("w_in", "w_out"))}
+        rows, ids = log[log["block"] == block], left[f"{layer}expert_id"].tolist()
+        killed = known if arm != "sham" else set()
+        assert len(known) == DEAD and (rows["dead"] == rows["expert"].isin(killed)).all()
+        zero = {expert for e, expert in enumerate(ids) if not left[f"{layer}w_in"][e].any()}
+        assert zero == killed - {*rows["expert"]}
+        if arm == "removed":
+            assert {*rows["expert"]} == known and rows["step"].tolist() == [4, 8]
+            assert set(rows["n_routed_after"]) == {4, 3}
 
 
 @each_arm

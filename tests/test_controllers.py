@@ -177,9 +177,22 @@ def test_a_yoked_controller_repeats_operations_on_any_allowed_expert(
     for step, masks in enumerate(rounds, start=1):
         allowed = Allowed(*torch.tensor(masks).T)
         shown = situation(signals(len(masks)), allowed)._replace(step=step)
-        proposal = controller.propose(shown)
         may = allowed.proposals(GROW if plan[step] else PRUNE) if step in plan else []
-        assert proposal in may if may else proposal is None
+        planned = controller.plan(shown)
+        assert len(planned) == bool(may) and set(planned) <= set(may)
+
+
+@given(seeds, st.integers(1, 4), st.integers(1, 4))
+def test_a_yoked_controller_repeats_operations_of_one_step_on_different_experts(
+    seed: int, removed: int, at_once: int
+) -> None:
+    log = pd.DataFrame({"step": [4] * removed, "block": 0, "n_routed_before": 5, "n_routed_after": 4})
+    with mock.patch.object(controllers, "read_table", return_value=log):
+        controller = YokedPolicy(Path("oracle")).build(MODEL, mock.Mock(), mock.Mock(seed=seed))
+    yes = torch.ones(6, dtype=torch.bool)
+    planned = controller.plan(situation(signals(6), Allowed(yes, yes, at_once)))
+    assert [proposal.action for proposal in planned] == [PRUNE] * min(removed, at_once)
+    assert len({proposal.expert for proposal in planned}) == len(planned)
 
 
 @given(st.integers(0, 4), st.integers(0, 4), seeds, st.lists(masks, max_size=12))

@@ -1,12 +1,13 @@
-"""Four experts of trained models are killed: measuring finds most of them, and takes no living one for dead.
+"""Four experts of trained models are killed: measuring finds most of them, and hardly a living one.
 
-This guards the code and is no evidence for the rule: the models were chosen, among some ten kinds, by this very outcome
-in seeds 0 to 4. In seeds 5 to 9, not looked at before, the new and the old rule find the same 13 of 20 dead, and no
-living: once some of the dead are gone, the others do no harm that removing them would undo.
+This guards the code; the evidence for the rule is phase 7c.3. The kind of model was chosen by the outcome of an earlier
+rule in seeds 0 to 4. Seeds 5 to 9 were looked at with it as well, and seeds 10 to 17 while this rule was made. Seeds 20
+to 23 were set before they were looked at: 15 of 16 dead and 1 of 32 living experts go; by the rule before, 13 and none.
+In models whose experts do not begin as copies, the rule finds 21 of 32 in seeds 10 to 17, and no living one.
 """
 
+from collections.abc import Sequence
 from copy import deepcopy
-from statistics import mean
 from typing import NamedTuple
 from unittest import mock
 
@@ -17,40 +18,29 @@ from phasegate.model.classifier import Model, ModelSpec
 from phasegate.params.fields import override
 from phasegate.params.phases import Schedule
 from phasegate.params.pretraining import Training
-from phasegate.signals import forks, ground_truth
+from phasegate.signals import forks
 from phasegate.signals.ground_truth import MeasuredPolicy, MeasuringController
 from phasegate.surgery.controllers import Action, Proposal, Situation
 from phasegate.surgery.surgeon import Surgeon, Treatment
-from phasegate.training import loop, losses
+from phasegate.training import loop, losses, predictions
 from phasegate.training.batches import Batches, Examples
 from phasegate.training.course import Course
 from tests.models import ARCHITECTURE, draws
 
-SEEDS, EXPERTS, DEAD, WIDTH = range(5), 12, 4, 16
+SEEDS, EXPERTS, DEAD, WIDTH = range(20, 24), 12, 4, 16
 
 
 class OldController(MeasuringController):
-    """The rule of the first study: one candidate of a kind, both splits twice their errors from zero."""
+    """The rule before: single experts, those that cost least right after the removal, by losses as they are."""
 
-    def propose(self, situation: Situation) -> Proposal | None:
-        price, course = ground_truth._price(self.policy.price, situation), self.course
-        cost = forks.removals(situation.probe)
-        proposals = self._candidates(situation)[:1]
-        cheapest = [p for p in self._candidates(situation) if p.action == Action.PRUNE][:1]
-        proposals += [p for p in cheapest if (cost.change - 2 * cost.error)[p.expert] <= price[Action.GROW]]
-        rates = course.rates[situation.step : situation.step + self.policy.steps]
-        with mock.patch.object(loop, "cosine", lambda peak, steps: rates):
-            found = forks.fork_proposals(
-                proposals, situation, self.optimizer, course, self.policy.steps, self.policy.repeats
-            )
-        gains = []
-        for changes in found:  # (P, R, N)
-            repeats, examples = changes.shape[1:]
-            variance = changes.mean(1).var(-1) / examples + changes.mean(2).var(-1) / repeats
-            prices = torch.tensor([price[proposal.action] for proposal in proposals])
-            gains.append(-changes.mean((1, 2)) - prices - 2 * variance.sqrt())
-        best = int(gains[0].argmax())
-        return proposals[best] if gains[0][best] > 0 and gains[1][best] > 0 else None
+    def plan(self, situation: Situation) -> Sequence[Proposal]:
+        with mock.patch.object(predictions, "calibrated_losses", predictions.example_losses):
+            return super().plan(situation)
+
+    def _candidates(self, situation: Situation) -> list[list[Proposal]]:
+        cost = forks.removals(situation.probe).change
+        cheapest = sorted(situation.allowed.proposals(Action.PRUNE), key=lambda proposal: float(cost[proposal.expert]))
+        return [[proposal] for proposal in cheapest[:2]]
 
 
 class Damaged(NamedTuple):
@@ -85,13 +75,15 @@ def damaged(seed: int, schedule: Schedule, training: Training) -> Damaged:
     with torch.no_grad():
         for weights in (model.layers[0].w_in, model.layers[0].w_out):
             weights[dead] = 0
+            for moment in ("exp_avg", "exp_avg_sq"):
+                optimizer.state[weights][moment][dead] = 0
     return Damaged(model, optimizer, course, dead)
 
 
 def found(start: Damaged, policy: MeasuredPolicy) -> tuple[int, int]:
     """Return how many of the dead, and how many living experts, the phase removes."""
     model, optimizer = deepcopy((start.model, start.optimizer))
-    surgeon = Surgeon(model, optimizer, Treatment(policy), start.course)
+    surgeon = Surgeon(model, optimizer, Treatment(policy, grow=None), start.course)
 
     def after_step(step: int, loss: object) -> None:
         if start.course.acts_at(step):
@@ -107,10 +99,11 @@ def test_measuring_finds_the_dead_and_spares_the_living(schedule: Schedule, trai
     changes = {"steps": 60, "lr_scale": 0.1, "act_every": 10, "settle": 20, "max_experts": 14}
     schedule = override(schedule, changes, "")
     training = override(training, {"steps": 150, "noise": 0.0, "shift": 0, "batch": 64}, "")
-    policy = MeasuredPolicy(price=1e-8, certainty=0.9, candidates=2, steps=20, repeats=2, every=1)
     starts = [damaged(seed, schedule, training) for seed in SEEDS]
+    policy = MeasuredPolicy(price=1e-7, certainty=0.9, candidates=6, steps=20, repeats=2, every=1)
     new = [found(start, policy) for start in starts]
     with mock.patch.object(MeasuredPolicy, "controller", OldController):
         old = [found(start, policy) for start in starts]
-    assert mean(dead for dead, _ in new) >= 3 > mean(dead for dead, _ in old), (new, old)
-    assert not any(living for _, living in new + old), (new, old)
+    dead, living = (sum(counts) for counts in zip(*new, strict=True))
+    assert dead >= 3 * len(SEEDS) and dead > sum(dead for dead, _ in old), (new, old)
+    assert living <= 0.05 * (EXPERTS - DEAD) * len(SEEDS), (new, old)

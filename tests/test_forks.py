@@ -1,6 +1,7 @@
 """Forks measure what an operation changes and nothing else, with standard errors that can be believed."""
 
 import functools
+import math
 from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean, variance
@@ -9,17 +10,20 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from phasegate.params.fields import override
 from phasegate.params.phases import Schedule
-from phasegate.signals.forks import Estimate, estimate, removals
+from phasegate.signals.forks import Estimate, estimate, fork_proposals, removals
 from phasegate.signals.oracle import losses_without_each
+from phasegate.surgery.controllers import Action, Allowed, Proposal, Situation
 from phasegate.surgery.operations import ExpertManager
 from phasegate.surgery.probe import Probe
 from phasegate.training import loop, predictions
+from phasegate.training.batches import Examples
 from phasegate.training.course import load_start
 from tests.models import Forks, draws, removed, seeds, unchanged
 
@@ -90,7 +94,10 @@ def test_nothing_changes_nothing_and_all_else_changes_something(forks: Make) -> 
     assert forks(3, 2).measure(0, 4, [])[1].shape == (0, 2, 200)
 
 
-def test_a_split_changes_nothing_immediately_and_a_removal_what_the_oracle_says(forks: Make) -> None:
+def test_a_split_changes_nothing_immediately_and_a_removal_what_the_oracle_says(
+    forks: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(predictions, "calibrated_losses", predictions.example_losses)  # the oracle's are as they are
     made = forks(0, 1)
     changes = made.measure(1, 4, [split, *map(removed, range(6))])
     for found, examples in zip(changes, (made.course.signal, made.course.gate), strict=True):
@@ -115,7 +122,7 @@ def test_forks_train_hyperplanes_only_where_arms_do(
         ends.append(model.layers[1].node_weight.detach())
         return torch.zeros(len(examples))
 
-    monkeypatch.setattr(predictions, "example_losses", measure)
+    monkeypatch.setattr(predictions, "calibrated_losses", measure)
     Forks(model, optimizer, course, 3, 1).measure(1, 4, [lambda manager, draws: manager.split(2, normal, 0.0)])
     assert torch.equal(ends[-1][0], normal) == (hyperplanes == "fixed")
 
@@ -158,3 +165,42 @@ def test_every_repeat_has_batches_and_draws_of_its_own(forks: Make) -> None:
     changes = forks(3, 3).measure(1, 4, [removed(2), lambda manager, draws: heard.append(draws.initial_seed())])[1][0]
     assert len(set(heard)) == 3
     assert not any(torch.equal(changes[i], changes[j]) for i, j in ((0, 1), (0, 2), (1, 2)))
+
+
+def test_a_plan_is_all_of_its_operations_whatever_their_order(forks: Make) -> None:
+    made, plans = forks(3, 2), [[2], [2, 4], [4, 2]]
+
+    def operate(manager: ExpertManager, proposal: Proposal, draws: torch.Generator) -> Any:
+        return manager.remove(int(manager.moe.expert_id[proposal.expert]))
+
+    nobody = torch.zeros(0, dtype=torch.bool)
+    probe = Probe(made.model, 1, made.course.signal)
+    situation = Situation(probe, Allowed(nobody, nobody), torch.Generator(), 4, nobody, operate)
+    chosen = [[Proposal(Action.PRUNE, e) for e in plan] for plan in plans]
+    one, both, turned = fork_proposals(chosen, situation, made.optimizer, made.course, 3, 2)[0]
+    ids = made.model.layers[1].expert_id[[2, 4]].tolist()
+
+    def remove(manager: ExpertManager, draws: torch.Generator) -> None:
+        for expert in ids:
+            manager.remove(expert)
+
+    (wanted,) = made.measure(1, 4, [remove])[0]
+    assert torch.equal(both, turned) and torch.equal(both, wanted) and not torch.equal(both, one)
+
+
+@given(seeds, st.floats(0.2, 5))
+def test_losses_are_taken_at_the_temperature_that_suits_the_logits_best(seed: int, factor: float) -> None:
+    logits, y = torch.randn(40, 3, generator=draws(seed)), torch.randint(3, (40,), generator=draws(seed))
+    logits[range(40), y] += 1
+    examples = Examples(torch.zeros(40), y)
+
+    def calibrated(logits: Tensor) -> Tensor:
+        with mock.patch.object(predictions, "first_task_logits", lambda *asked: logits):
+            return predictions.calibrated_losses(mock.Mock(), examples)
+
+    tried = [float(F.cross_entropy(float(scale) * logits, y)) for scale in torch.linspace(0.1, 10, 100)]
+    found = calibrated(factor * logits)
+    assert found.mean() <= min(tried) + 1e-5 and found.mean() == pytest.approx(min(tried), abs=0.01)
+    right, wrong = calibrated(10 * F.one_hot(y, 3).float()), calibrated(-10 * F.one_hot(y, 3).float())
+    assert right.max() < 1e-6 and wrong.isfinite().all()
+    assert calibrated(torch.zeros(40, 3)).tolist() == pytest.approx([math.log(3)] * 40)

@@ -22,6 +22,7 @@ from phasegate.records.prepared import Split, save
 from phasegate.surgery.operations import ExpertManager
 from phasegate.training import checkpoint
 from phasegate.training.batches import Examples
+from phasegate.training.losses import load_balance
 from phasegate.training.predictions import EVALUATION_BATCH, predict
 from tests.models import ARCHITECTURE
 from tests.small_study import ROOT
@@ -198,6 +199,42 @@ def test_an_exported_model_gives_the_same_numbers_for_any_batch(variant: str, tm
         assert wanted.shape == (size, 4)
         torch.testing.assert_close(program.module()(x[:size]), wanted)
         torch.testing.assert_close(loaded(x[:size]), wanted)
+
+
+@pytest.mark.parametrize("variant", ["shared experts and a gate per task", "tokens of a sequence"])
+def test_under_autocast_a_model_computes_and_learns_in_float32(variant: str) -> None:
+    model, results = VARIANTS[variant]().eval(), []
+    x = torch.randn(30, *model.spec.input_shape).bfloat16()
+    for enabled, given in ((True, x), (False, x.float())):
+        model.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            output = model(given, n_tasks=3)
+            loss = sum(logits.square().mean() for logits in output.logits) + load_balance(output.routings[0])
+        loss.backward()
+        gradients = {name: part.grad for name, part in model.named_parameters() if part.grad is not None}
+        results.append({"loss": loss, **gradients})
+    assert all(value.isfinite().all() for value in results[0].values())
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_a_model_of_another_type_gives_about_the_same_and_refuses_other_inputs(dtype: torch.dtype) -> None:
+    model = Reference(ReferenceSpec((1, 16), 4, (12,), None)).eval()
+    x = torch.randn(16, 1, 16).transpose(0, 2)  # not contiguous
+    with torch.inference_mode():
+        wanted, found = model(x).logits[0], model.to(dtype)(x.to(dtype)).logits[0]
+    torch.testing.assert_close(found, wanted, rtol=0.05, atol=0.05, check_dtype=False)
+    with pytest.raises(RuntimeError, match="dtype"):
+        model(x)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_compiled_model_gives_the_same_numbers_without_a_warning(tmp_path: Path) -> None:
+    model = phasegate.load(save_model(tmp_path, VARIANTS["one expert per token"]()), dataset=None)
+    compiled = torch.compile(model, backend="eager")
+    for size in (9, 2):
+        x = torch.randn(size, *model.input_shape)
+        torch.testing.assert_close(compiled(x), model(x))
 
 
 def test_the_page_on_using_models_is_true(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -279,3 +280,12 @@ print('done')
     ]
     assert [process.communicate()[0] for process in both] == ["done\n"] * 2
     assert len(list(tmp_path.glob("kernels-*.bin"))) == 1
+
+
+def test_the_lock_of_an_editor_beside_the_kernels_is_none_of_their_sources(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiled, "HERE", tmp_path / "kernels")
+    shutil.copytree(ROOT / "phasegate/model/kernels", compiled.HERE)
+    (compiled.HERE / ".#source.py").symlink_to("somebody@somewhere.1234:1")
+    assert compiled.kernels.__wrapped__()

@@ -168,6 +168,14 @@ def test_a_top_k_out_of_range_is_refused(top_k: int) -> None:
         MoE(8, 4, 8, top_k)
 
 
+@pytest.mark.parametrize("width", [7, 9])
+def test_tokens_of_another_width_are_refused_before_a_kernel_reads_them(width: int) -> None:
+    moe, x = MoE(8, 4, 8, 2), torch.randn(1, 3, width)
+    for use in (moe, moe.margins, lambda x: moe.run(0, x[0]), lambda x: moe.outputs(x, torch.zeros(1, 3, 1).long())):
+        with pytest.raises(RuntimeError, match=r"size|shape"):
+            use(x)
+
+
 def test_the_whole_layer_moves_to_another_device() -> None:
     moe = grown(0, 3).to("meta")
     assert {value.device.type for value in vars(moe).values() if isinstance(value, Tensor)} <= {"meta"}

@@ -62,16 +62,27 @@ def test_the_committed_parameters_are_right() -> None:
         ("p7b4.surveys", 4, "(p7b4.surveys - 1) + p7b4.recovery_steps is 1360: it must be at most p7b.steps = 600"),
         ("p7b.steps", 1200, "is 440, the step of the last survey: it must be at least 1040, the step of the last"),
         ("p7b4.survey_every", 439, "(p7b4.surveys - 1) is 439, the step of the last survey: it must be at least 440"),
+        ("p7c1.early", 301, "p7c1: early is 301: it must be at most at = 300"),
+        ("p7c1.late", 299, "p7c1: at is 300: it must be at most late = 299"),
+        ("p7c1.late", 1201, "p7c1.late is 1201: it must be at most p7c.steps - p7c.settle = 1200"),
+        ("p7c2.at", 1201, "p7c2.at is 1201: it must be at most p7c.steps - p7c.settle = 1200"),
+        ("p7c3.dead", 7, "p7c3.dead + p7b.min_experts is 13: it must be at most p7a.n_routed = 12"),
+        ("p7c.small", 24, "p7c: small is 24: it must be below large = 24"),
+        ("p7c.top_k", 5, "p7c: top_k is 5: it must be at most small = 4"),
         ("p7b4.repeats", 1, "p7b4.repeats is 1: input should be greater than or equal to 2"),
         ("p7b4.certainty", 0.5, "p7b4.certainty is 0.5: input should be greater than 0.5"),
         ("p7b4.usage.grow_above", 0.5, "prune_below is 0.7: it must be at most grow_above = 0.5"),
         ("decisions.phases.p7b2.primary", "splt", "p7b2: primary is 'splt', no arm: did you mean split?"),
         (
+            "decisions.phases",
+            {},
+            "decisions: phases has : it must have p7b1, p7b2, p7b3, p7b4, surgery, p7c1, p7c2, p7c3",
+        ),
+        (
             "decisions.phases.p7c3.controls",
             {"shm": "p7a/continue"},
             "p7c3: controls names 'shm', no arm: did you mean sham?",
         ),
-        ("decisions.phases", {}, "decisions: phases has : it must have p7b1, p7b2, p7b3, p7b4, surgery"),
         ("p7b.act_evry", 3, "p7b.act_evry is not a parameter; did you mean act_every?"),
         ("references.mnist1d.mlp.lrr", 1, "references.mnist1d.mlp.lrr is not a parameter; did you mean lr?"),
         ("p7b.eval_every", 601, "eval_every is 601: it must be at most steps = 600"),
@@ -209,9 +220,10 @@ def test_assays_and_controls_are_arms_that_run(tmp_path: Path, monkeypatch: pyte
             check_stage.main(Params.model_validate(values))
 
 
-@pytest.mark.parametrize("first", [191, 209])
-def test_no_search_may_choose_by_the_seeds_of_verdicts(first: int) -> None:
+@pytest.mark.parametrize(
+    ("first", "shared"), [(391, "q1.seeds has 400"), (409, "q1.seeds has 409"), (411, "p7c.seeds has 420")]
+)
+def test_no_search_may_choose_by_the_seeds_of_verdicts(first: int, shared: str) -> None:
     params = load_params(PATH).model_copy(update={"seeds": Seeds(first=first, count=10)})
-    shared = max(first, params.q1.seeds.first)
-    with pytest.raises(UserError, match=rf"^q1.seeds has {shared}, which `seeds` has too: no search may choose by"):
+    with pytest.raises(UserError, match=f"^{shared}, which `seeds` has too: no search may choose by"):
         check_stage.main(params)

@@ -18,7 +18,8 @@ from phasegate.trials.code import dependencies, package_of
 from tests.small_study import ROOT, Checkout
 
 STAGES: dict[str, dict[str, Any]] = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
-SIGNALS = "survey heads p7b4 signals plugins"  # stages that need them
+SIGNALS = "survey heads p7b4 signals plugins"  # stages that need them, and p7c2 and p7c3
+GROWING = "early rates p7c1 p7c2 p7c3"
 
 
 @pytest.mark.parametrize("name", STAGES)
@@ -39,9 +40,9 @@ def test_a_stage_depends_on_its_script_and_the_packages_that_the_script_imports(
         "phasegate/base": "",
         "phasegate/trials": "",
         "phasegate/evaluation": "evaluate",
-        "phasegate/model": f"references q1 q2 p7a control p7b1 p7b2 p7b3 {SIGNALS} surgery in_a_row evaluate",
+        "phasegate/model": f"references q1 q2 p7a control p7b1 p7b2 p7b3 {SIGNALS} surgery {GROWING} in_a_row evaluate",
         "phasegate/report": "report",
-        "phasegate/signals": SIGNALS,
+        "phasegate/signals": f"{SIGNALS} p7c2 p7c3",
         "phasegate/data_sets": "prepare",
         "phasegate/verdicts": "check decide report headline",
     }.items(),

@@ -117,7 +117,7 @@ def test_q2_takes_its_base_from_q1_and_names_the_winner_that_the_limit_shuts_out
     monkeypatch.setattr(search, "run_trials", pretend)
     monkeypatch.setattr(search, "_read_result", result)
     monkeypatch.setattr(q2, "load_meta", lambda _: SimpleNamespace(input_shape=(1, 40), classes=10))
-    q1 = pd.DataFrame({"candidate": ["base", "fast", "fast"], "seed": [200, 200, 201], "accuracy": [60.0, 80.0, 80.1]})
+    q1 = pd.DataFrame({"candidate": ["base", "fast", "fast"], "seed": [400, 400, 401], "accuracy": [60.0, 80.0, 80.1]})
     write_table(MODELS / "q1.csv", q1.assign(settings="lr=1", failure=None, **dict.fromkeys(COSTS, 9)))
     training = PARAMS.training.model_copy(update={"lr": 0.5})
     content = {"candidate": "fast", "training": training.model_dump()}
@@ -127,7 +127,7 @@ def test_q2_takes_its_base_from_q1_and_names_the_winner_that_the_limit_shuts_out
     chosen = yaml.safe_load((MODELS / "q2.yaml").read_text())
     assert (chosen["candidate"], chosen["winner"], chosen["training"]["lr"]) == ("wide", "many", 0.5)
     assert chosen["model"]["expert_width"] == 256
-    assert trained[0] == ["wide/seed-200"] and all(set(a) <= set(b) for a, b in pairwise(trained))
+    assert trained[0] == ["wide/seed-400"] and all(set(a) <= set(b) for a, b in pairwise(trained))
     table = pd.read_csv(MODELS / "q2.csv")
     base = table[table["candidate"] == "base"]
     assert base["accuracy"].tolist() == [80.0, 80.1] and base["settings"].tolist() == ["base"] * 2

@@ -9,20 +9,22 @@ from typing import Any
 
 import pandas as pd
 import pytest
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from phasegate.base.errors import Diverged
 from phasegate.model.classifier import ModelSpec
 from phasegate.model.references import ReferenceSpec
-from phasegate.params.phases import EntropyLabels, GroundTruth, RandomLabels, Schedule
+from phasegate.params.phases import EntropyLabels, GroundTruth, GrowMany, RandomLabels, Schedule
 from phasegate.params.pretraining import Training
 from phasegate.pretraining.pretrain import pretrain
 from phasegate.records.trial_folder import CURVE, LAST_GOOD
 from phasegate.signals.ground_truth import MeasuredPolicy, PredictedPolicy
 from phasegate.signals.survey import survey
 from phasegate.surgery.continuation import Arm, run_arm
-from phasegate.surgery.controllers import HeadPolicy, LabelPolicy, PlannedPolicy
+from phasegate.surgery.controllers import HeadPolicy, LabelPolicy, PlannedPolicy, TimedPolicy
+from phasegate.surgery.growing import Plan, grow
 from phasegate.surgery.surgeon import Treatment
 from phasegate.surgery.tasks import Tasks
 from phasegate.training import checkpoint, killed_trials, loop
@@ -35,6 +37,7 @@ from tests.small_study import content
 NOISE = RandomLabels(grow=0.4, prune=0.3, loss_weight=1.0, head_lr=0.02)
 ENTROPY = EntropyLabels(grow_below=1.0, prune_above=1.0, head_lr=0.02)
 TASKS = ((0, 0, 1, 1), (0, 1, 0, 1))
+BORN = 12  # the step of the birth in trials of 7c
 ARMS = "continue noise split clone merge entropy_loss task_gates oracle counterfactual_head trained_hyperplanes"
 Run = Callable[[Path], None]
 Kill = Callable[[int, Run, Path], None]
@@ -74,10 +77,20 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("undisturbed")
 
 
+@pytest.fixture(scope="module")
+def early(
+    prepared: Path, spec: ModelSpec, training: Training, schedule: Schedule, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The folder of the early steps of a trial of 7c."""
+    folder, plan = tmp_path_factory.mktemp("early"), Plan(spec, training, schedule, until=8)
+    grow(folder, prepared=prepared, start=None, phase="early", name="at", seed=0, plan=plan)
+    return folder
+
+
 @pytest.fixture
 def runs(
     prepared: Path, baselines: Path, heads: Path, spec: ModelSpec, training: Training, schedule: Schedule,
-    truth: GroundTruth,
+    truth: GroundTruth, early: Path,
 ) -> dict[str, Run]:  # fmt: skip
     """Every kind of trial that trains, by name."""
     start = baselines / "seed-0"
@@ -96,9 +109,18 @@ def runs(
     proceed = partial(run_arm, prepared=prepared, start=start, phase="p7b", seed=0, schedule=schedule)
     trained = schedule.model_copy(update={"hyperplanes": "balanced", "split_direction": "loss"})
     begin = partial(pretrain, prepared=prepared, phase="p7a", arm="base", seed=0, training=training)
+    longer = schedule.model_copy(update={"steps": 124, "max_experts": 12})
+
+    def grown(way: GrowMany) -> Run:
+        born = Treatment(TimedPolicy((BORN,)), way, None, count=7 if way == "handover" else 4, expert_rate=4.0)
+        plan = Plan(spec, training, longer, begin=8, rate=2.0, arm=Arm(born))
+        return partial(grow, prepared=prepared, start=early, phase="p7c1", name=way, seed=0, plan=plan)
+
     return {
         **{name: partial(proceed, name=name, arm=arm) for name, arm in arms.items()},
         "trained_hyperplanes": partial(proceed, name="trained", arm=Arm(split), schedule=trained),
+        "birth": grown("birth"),
+        "handover": grown("handover"),
         "pretraining": partial(begin, spec=spec, keep_optimizer=True),
         "reference": partial(begin, spec=ReferenceSpec((1, 8), 4, (6,), None)),
         "survey": partial(
@@ -117,6 +139,36 @@ def test_a_trial_killed_three_times_ends_with_the_bits_of_an_undisturbed_one(
         assert [path.name for path in tmp_path.iterdir()] == [SNAPSHOT]
         torch.manual_seed(step)  # whatever state another process has
     runs[name](tmp_path)
+    assert content(tmp_path) == content(undisturbed)
+
+
+@pytest.mark.parametrize("way", ["birth", "handover"])
+def test_a_trial_killed_during_a_birth_and_after_it_ends_with_the_same_bits(
+    runs: dict[str, Run], kill: Kill, tmp_path: Path, undisturbed: Path, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates, step = list[float](), AdamW.step
+
+    def look(optimizer: Any, *arguments: Any) -> None:
+        groups = [group for group in optimizer.param_groups if "lr_factor" in group]
+        assert [[p.dim() for p in group["params"]] for group in groups] == [[3, 3, 3, 3]]
+        rates.append(groups[0]["lr"] / optimizer.param_groups[0]["lr"])
+        step(optimizer, *arguments)
+
+    monkeypatch.setattr(AdamW, "step", look)
+    runs[way](undisturbed)
+    undisturbed_rates, factors = [*rates], [2.0] * (BORN - 8) + [4.0] * (124 - BORN)
+    assert undisturbed_rates == pytest.approx(factors)
+    for at in (8, BORN, 60, BORN + 96, BORN + 104):
+        rates.clear()
+        kill(at, runs[way], tmp_path)
+        snapshot = safetensors.torch.load((tmp_path / SNAPSHOT).read_bytes()[: -killed_trials.DIGEST])
+        under_way = BORN <= at < BORN + 100
+        wanted = [5, at - BORN, way == "handover"] if under_way else [0, 0, 0]
+        assert snapshot["model.blocks.1.moe.birth"].tolist() == wanted
+        torch.manual_seed(at)
+    rates.clear()
+    runs[way](tmp_path)
+    assert rates == undisturbed_rates[BORN + 104 - 8 :]
     assert content(tmp_path) == content(undisturbed)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from phasegate.model.moe import MoE
 from phasegate.params.fields import override
-from phasegate.params.phases import Grow, Prune, Schedule
+from phasegate.params.phases import Grow, GrowMany, Prune, Schedule
 from phasegate.surgery import hyperplanes
 from phasegate.surgery.controllers import Action, PlannedController, PlannedPolicy, Proposal, Situation
 from phasegate.surgery.operations import ExpertManager
@@ -59,7 +59,11 @@ def ask(surgeon: Surgeon, block: int, question: Any = None, proposal: Any = None
         heard.append(question and question(situation))
         return proposal if situation.probe.block == block else None
 
-    controllers: list[Any] = [SimpleNamespace(propose=propose) for _ in BLOCKS]
+    def plan(situation: Situation) -> list[Proposal]:
+        planned = propose(situation)
+        return [planned] if planned else []
+
+    controllers: list[Any] = [SimpleNamespace(plan=plan) for _ in BLOCKS]
     surgeon.controllers = controllers
     surgeon.act(step)
     return heard[block]
@@ -265,6 +269,25 @@ def test_what_is_allowed_keeps_to_the_bounds(make: Make) -> None:
     assert ask(make(prune=None), 0, masks) == (yes, no)
 
 
+@pytest.mark.parametrize(("way", "count", "most"), [("birth", 3, 8), ("upcycle", 3, 8), ("handover", 7, 7)])
+def test_growth_by_many_keeps_to_the_bounds_and_a_birth_rests_until_its_end(
+    way: GrowMany, count: int, most: int, make: Make
+) -> None:
+    surgeons = [make(max_experts=max_experts) for max_experts in (most - 1, most)]
+    for surgeon in surgeons:
+        surgeon.treatment = replace(surgeon.treatment, grow=way, count=count)
+    few, enough = surgeons
+    assert ask(few, 0, masks)[0] == [False] * 5
+    assert ask(enough, 0, masks)[0] == [True] * 5
+    operate(enough, 0, Proposal(Action.GROW, 1))
+    (row,) = enough.log
+    after = 5 + count
+    assert (row["operation"], row["n_routed_before"], row["n_routed_after"]) == (way, 5, after)
+    assert (row["output_change"] == 0) == (way != "upcycle")
+    assert way == "upcycle" or ask(enough, 0, masks, step=20) == ([False] * after, [False] * after)
+    assert ask(enough, 1, masks, step=20)[1] == [True] * 5
+
+
 def test_experts_that_surgery_touched_rest_on_their_own_layer_only(make: Make) -> None:
     surgeon = make(cooldown=8)
     operate(surgeon, 0, GROW(2), 4)
@@ -290,6 +313,20 @@ def test_as_many_families_stay_as_a_token_runs(make: Make) -> None:
     for _ in range(3):
         operate(surgeon, 0, PRUNE(1))
     assert ask(surgeon, 0, masks)[1] == [True, False, True]  # the halves of one family, and an only member
+
+
+def test_several_experts_go_at_once_down_to_the_bounds(make: Make) -> None:
+    surgeon = make(min_experts=3)
+    at_once = ask(surgeon, 1, lambda situation: situation.allowed.at_once)
+    assert at_once == surgeon.model.layers[1].n_routed - max(3, surgeon.model.layers[1].top_k)
+    ids, chosen = surgeon.model.layers[1].expert_id.tolist(), range(at_once)
+    going: Any = SimpleNamespace(plan=lambda situation: [PRUNE(e) for e in chosen] if situation.probe.block else [])
+    surgeon.controllers = [going, going]
+    surgeon.act(4)
+    assert surgeon.model.layers[1].expert_id.tolist() == ids[at_once:]
+    assert sorted(row["expert"] for row in surgeon.log) == sorted(ids[:at_once])
+    assert ask(surgeon, 1, lambda situation: situation.allowed.at_once, step=8) == 1
+    assert ask(make(prune="merge", grown=True), 1, lambda situation: situation.allowed.at_once) == 1
 
 
 def test_an_operation_has_recovered_at_the_first_point_that_makes_it_good(make: Make) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from dvc.repo import Repo
 
 from phasegate.tools.repair import is_cut_off, repair
 from tests.small_study import ROOT, Checkout
@@ -45,13 +46,14 @@ WRONG: list[tuple[str, Break]] = [
 def test_what_is_wrong_around_is_one_sentence(words: str, wrong: Break, tmp_path: Path, small_disk: Path) -> None:
     study = Checkout(tmp_path / "study")
     wrong(study, small_disk)
-    for program in ("repair", "plan"):  # with which `make repro`, `make study`, `make plan` and `make report` begin
+    for program in ("repair", "plan", "experiments"):  # with which make's repro, study, plan, report and phases begin
         command = [sys.executable, "-m", f"phasegate.tools.{program}"]
         done = subprocess.run(
             command, cwd=study.folder, env=study.environment, capture_output=True, text=True, check=False
         )
         assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1, done.stderr
-        assert done.stderr.startswith(f"{program}: ") and words in done.stderr
+        known = words in done.stderr or (program == "experiments" and "changed since the last commit" in done.stderr)
+        assert known and done.stderr.startswith(f"{program}: ")
 
 
 def test_make_says_in_one_line_that_it_may_not_write(small_disk: Path) -> None:
@@ -123,3 +125,52 @@ def test_arms_that_accounts_compare_are_asked_for_first(tmp_path: Path) -> None:
     study.change({"decisions": {"phases": {"p7b1": {"arms": [arm for arm in arms if arm != "noise"]}}}})
     said = study.command("python", "-m", "stages.check", ok=False)
     assert said == "check: decisions.phases.p7b1.arms lacks 'noise', with which other arms are compared: add it\n"
+
+
+LITTER = [
+    ".DS_Store",
+    "._a.py",
+    "Thumbs.db",
+    "desktop.ini",
+    ".a.py.swp",
+    ".a.py.swo",
+    "a.py~",
+    "#a.py#",
+    ".#a.py",
+    "a.py.bak",
+]
+LITTER += [
+    "a.py.bak",
+    "a.py.orig",
+    "a.py.rej",
+    ".nfs0001",
+    ".~lock.a.csv#",
+    ".a.py.1f.tmp",
+    "__pycache__/a.cpython-311.pyc",
+]
+LITTER += [".ipynb_checkpoints/a-checkpoint.py", ".mypy_cache/a.py", ".idea/a.py"]
+
+
+def test_dvc_sees_what_git_keeps_of_the_code_and_nothing_that_tools_leave() -> None:
+    ignores = Repo(ROOT).dvcignore.is_ignored_file
+    stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"].values()
+    used = {path for stage in stages for path in (*stage["deps"], *stage["outs"]) if isinstance(path, str)}
+    folders = [path for path in sorted(used) if "." not in path and "$" not in path]
+    assert {"plugins", "phasegate/model", "models/p7a"} <= {*folders}
+    kept = subprocess.check_output(["git", "ls-files", "-z", *folders, "stages"], cwd=ROOT, text=True).split("\0")[:-1]
+    assert len(kept) > 100 and [path for path in kept if ignores(str(ROOT / path))] == []
+    left = [str(ROOT / folder / name) for folder in (*folders, "phasegate/model/kernels") for name in LITTER]
+    assert [path for path in left if not ignores(path)] == []
+
+
+@pytest.mark.parametrize("name", ["dvc.lock", "dvc.yaml", "params.yaml"])
+def test_the_marks_of_a_merge_conflict_are_recognised_and_the_file_stays(name: str, tmp_path: Path) -> None:
+    study = Checkout(tmp_path / "study")
+    shutil.copy(ROOT / "dvc.lock", study.folder)
+    head, *rest = (study.folder / name).read_text().splitlines(keepends=True)
+    (study.folder / name).write_text(conflict := "".join(["<<<<<<< HEAD\n=======\n", head, ">>>>>>> other\n", *rest]))
+    for program in ("repair", "plan"):
+        said = study.command(sys.executable, "-m", f"phasegate.tools.{program}", ok=False)
+        assert said.count("\n") == 1, said
+        assert said.startswith(f"{program}: {name} has the marks of a merge conflict: keep one side, as `git ")
+    assert (study.folder / name).read_text() == conflict and not [*(study.folder / ".dvc/tmp").glob("*.damaged")]

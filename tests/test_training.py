@@ -25,8 +25,8 @@ from tests.small_study import ROOT
 seeds = st.integers(0, 10**6)
 CONFIGURATION = Training(steps=10, batch=5, lr=0.1, warmup=0, weight_decay=0, label_smoothing=0, noise=0.3, shift=2)
 KEYS = """
-7b | augmentation _ | batches _ | control head | decision _ _ | dropout _ | fork _ _ | fork _ _ _ | in a row
-initial weights | labels _ | survey _ _ | task heads | tried _ | yoked _ | _ _
+7b | augmentation _ | batches _ | control head | dead _ | decision _ _ | dropout _ | fork _ _ | fork _ _ _ | in a row
+initial weights | labels _ | survey _ _ | task heads | time of growth | tried _ | yoked _ | _ _
 """
 """What follows the seed in the keys of all random draws. Another key is another draw, and so another result."""
 

@@ -6,6 +6,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,26 @@ def test_a_trial_that_reads_anothers_folder_runs_after_it_and_fails_with_it(
         assert failure and failure.reason == "models/first/seed-1, which it needs, failed: the loss is nan"
         assert "models: 2 of 4 trials failed" in capfd.readouterr().err
     assert set(timings.read()["models"]) == {"first/seed-0", "first/seed-1", "later/seed-0"}
+
+
+def test_trials_in_a_chain_run_one_after_the_other_and_a_failed_one_ends_its_chain(
+    study: Study, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(study.folder)
+    trials = [Trial("p", "a", seed, write_or_fail, {"seed": seed}) for seed in (0, 1)]
+    for seed in (0, 1):
+        for before, arm in pairwise("abcd"):
+            path = Path(f"models/{before}/seed-{seed}/text")
+            trials.append(Trial("p", arm, seed, read, {"path": path}, (path, study.input)))
+    run_trials(trials[::-1], Path("models"))
+    assert Path("models/d/seed-0/text").read_text() == "0" + 3 * ", read"
+    said = "the loss is nan"
+    for before, arm in pairwise("abcd"):
+        said = f"models/{before}/seed-1, which it needs, failed: {said}"
+        failure = read_failure(Path(f"models/{arm}/seed-1"))
+        assert failure and (failure.arm, failure.reason) == (arm, said)
+        assert [path.name for path in Path(f"models/{arm}/seed-1").iterdir()] == ["failure.json"]
+    assert "models: 4 of 8 trials failed" in capfd.readouterr().err
 
 
 def test_results_come_back_from_the_store_when_the_output_is_gone(study: Study) -> None:

@@ -4,6 +4,7 @@ import glob
 import hashlib
 import json
 import os
+import re
 import secrets
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ def refuse_special(path: Path) -> None:
 
 
 def read_bounded(path: Path, at_most: int = 1 << 20) -> bytes:
-    """Return the content of a file of at most `at_most` bytes; `UserError` if it is larger or cannot be read."""
+    """Return the content of a file of at most `at_most` bytes; `UserError` if it can't be, or is half merged."""
     try:
         refuse_special(path)
         with path.open("rb") as file:
@@ -58,6 +59,11 @@ def read_bounded(path: Path, at_most: int = 1 << 20) -> bytes:
         raise UserError(f"{path} can't be read: {one_line(error)}") from None
     if len(content) > at_most:
         raise UserError(f"{path} has more than {at_most:,} bytes: it is not the file that was expected")
+    if re.search(rb"^(<{7} |>{7} )", content, re.MULTILINE):
+        raise UserError(
+            f"{path} has the marks of a merge conflict: keep one side, as `git checkout --ours {path}` does; "
+            "`dvc repro` then runs what differs"
+        )
     return content
 
 

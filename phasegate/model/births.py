@@ -51,7 +51,7 @@ def overlap(
     after, passed = among(n_old, n_families), top_k * age / BIRTH_STEPS
     new = top_k * age // BIRTH_STEPS
     old = top_k - new
-    fading = (top_k - passed - torch.arange(old, device=x.device)).clamp(0, 1).to(x.dtype)
+    fading = (top_k - passed - torch.arange(old, device=x.device, dtype=x.dtype)).clamp(0, 1)
     weights = torch.cat([before.weights[..., :old] * fading, after.weights[..., :new]], dim=-1)
     chosen = torch.cat([before.experts[..., :old], after.experts[..., :new]], dim=-1)
     logits = torch.cat([before.logits, after.logits], dim=-1)

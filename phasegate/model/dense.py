@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from phasegate.model.kernels.functions import product, suit
+from phasegate.model.kernels.functions import product, suit, without_autocast
 
 
 class Linear(nn.Linear):
@@ -39,24 +39,28 @@ class _Rows(torch.autograd.Function):
         return d_x, None, None
 
 
-def _convolve(conv: nn.Conv1d | nn.Conv2d, x: Tensor) -> Tensor:
+@without_autocast
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor, conv: nn.Conv1d | nn.Conv2d) -> Tensor:
     """Convolve x (B, channels, length or height x width) as one product; in memory, channels are last."""
+    if not suit(x, weight):
+        y: Tensor = conv._conv_forward(x, weight, bias)
+        return y
     assert not isinstance(conv.padding, str)
     pads = [pad for pad in reversed(conv.padding) for _ in range(2)]
     padded = F.pad(x.movedim(1, -1), [0, 0, *pads])
     rows: Tensor = _Rows.apply(padded, conv.kernel_size, conv.stride)  # type: ignore[no-untyped-call]
-    return product(rows, conv.weight.movedim(1, -1).flatten(1).T, conv.bias).movedim(-1, 1)
+    return product(rows, weight.movedim(1, -1).flatten(1).T, bias).movedim(-1, 1)
 
 
 class Conv1d(nn.Conv1d):
     """Convolve sequences; torch's own convolution gives other bits for other numbers of examples."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return _convolve(self, x) if suit(x) else super().forward(x)
+        return _convolve(x, self.weight, self.bias, self)
 
 
 class Conv2d(nn.Conv2d):
     """Convolve images; see `Conv1d`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return _convolve(self, x) if suit(x) else super().forward(x)
+        return _convolve(x, self.weight, self.bias, self)

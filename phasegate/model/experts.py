@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from phasegate.model.kernels.functions import Mix, Route, run_experts, suit
+from phasegate.model.kernels.functions import Mix, Route, run_experts, suit, without_autocast
 
 Hyperplanes = tuple[Tensor, Tensor, Tensor, Tensor]
 """Weights (L, D) and offsets (L,) of the inner nodes, and the tables that `MoE.refresh` derives from the paths."""
@@ -25,6 +25,7 @@ class Routed(NamedTuple):
     experts: Tensor  # (G, N, K)
 
 
+@without_autocast
 def route(x: Tensor, router: Tensor, bias: Tensor, hyperplanes: Hyperplanes, top_k: int) -> Routed:
     """Route tokens x (G, N, D) by a router (G, F, D).
 
@@ -33,7 +34,7 @@ def route(x: Tensor, router: Tensor, bias: Tensor, hyperplanes: Hyperplanes, top
     2101.03961). The kernel can be differentiated once, by logits, gates and weights. Through the weights the
     hyperplanes learn if they need a gradient: see `_descend`.
     """
-    if suit(x):
+    if suit(x, router) and x.shape[::2] == router.shape[::2]:  # else torch says what is wrong
         return Routed(*Route.apply(x, router, bias, *hyperplanes, top_k))  # type: ignore[no-untyped-call]
     logits = x @ router.transpose(1, 2)
     families = (logits.detach() + bias[:, None]).argsort(dim=-1, descending=True, stable=True)[..., :top_k]
@@ -42,12 +43,13 @@ def route(x: Tensor, router: Tensor, bias: Tensor, hyperplanes: Hyperplanes, top
     return Routed(logits, gates, gates * teaching, families, experts)
 
 
+@without_autocast
 def mix(x: Tensor, weights: Tensor, experts: Tensor, w_in: Tensor, w_out: Tensor) -> tuple[Tensor, Tensor]:
     """Run the experts (G, N, K) of tokens x (G, N, D), and sum what these put out by rank, weighted (G, N, K).
 
     Weights (E, D, H) and (E, H, D). Returns the sums (G, N, D) and how many slots ran each expert (E,).
     """
-    if suit(x):
+    if suit(x, w_in) and x.shape[-1] == w_in.shape[1]:
         mixed: tuple[Tensor, Tensor] = Mix.apply(x, weights, experts, w_in, w_out)  # type: ignore[no-untyped-call]
         return mixed
     outputs = run(x.flatten(0, 1), experts.flatten(0, 1), w_in, w_out)
@@ -75,9 +77,10 @@ def _descend(
     return slots - n_nodes, (log_r - log_r.detach()).exp()
 
 
+@without_autocast
 def run(x: Tensor, experts: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
     """Return the ungated outputs of the experts (N, K) of tokens x (N, D) -> (N, K, D); no gradient from the kernel."""
-    if suit(x):
+    if suit(x, w_in) and x.shape[-1] == w_in.shape[1]:
         return run_experts(x, experts, w_in, w_out)
     order = experts.flatten().argsort(stable=True)
     ones = torch.ones_like(order)

@@ -115,6 +115,7 @@ class MoE(nn.Module):
         if birth and not (
             self.top_k <= birth.n_old < self.n_families
             and 0 <= birth.age < BIRTH_STEPS
+            and birth.retires in (0, 1)
             and (not birth.retires or self.top_k <= self.n_families - birth.n_old)
         ):
             raise ValueError(f"{birth} does not fit a layer of {self.n_families} families with top_k = {self.top_k}")
@@ -160,8 +161,7 @@ class MoE(nn.Module):
         device = self.path.device
         self._root = torch.tensor(roots, device=device)
         self._child = torch.tensor(child, device=device)
-        n_old, age, retires = self.birth.tolist()
-        self.set_birth(Birth(n_old, age, bool(retires)) if n_old else None)
+        self.set_birth(Birth(*self.birth.tolist()) if self.birth.any() else None)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
         """Route tokens x (G, N, D), gate g's tokens by router g, and return the mixture (G, N, D).

@@ -129,6 +129,8 @@ class GrowingTimes(Section):
     at: Count
     late: Count
 
+    ordered = (("early", "at"), ("at", "late"))
+
 
 class Arriving(Section):
     """Describe phase 7c.2: classes from `classes` on arrive at step `at`."""

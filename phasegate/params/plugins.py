@@ -40,7 +40,7 @@ class Plugin:
     def check(self, key: str, built_in: Sequence[str] = ()) -> None:
         """Inspect the file without running it; `UserError` names `key`, which names the file or one of `built_in`."""
         if not self.path.is_file():
-            known = [*built_in, *sorted(path.stem for path in FOLDER.glob("*.py"))]
+            known = [*built_in, *sorted(path.stem for path in FOLDER.glob("[!.]*.py"))]
             hint = suggestion(self.name, known) if known else f"{FOLDER} has no files"
             raise UserError(f"{key} is {self.name!r}, but there is no file {self.path}: {hint}")
         try:

@@ -82,6 +82,7 @@ class Params(Section):
         """Check what surgery, controllers and surveys need of the schedule."""
         truth, schedule, start, operations = self.p7b4, self.p7b, self.p7a.n_routed, self.surgery.operations
         survey, measured = "p7b4.survey_every * (p7b4.surveys - 1)", truth.last_survey + truth.recovery_steps
+        growing, last = self.p7c, "p7c.steps - p7c.settle"
         decisions, half = schedule.last_decision // schedule.act_every, schedule.act_every * operations // 2
         for name, value, limit_name, limit in (
             ("surgery.operations", operations, "(p7b.steps - p7b.settle) / p7b.act_every", decisions),
@@ -90,6 +91,9 @@ class Params(Section):
             ("p7b.cooldown", schedule.cooldown, "p7b.act_every * surgery.operations / 2", half),
             ("p7b4.recovery_steps", truth.recovery_steps, "p7b.settle", schedule.settle),
             (f"{survey} + p7b4.recovery_steps", measured, "p7b.steps", schedule.steps),
+            ("p7c1.late", self.p7c1.late, last, growing.steps - growing.settle),
+            ("p7c2.at", self.p7c2.at, last, growing.steps - growing.settle),
+            ("p7c3.dead + p7b.min_experts", self.p7c3.dead + schedule.min_experts, "p7a.n_routed", start),
         ):
             check_at_most(name, value, limit_name, limit)
         if truth.last_survey < schedule.last_decision:

@@ -1,11 +1,14 @@
-"""Measure how an operation changes the loss: fork a model in training in pairs, and compare.
+"""Measure how operations change the loss: fork a model in training in pairs, and compare.
 
 A fork is a copy of model and optimizer that is trained for some more steps, while its learning rate falls to zero: that
 takes out most of the noise of single batches. Two forks that see the same batches differ by what was done to one of
 them at the start. An exact split has no immediate effect, so its value shows only after training. Pruning hurts
 immediately and may recover.
 
-Shapes: P operations, R repeats, N examples.
+Losses are taken at each fork's best temperature. An overconfident model loses less after almost any disturbance, which
+a temperature would do for nothing, and its few confident mistakes make most of the noise.
+
+Shapes: P plans, R repeats, N examples.
 """
 
 import copy
@@ -22,7 +25,8 @@ from phasegate.base.errors import Diverged
 from phasegate.model.classifier import Model
 from phasegate.signals.oracle import losses_without_each
 from phasegate.signals.roots import root
-from phasegate.surgery.controllers import Proposal, Situation
+from phasegate.surgery.controllers import Proposal, Situation, in_order
+from phasegate.surgery.moments import set_expert_rate
 from phasegate.surgery.operations import ExpertManager, grow_older
 from phasegate.surgery.probe import Probe
 from phasegate.training import batches, loop, losses, predictions, randomness
@@ -67,9 +71,14 @@ def removals(probe: Probe) -> Estimate:
 
 
 def fork_proposals(
-    proposals: Sequence[Proposal], situation: Situation, optimizer: Optimizer, course: Course, steps: int, repeats: int
+    plans: Sequence[Sequence[Proposal]],
+    situation: Situation,
+    optimizer: Optimizer,
+    course: Course,
+    steps: int,
+    repeats: int,
 ) -> tuple[Tensor, Tensor]:
-    """Measure proposals, done in the arm's way: (operation + training) - (nothing + the same training).
+    """Measure plans, each of operations done in the arm's way: (operations + training) - (nothing + the same training).
 
     Each repeat has batches of its own, and draws anew what is random about an operation. Returns the changes of every
     example's loss on the signal and the gate split, (P, R, N) each.
@@ -80,18 +89,20 @@ def fork_proposals(
         seed = randomness.derived_seed(course.seed, "fork", step, repeat)
         drawn = batches.Batches(course.train, course.training.batch, seed, course.training)
         ends: list[list[Tensor]] = []
-        for proposal in (None, *proposals):
+        for plan in ((), *plans):
             model, trained_by = copy.deepcopy((probe.model, optimizer))
-            if proposal is not None:
-                draws = randomness.generator(course.seed, "fork", step, probe.block, repeat)
+            draws = randomness.generator(course.seed, "fork", step, probe.block, repeat)
+            for proposal in in_order(plan):
                 situation.operate(ExpertManager(model.layers[probe.block], trained_by), proposal, draws)
+            if plan and situation.expert_rate is not None:
+                set_expert_rate(model, trained_by, situation.expert_rate)
             objective = losses.plain_objective(model, course.training.label_smoothing)
             try:
                 with torch.enable_grad():
                     loop.fit(model, trained_by, drawn, objective, rates, partial(_age, model, trained_by))
             except Diverged as error:
                 raise Diverged(f"{error.what} in a fork", step) from None
-            ends.append([predictions.example_losses(model, split) for split in (course.signal, course.gate)])
+            ends.append([predictions.calibrated_losses(model, split) for split in (course.signal, course.gate)])
         signal, gate = (torch.stack(split) for split in zip(*ends, strict=True))  # (1 + P, N)
         found.append((signal[1:] - signal[0], gate[1:] - gate[0]))
     signal, gate = (torch.stack(split, dim=1) for split in zip(*found, strict=True))

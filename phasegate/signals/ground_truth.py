@@ -7,6 +7,7 @@ the gate split decides whether to act.
 Shapes: E experts, C changes (`features.CHANGES`).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,8 +16,9 @@ from torch.optim import Optimizer
 
 from phasegate.model.classifier import Model
 from phasegate.signals.features import Change, situation_features
-from phasegate.signals.forks import Estimate, estimate, fork_proposals, removals
+from phasegate.signals.forks import Estimate, estimate, fork_proposals
 from phasegate.signals.predictor import HEAD, load_head
+from phasegate.signals.published import taylor_saliency
 from phasegate.surgery.controllers import Action, Controller, Policy, Proposal, Situation
 from phasegate.training.course import Course
 
@@ -57,28 +59,34 @@ class PredictedPolicy(Policy):
 class MeasuringController(Controller):
     """Measure the most promising operations by forks: choose on the signal split, decide on the gate split.
 
-    Candidates to grow are the busiest experts. Candidates to prune cost least right after the removal.
+    Candidates to grow are the busiest experts, one by one. Candidates to go are the expert with the least Taylor
+    saliency, the two with the least, and so on: a part of what dead experts cost is felt only once all are gone.
     """
 
     policy: "MeasuredPolicy"
 
-    def propose(self, situation: Situation) -> Proposal | None:
-        """Propose the operation that gains most on the signal split, if its gain on the gate split is certain."""
+    def plan(self, situation: Situation) -> Sequence[Proposal]:
+        """Return the operations that gain most on the signal split, if their gain on the gate split is certain."""
         price, policy = _price(self.policy.price, situation), self.policy
         chance = situation.step // self.course.schedule.act_every - 1
-        if chance % policy.every or not (proposals := self._candidates(situation)):
-            return None
-        prices = torch.tensor([price[proposal.action] for proposal in proposals])
-        forked = fork_proposals(proposals, situation, self.optimizer, self.course, policy.steps, policy.repeats)
+        if chance % policy.every or not (plans := self._candidates(situation)):
+            return ()
+        prices = torch.tensor([sum(price[proposal.action] for proposal in plan) for plan in plans])
+        forked = fork_proposals(plans, situation, self.optimizer, self.course, policy.steps, policy.repeats)
         signal, gate = (estimate(changes) for changes in forked)
         best = int(signal.gain(prices.to(signal.change)).argmax())
-        return proposals[best] if gate.gain(prices.to(gate.change), policy.certainty)[best] > 0 else None
+        return plans[best] if gate.gain(prices.to(gate.change), policy.certainty)[best] > 0 else ()
 
-    def _candidates(self, situation: Situation) -> list[Proposal]:
-        load, cost, allowed = situation.probe.signals.load, removals(situation.probe).change, situation.allowed
-        busiest = sorted(allowed.proposals(Action.GROW), key=lambda proposal: -float(load[proposal.expert]))
-        cheapest = sorted(allowed.proposals(Action.PRUNE), key=lambda proposal: float(cost[proposal.expert]))
-        return busiest[: self.policy.candidates] + cheapest[: self.policy.candidates]
+    def _candidates(self, situation: Situation) -> list[list[Proposal]]:
+        probe, allowed, most = situation.probe, situation.allowed, self.policy.candidates
+        needed = taylor_saliency(probe, situation.draws).prune
+        assert needed is not None
+        busiest = sorted(
+            allowed.proposals(Action.GROW), key=lambda proposal: -float(probe.signals.load[proposal.expert])
+        )
+        idlest = sorted(allowed.proposals(Action.PRUNE), key=lambda proposal: float(needed[proposal.expert]))
+        sets = [idlest[:count] for count in range(1, 1 + min(most, len(idlest), allowed.at_once))]
+        return [[proposal] for proposal in busiest[:most]] + sets
 
 
 @dataclass(frozen=True)
@@ -87,7 +95,7 @@ class MeasuredPolicy(Policy):
 
     price: float  # nats per parameter
     certainty: float  # probability of a gain above the price at which it acts
-    candidates: int  # operations of each kind that are measured at most
+    candidates: int  # of each kind that are measured at most: experts to grow, sets of experts to remove
     steps: int  # of training in each fork
     repeats: int  # of each fork, with other batches
     every: int  # it decides at the first of so many chances

@@ -114,7 +114,14 @@ def _fork(surgeon: Surgeon, situation: Situation, truth: GroundTruth, everything
         orders = [torch.randperm(len(kind), generator=situation.draws).tolist() for kind in kinds]
         kinds = [[kind[place] for place in order[: truth.surveyed]] for kind, order in zip(kinds, orders, strict=True)]
     steps, repeats = truth.recovery_steps, truth.repeats
-    forked = fork_proposals([*kinds[0], *kinds[1]], situation, surgeon.optimizer, surgeon.course, steps, repeats)
+    forked = fork_proposals(
+        [(proposal,) for proposal in (*kinds[0], *kinds[1])],
+        situation,
+        surgeon.optimizer,
+        surgeon.course,
+        steps,
+        repeats,
+    )
     parts = (torch.split(split, [*map(len, kinds)]) for split in forked)
     labels, half = {}, repeats // 2
     for change, kind, signal, gate in zip((Change.GROW, Change.RECOVERED), kinds, *parts, strict=True):

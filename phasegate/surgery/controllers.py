@@ -6,7 +6,7 @@ allowed, and `operations.py` how they are carried out.
 Shapes: E experts, D model width.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
@@ -45,11 +45,17 @@ class Proposal(NamedTuple):
     expert: int
 
 
+def in_order(plan: Iterable[Proposal]) -> list[Proposal]:
+    """Sort the operations of a plan so that indices stay true: an expert that goes moves those behind it."""
+    return sorted(plan, key=lambda proposal: -proposal.expert)
+
+
 class Allowed(NamedTuple):
-    """Mask the experts that may grow and the experts that may be pruned, (E,) each."""
+    """Mask the experts that may grow and the experts that may be pruned, (E,) each; and limit how many go at once."""
 
     grow: Tensor
     prune: Tensor
+    at_once: int = 1
 
     def proposals(self, action: Action) -> list[Proposal]:
         """List the allowed operations of one kind, by index of the expert."""
@@ -67,6 +73,7 @@ class Situation(NamedTuple):
     ages: Tensor  # (E,) steps of training since each expert was made
     operate: Callable[[ExpertManager, Proposal, torch.Generator], Surgery]  # does an operation on a copy, the arm's way
     more: int = 1  # experts that growing adds
+    expert_rate: float | None = None  # of expert matrices once an operation is done; None: as it is
 
 
 class Controller(nn.Module):
@@ -83,6 +90,11 @@ class Controller(nn.Module):
     def propose(self, situation: Situation) -> Proposal | None:
         """Propose one operation, or none."""
         return None
+
+    def plan(self, situation: Situation) -> Sequence[Proposal]:
+        """Return the operations to do now, on different experts: the one proposed, if any."""
+        proposal = self.propose(situation)
+        return () if proposal is None else (proposal,)
 
 
 class Policy:
@@ -198,16 +210,19 @@ class YokedController(Controller):
         log = read_table(policy.files(course.seed)[0], SURGERY_COLUMNS)
         grown = log["n_routed_after"] > log["n_routed_before"]
         actions = [Action.GROW if grew else Action.PRUNE for grew in grown]
-        self.actions = dict(zip(zip(log["step"], log["block"], strict=True), actions, strict=True))
+        self.actions: dict[tuple[int, int], list[Action]] = {}
+        for step, block, action in zip(log["step"], log["block"], actions, strict=True):
+            self.actions.setdefault((step, block), []).append(action)
 
-    def propose(self, situation: Situation) -> Proposal | None:
-        """Propose the operation of this step on an expert that may have it; where none may, it is left out."""
-        at = situation.step, situation.probe.block
-        proposals = situation.allowed.proposals(self.actions[at]) if at in self.actions else []
-        if not proposals:
-            return None
+    def plan(self, situation: Situation) -> Sequence[Proposal]:
+        """Return the operations of this step, each on an expert that may have it; where none may, it is left out."""
+        at, allowed, plan = (situation.step, situation.probe.block), situation.allowed, dict[int, Proposal]()
         draws = generator(self.course.seed, "yoked", *at)  # the other arm may have chosen by `situation.draws`
-        return proposals[int(torch.randint(len(proposals), (), generator=draws))]
+        for action in self.actions.get(at, [])[: allowed.at_once]:
+            if proposals := [proposal for proposal in allowed.proposals(action) if proposal.expert not in plan]:
+                drawn = proposals[int(torch.randint(len(proposals), (), generator=draws))]
+                plan[drawn.expert] = drawn
+        return tuple(plan.values())
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from phasegate.base.errors import UserError
 from phasegate.base.paths import EARLY, MODELS, PREPARED
 from phasegate.model.births import BIRTH_STEPS
 from phasegate.model.classifier import Model, ModelSpec
@@ -128,6 +129,8 @@ def early_plans(params: Params) -> dict[str, tuple[Plan, str | None]]:
     `short` has fewer steps in all: a birth in it costs no more expert products than `small`.
     """
     small, large, times, arrival = params.p7c.small, params.p7c.large, params.p7c1, params.p7c2
+    if params.p7c.steps < (least := times.at + BIRTH_STEPS + 1):
+        raise UserError(f"p7c.steps is {params.p7c.steps}: it must be at least p7c1.at + {BIRTH_STEPS + 1} = {least}")
     shorter = params.p7c.model_copy(update={"steps": params.p7c.steps - BIRTH_STEPS})
     return {
         "early": (_plan(params, small, until=times.early), None),

@@ -16,7 +16,7 @@ from phasegate.model.moe import Routing
 from phasegate.model.routing_statistics import expert_signals, routing_kl
 from phasegate.params.phases import Grow, GrowMany, Prune
 from phasegate.params.plugins import Plugin
-from phasegate.surgery.controllers import Action, Allowed, Policy, Proposal, Situation
+from phasegate.surgery.controllers import Action, Allowed, Policy, Proposal, Situation, in_order
 from phasegate.surgery.hyperplanes import cut
 from phasegate.surgery.moments import set_expert_rate
 from phasegate.surgery.operations import ExpertManager, Moments, Surgery, SurgeryRefused
@@ -81,7 +81,7 @@ class Surgeon:
 
     @torch.no_grad()
     def act(self, step: int) -> None:
-        """Ask each controller for one operation on its layer, do the operation, and log it.
+        """Ask each controller for operations on its layer, do them, and log them.
 
         Growth of one expert at a time is asked for as often as the arm adds experts.
         """
@@ -92,9 +92,11 @@ class Surgeon:
                 probe = Probe(self.model, block, self.course.signal)
                 if not probe.losses.isfinite().all():
                     raise Diverged("a loss on the signal split is not finite", step)
-                if (proposal := controller.propose(self.situation(probe, step, draws))) is None:
+                if not (plan := in_order(controller.plan(self.situation(probe, step, draws)))):
                     break
-                self.log.append({"step": step, "block": block} | self._carry_out(proposal, probe, draws))
+                for proposal in plan:
+                    self.log.append({"step": step, "block": block} | self._carry_out(proposal, probe, draws))
+                    probe = Probe(self.model, block, self.course.signal)
         self._set_expert_rate()
 
     def _set_expert_rate(self) -> None:
@@ -110,22 +112,27 @@ class Surgeon:
         experts, unborn = probe.layer.expert_id.tolist(), -self.course.training.steps
         ages = torch.tensor([step - born.get(expert, unborn) for expert in experts])
         allowed, count = self._allowed(probe, resting), self.treatment.count
-        return Situation(probe, allowed, draws, step, ages, partial(self._operate, probe), count)
+        return Situation(
+            probe, allowed, draws, step, ages, partial(self._operate, probe), count, self.treatment.expert_rate
+        )
 
     def _allowed(self, probe: Probe, resting: set[int | None]) -> Allowed:
         """Mask the experts that may be operated on: within the bounds on their number, and not touched lately."""
         moe, schedule, experts = probe.layer, self.course.schedule, probe.layer.expert_id.tolist()
         rested = torch.tensor([expert not in resting and not moe.under_way for expert in experts])
+        at_once = 1
         if self.treatment.prune == "merge":
             siblings = map(ExpertManager(moe).sibling, experts)
             prunable = torch.tensor([sibling is not None and sibling not in resting for sibling in siblings])
         else:
             prunable = (moe.path != 0).any(1).cpu() | (moe.n_families > moe.top_k)
-        many = self.treatment.count if self.treatment.grow in get_args(GrowMany) else 1
-        after = many if self.treatment.grow == "handover" else moe.n_routed + many
+            at_once = max(1, min(moe.n_routed - schedule.min_experts, moe.n_families - moe.top_k))
+        more = self.treatment.count if self.treatment.grow in get_args(GrowMany) else 1
+        grown = more if self.treatment.grow == "handover" else moe.n_routed + more
         return Allowed(
-            grow=rested & (self.treatment.grow is not None and moe.n_routed < after <= schedule.max_experts),
+            grow=rested & (self.treatment.grow is not None and moe.n_routed < grown <= schedule.max_experts),
             prune=rested & prunable & (self.treatment.prune is not None and moe.n_routed > schedule.min_experts),
+            at_once=at_once,
         )
 
     def _carry_out(self, proposal: Proposal, probe: Probe, draws: torch.Generator) -> dict[str, Any]:

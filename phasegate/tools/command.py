@@ -4,6 +4,7 @@ import subprocess
 from pathlib import Path
 
 from phasegate.base.errors import UserError
+from phasegate.base.files import read_bounded
 
 
 def output(*words: str, folder: Path = Path()) -> str:
@@ -13,7 +14,15 @@ def output(*words: str, folder: Path = Path()) -> str:
     except FileNotFoundError:
         raise UserError(f"there is no command {words[0]}: activate .venv, or use make") from None
     if done.returncode:
+        refuse_conflicts(folder)
         lines = [line for line in done.stderr.splitlines() if line.strip()]
         reason = next((line for line in lines if line.startswith(("fatal: ", "ERROR: "))), " ".join(lines[-1:]))
         raise UserError(f"{words[0]} {words[1]} failed: {reason.removeprefix('fatal: ').removeprefix('ERROR: ')}")
     return done.stdout
+
+
+def refuse_conflicts(folder: Path = Path()) -> None:
+    """Raise UserError if git left the marks of a merge conflict in a file that DVC reads."""
+    for name in ("dvc.yaml", "dvc.lock", "params.yaml"):
+        if (path := folder / name).is_file():
+            read_bounded(path)

@@ -25,8 +25,8 @@ RUN = ["dvc", "exp", "run", "--temp", "--allow-missing", "--single-item", "headl
 def main(params: Params) -> None:
     """Save the arms that the command line names, or the primary arm of every phase, and print their verdicts."""
     wanted = list(dict.fromkeys(headline(name, params) for name in sys.argv[1:] or (START, *params.claims())))
-    if edited := output("git", "status", "--porcelain", "--untracked-files=no").split("\n")[:-1]:
-        raise UserError(f"{edited[0][3:]} changed since the last commit, from which experiments start: commit first")
+    if edited := output("git", "status", "--porcelain", "--untracked-files=no", "-z").split("\0")[0][3:]:
+        raise UserError(f"{edited} changed since the last commit, from which experiments start: commit first")
     refuse_stale()
     for choice in wanted:
         name = f"phase-{choice.phase.removeprefix('p')}" + (f"-{choice.arm}" if choice.arm != PRIMARY else "")
@@ -47,7 +47,7 @@ def save(name: str, choice: Headline) -> dict[str, Any]:
     for old in output(*find).split():  # DVC's commands refuse a name that experiments of several commits have
         output("git", "update-ref", "-d", old)
     output(*RUN, name, *(f"--set-param=headline.{key}={value}" for key, value in choice))
-    metrics: dict[str, Any] = json.loads(output("git", "show", f"{output(*find).strip()}:metrics.json"))
+    metrics: dict[str, Any] = json.loads(output("git", "show", f"{output(*find).strip()}:./metrics.json"))
     return metrics
 
 

@@ -25,6 +25,7 @@ from voluptuous import Invalid
 
 from phasegate.base.errors import UserError, one_line, report_user_errors
 from phasegate.base.files import write_atomic
+from phasegate.tools.command import refuse_conflicts
 
 BEGINNING = "schema: '2.0'\nstages:\n"  # of a dvc.lock
 
@@ -33,8 +34,9 @@ def repair(folder: Path) -> list[Path]:
     """Move files that are empty or cut off to `.dvc/tmp/<name>.damaged`, and return where they were.
 
     In the list of paths in use, processes that are gone are forgotten. Raises LockError if DVC is at work here, and
-    UserError if git left the marks of a merge conflict in `dvc.lock`, or DVC can't work here at all.
+    UserError if git left the marks of a merge conflict in a file of DVC's, or DVC can't work here at all.
     """
+    refuse_conflicts(folder)
     try:
         repo = Repo(folder)
         with repo.lock:
@@ -50,10 +52,7 @@ def _repair(repo: Repo, lock_file: Path, in_use: Path) -> list[Path]:
     try:
         Lockfile(repo, str(lock_file)).load()
     except DvcException:
-        content = lock_file.read_bytes()
-        if b"<<<<<<< " in content:
-            raise UserError(f"{lock_file} has the marks of a merge conflict: resolve it, or take a side") from None
-        if is_cut_off(content.decode(errors="replace")):
+        if is_cut_off(lock_file.read_bytes().decode(errors="replace")):
             damaged.append(lock_file)
     text = in_use.read_text(encoding="utf-8", errors="replace") if in_use.exists() else "{}"
     try:

@@ -23,7 +23,7 @@ def load_balance(routing: Routing) -> Tensor:
         loss: Tensor = Balance.apply(routing.logits, routing.families)  # type: ignore[no-untyped-call]
         return loss
     families, tokens = routing.logits.shape[-1], routing.logits.shape[1]
-    return (routing.probs @ shares(routing).unsqueeze(-1)).sum() * (families / tokens)
+    return (routing.probs.sum(1) * shares(routing)).sum() * (families / tokens)
 
 
 def router_z(routing: Routing) -> Tensor:

@@ -67,7 +67,7 @@ def kernels() -> Kernels:
     _keep_memory()
     processor, features = target()
     places = [Path(place) for place in (os.environ.get("NUMBA_CACHE_DIR"), PLACE) if place]
-    sources = b"".join(path.read_bytes() for path in sorted(HERE.glob("*.py")))
+    sources = b"".join(path.read_bytes() for path in sorted(HERE.glob("[!.]*.py")))
     key = repr((sources, processor, features, version("numba"), version("llvmlite"))).encode()
     name = f"kernels-{hashlib.sha256(key).hexdigest()[:20]}.bin"
     for place in places:

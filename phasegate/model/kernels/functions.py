@@ -1,14 +1,15 @@
 """Make the kernels differentiable functions of float32 tensors on the CPU.
 
-Each can be differentiated once. Elsewhere, for other types, and while a program is exported, plain torch stands in for
-them: `suit` tells which.
+Each can be differentiated once. Elsewhere, for other types, and while torch compiles or exports a program, plain torch
+stands in for them: `suit` tells which.
 """
 
 import threading
 from array import array
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import wraps
 from itertools import accumulate
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from phasegate.model.kernels.compiled import Kernel, kernels
 ZEROS, ONE = torch.zeros(1 << 16), torch.ones(1)
 PANEL = 1 << 18  # floats that products need to work on
 CPU = torch.device("cpu")
+T = TypeVar("T")
 
 
 class _Workspace(threading.local):
@@ -37,9 +39,32 @@ class _Workspace(threading.local):
 workspace = _Workspace()
 
 
-def suit(x: Tensor) -> bool:
-    """Tell whether the kernels run for a tensor."""
-    return x.dtype == torch.float32 and x.device == CPU and not torch.compiler.is_exporting()
+def suit(*tensors: Tensor) -> bool:
+    """Tell whether the kernels run for some tensors."""
+    fit = all(x.dtype == torch.float32 and x.device == CPU for x in tensors)
+    return fit and not torch.compiler.is_compiling()
+
+
+def without_autocast(function: Callable[..., T]) -> Callable[..., T]:
+    """Let a function of tensors compute in float32 at least where autocast asks for less."""
+
+    @wraps(function)
+    def call(x: Tensor, *others: Any) -> T:
+        kind = x.device.type
+        if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+            return function(x, *others)
+        with torch.autocast(kind, enabled=False):
+            return function(*_widen((x, *others)))
+
+    return call
+
+
+def _widen(value: Any) -> Any:
+    """Return a tensor of fewer than 32 bits as float32, and tuples with such tensors; all else as it is."""
+    if isinstance(value, tuple):
+        return tuple(map(_widen, value))
+    narrow = isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16)
+    return value.float() if narrow else value
 
 
 def multiply(a: Tensor, b: Tensor, start: Tensor | None = None) -> Tensor:
@@ -56,9 +81,10 @@ def multiply(a: Tensor, b: Tensor, start: Tensor | None = None) -> Tensor:
     return c
 
 
+@without_autocast
 def product(a: Tensor, b: Tensor, start: Tensor | None = None) -> Tensor:
     """Return start + a @ b for a (..., K), b (K, N) and start (N,); each element is a chain in the order of k."""
-    if not suit(a):
+    if not suit(a, b) or a.shape[-1] != len(b):  # torch says what is wrong
         return a @ b if start is None else a @ b + start
     c: Tensor = Product.apply(a.flatten(0, -2), b, start)  # type: ignore[no-untyped-call]
     return c.view(*a.shape[:-1], b.shape[1])
