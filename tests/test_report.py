@@ -267,6 +267,15 @@ def test_the_summary_of_surgeries_leaves_out_seeds_that_the_control_failed() -> 
     assert clone["gate_delta_pp"] == -1 and rows["surgery", "split", "split"]["pairs"] == 2
 
 
+def test_the_summary_of_surgeries_compares_each_arm_with_its_own_control() -> None:
+    grown = SURGERIES.assign(phase="p7c1", arm="birth", operation="birth").head(3)
+    points = curves()
+    points["accuracy"] -= 5.0 * ((points["phase"] == "p7c1") & (points["arm"] == "small"))
+    rows = rows_by_key(surgery_summary.surgery_summary(grown, HALVES, points, decided(), 0.95))
+    birth = rows["p7c1", "birth", "birth"]
+    assert birth["gate_delta_pp"] == 5 and birth["delta_pp"] == pytest.approx(2.1)
+
+
 def test_a_surgery_that_never_recovered_counts_in_the_median() -> None:
     rows = rows_by_key(summed())
     assert [rows["p7b2", "split", name]["recovery_steps"] for name in ("remove", "split")] == [np.inf, 0]
