@@ -13,13 +13,14 @@ import pytest
 from phasegate.params import load_params
 from phasegate.report import drawing, page
 from phasegate.report.figures import FIGURES, draw
+from phasegate.tools.documents import blocks
 from phasegate.verdicts import attribution, surgery_summary, wording
 from phasegate.verdicts.decisions import decide
 from phasegate.verdicts.leaderboard import leaderboard, reference_rows
 from phasegate.verdicts.statistics import column_names
 from tests.small_study import ROOT
 from tests.test_decisions import NO_SHARE, NONE, RULE, claims_of, rule_of, searched, tables_of, trials_of
-from tests.test_story import story_tables
+from tests.test_story import STORY
 
 PARAMS = load_params(ROOT / "params.yaml")
 COMMITTED = {path.stem: pd.read_csv(path) for path in (ROOT / "reports/tables").glob("*.csv")}
@@ -105,7 +106,6 @@ GROWTH = pd.DataFrame({"arm": ["small", "large", "birth", "birth_early"], "step"
 GROWTH = GROWTH.assign(operator=["small", "large", "birth", "birth"], factor=[4, 8, 2, 2], n_seeds=3)
 for name, values in (("gap_closed", [0, 1, 0.5, 0.75]), ("slot_ratio", [1, 1, 1.05, 1.05])):
     GROWTH[list(column_names(name))] = [[value, value - 0.1, value + 0.1] for value in values]
-STORY = story_tables()
 LOADS = pd.DataFrame(
     {"phase": phase, "arm": arm, "seed": 0, "step": step, "block": 0, "expert": expert, "share": share}
     for phase, arm in PRIMARY.items()
@@ -267,6 +267,15 @@ def test_the_summary_of_surgeries_leaves_out_seeds_that_the_control_failed() -> 
     assert clone["gate_delta_pp"] == -1 and rows["surgery", "split", "split"]["pairs"] == 2
 
 
+def test_the_summary_of_surgeries_compares_each_arm_with_its_own_control() -> None:
+    grown = SURGERIES.assign(phase="p7c1", arm="birth", operation="birth").head(3)
+    points = curves()
+    points["accuracy"] -= 5.0 * ((points["phase"] == "p7c1") & (points["arm"] == "small"))
+    rows = rows_by_key(surgery_summary.surgery_summary(grown, HALVES, points, decided(), 0.95))
+    birth = rows["p7c1", "birth", "birth"]
+    assert birth["gate_delta_pp"] == 5 and birth["delta_pp"] == pytest.approx(2.1)
+
+
 def test_a_surgery_that_never_recovered_counts_in_the_median() -> None:
     rows = rows_by_key(summed())
     assert [rows["p7b2", "split", name]["recovery_steps"] for name in ("remove", "split")] == [np.inf, 0]
@@ -323,6 +332,16 @@ def test_the_page_is_well_formed_self_contained_and_escapes_what_people_wrote(tm
     linked = {first or second for first, second in re.findall(r'href="#([^"]+)"|url\(#([^)]+)\)', text)}
     assert linked and linked <= set(ids)
     assert not re.search(r'<script|@import|(src|href)="(?!#|data:)', text)
+
+
+def test_the_documents_tell_the_answer_of_every_study_and_then_one_table() -> None:
+    made = blocks({"mnist1d": tables(), "fashion_mnist": tables()}, PARAMS)
+    first, points, other, _ = made["answer"].split("\n\n")
+    assert (first, other) == ("**MNIST-1D**, 3 seeds per arm:", "**Fashion-MNIST**, 3 seeds per arm:")
+    assert points.startswith("- Of ") and "by births (`birth`) at step 300" in points
+    header, _, *rows = made["results"].splitlines()
+    assert header.endswith("| word | as expected | Fashion-MNIST |") and len(rows) == 6
+    assert made["growth"].count("\n") == 5 and "| birth | 300 | 50 % [40, 60] | × 2 | 1.05" in made["growth"]
 
 
 def test_a_study_without_surgeries_has_a_figure_and_a_page_too(tmp_path: Path) -> None:

@@ -98,9 +98,12 @@ def story_tables(
     }
 
 
+STORY = story_tables()
+
+
 def told(question: int, **changes: Any) -> str:
     """One paragraph of the answer: on the converged model, on growing, on arriving, or on repairing."""
-    return answer(story_tables(**changes), PARAMS)[question]
+    return answer(story_tables(**changes) if changes else STORY, PARAMS)[question]
 
 
 def test_the_first_paragraph_says_which_arms_gain_and_what_does_the_harm() -> None:
@@ -127,7 +130,9 @@ def test_the_first_paragraph_says_which_arms_gain_and_what_does_the_harm() -> No
     ],
 )
 def test_growing_is_told_by_the_word_of_its_arm(effect: float, said: str) -> None:
-    start = "A model that starts with 4 experts and grows to 24 by `birth` at step 300 of 1,500, which at first"
+    start = (
+        "A model that starts with 4 experts and grows to 24 by births (`birth`) at step 300 of 1,500, which at first"
+    )
     text = told(1, p7c1__birth=effect)
     assert text.startswith(f"{start} changes no bit of the output, {said}")
 
@@ -145,21 +150,23 @@ def test_failed_and_idle_arms_are_told_as_such() -> None:
     assert "is compared in no seed: all 10 trials failed (NO-GO)." in told(1, failures=failures)
     assert ", though 1 of 10 trials failed (INCONCLUSIVE)." in told(1, failures=failures.head(1))
     text = told(2, idle=["p7c2/measured"], p7c2__measured=0.0)
-    assert "`measured`, which decides itself whether to grow, never acts: 0.00 pp [0.00, 0.00] (INCONCLUSIVE); " in text
+    assert "to grow (`measured`) never acts: 0.00 pp [0.00, 0.00] (INCONCLUSIVE); " in text
 
 
 def test_arriving_and_repairing_have_the_numbers_of_their_tables() -> None:
     text = told(2)
-    assert text.startswith("When further classes join the first 5 at step 500, `measured`")
+    assert text.startswith("When further classes join the first 5 at step 500, a controller that ")
     assert "; growing when told gains +2.67 pp" in text
-    assert text.endswith(": +5.00 pp [+5.00, +5.00] on old classes and +5.00 pp [+5.00, +5.00] on new classes.")
+    assert text.endswith(" is +5.00 pp [+5.00, +5.00] on old classes and +5.00 pp [+5.00, +5.00] on new classes.")
     text = told(3)
-    assert text.startswith("Where 4 of 12 experts are dead, `oracle` removes 100 % [100, 100] of them, and 0.00 [0.00")
+    assert text.startswith(
+        "Where 4 of 12 experts are dead, ground truth (`oracle`) removes 100 % [100, 100] of them, and 0.00"
+    )
     assert text.endswith(" Where none is dead, it acts in 0 of 10 seeds (0 % [0, 31]).")
 
 
 def test_the_first_table_shows_every_primary_arm_and_the_other_study_beside_it() -> None:
-    decisions, other = (story_tables(p7c1__large=gap)["decisions"] for gap in (6.1, 1.0))
+    decisions, other = STORY["decisions"], story_tables(p7c1__large=1.0)["decisions"]
     keys = dict(story_cells(decisions, PARAMS))
     rows = dict(zip(keys, story_table({"one": decisions, "two": other}, PARAMS), strict=True))
     primary = decisions[decisions["primary"] & (decisions["phase"] != "p7a")]

@@ -28,6 +28,11 @@ GAINED = {  # by the word of a row; each goes on with the difference
     words.UNDECIDED: "is not shown to gain, nor to be harmless:",
     words.NOTHING_DONE: "never acts:",
 }
+ACTOR = {  # who acts, in plain words
+    "birth": "births (`birth`)",
+    "measured": "a controller that measures whether to grow (`measured`)",
+    "oracle": "ground truth (`oracle`)",
+}
 DONE = {
     "p7b1/noise_acting": "a head trained on random labels adds and removes experts",
     "p7b1/grow": "random labels only add",
@@ -38,8 +43,8 @@ DONE = {
     "surgery/split": "the busiest experts are split",
     "p7c1/large": "started with {large} experts, not {small}",
     "p7c1/birth": "started with {small}, grown to {large} by births at step {at}",
-    "p7c1/upcycle": "the same by routed copies",
-    "p7c1/split": "the same by splits",
+    "p7c1/upcycle": "grown by routed copies at step {at}",
+    "p7c1/split": "grown by splits at step {at}",
     "p7c2/measured": "classes arrive: a controller grows once measuring shows a gain",
     "p7c2/informed": "classes arrive: grown when told",
     "p7c3/removed": "{dead} experts are dead: all of them removed by who knows",
@@ -90,6 +95,10 @@ def _breaking(attribution: pd.DataFrame, confidence: float) -> str:
     return f"Where experts are added, or trained ones removed, {', but '.join(parts)}."
 
 
+def _actor(row: Decision) -> str:
+    return ACTOR.get(row.arm, f"`{row.arm}`")
+
+
 def gained(row: Decision) -> str:
     """Return what became of an arm beside its control, by its word, with the difference and the failed trials."""
     if not row.n_seeds:
@@ -118,7 +127,7 @@ def _growing(row: Decision, tables: Tables, params: Params) -> str:
         exact = ", which at first changes no bit of the output,"
     at = f" at step {own.step:.0f} of {number(steps, 0)}" if pd.notna(own.step) else ""
     text = (
-        f"A model that starts with {small} experts and grows to {large} by `{row.arm}`{at}{exact} "
+        f"A model that starts with {small} experts and grows to {large} by {_actor(row)}{at}{exact} "
         f"{gained(row)} {_verdict(row, params)}."
     )
     if pd.isna(own.gap_closed):
@@ -133,20 +142,20 @@ def _growing(row: Decision, tables: Tables, params: Params) -> str:
 
 def _arriving(row: Decision, rows: Mapping[tuple[str, str], Decision], tables: Tables, params: Params) -> str:
     """Say whether a controller gains when classes arrive, and what being told is worth."""
-    start = f"When further classes join the first {params.p7c2.classes} at step {params.p7c2.at}, `{row.arm}`"
-    text = f"{start}, which decides itself whether to grow, {gained(row)} {_verdict(row, params)}"
+    start = f"When further classes join the first {params.p7c2.classes} at step {params.p7c2.at}, {_actor(row)}"
+    text = f"{start} {gained(row)} {_verdict(row, params)}"
     if told := rows.get((row.phase, "informed")):
         text += f"; growing when told {gained(told)}"
     table = wording.rows_of(tables["arrival"][tables["arrival"]["arm"] == row.arm])
     parts = [f"{measure(each, 'delta_pp', 2, True, 'pp')} on {each.classes} classes" for each in table if each.n_seeds]
-    return f"{text}. `{row.arm}` itself: {listed(parts)}." if parts else f"{text}."
+    return f"{text}. The difference of `{row.arm}` is {listed(parts)}." if parts else f"{text}."
 
 
 def _repairing(row: Decision, tables: Tables, params: Params) -> str:
     """Say how many dead experts ground truth finds, how many living ones it removes, and what it does where none is."""
     counts = {each.arm: each for each in rows_of(tables["repair"])}
     own, sham = counts.get(row.arm), counts.get(repair.SHAM)
-    text = f"Where {params.p7c3.dead} of {params.p7a.n_routed} experts are dead, `{row.arm}` "
+    text = f"Where {params.p7c3.dead} of {params.p7a.n_routed} experts are dead, {_actor(row)} "
     if own and own.n_seeds:
         text += f"removes {share(own, 'found')} of them, and {measure(own, 'false')} living ones a seed; it "
     text += f"{gained(row)} {_verdict(row, params)}."

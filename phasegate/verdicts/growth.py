@@ -29,7 +29,7 @@ def growth(tables: Mapping[str, pd.DataFrame], claims: Mapping[str, Claim], conf
     """
     claim, arms = claims[PHASE], paired_arms(tables["trials"], tables["failures"])
     small, large = arms[_key(claim.control)]["accuracy"], arms[PHASE, LARGE]["accuracy"]
-    slots = {arm: _slot_steps(of_arm(tables["curves"], PHASE, arm)) for arm in claim.arms}
+    few = _slot_steps(of_arm(tables["curves"], *_key(claim.control)))
     chosen, rows = tables["rates"][tables["rates"]["chosen"]].groupby("operator")["factor"].first(), []
     for arm in claim.arms:
         done = pd.DataFrame({"arm": arms[PHASE, arm]["accuracy"], "small": small, "large": large}).dropna()
@@ -39,7 +39,8 @@ def growth(tables: Mapping[str, pd.DataFrame], claims: Mapping[str, Claim], conf
         if len(done):
             gain, gap = ((done[name] - done["small"]).round(DECIMALS) for name in ("arm", "large"))
             row |= dict(zip(column_names("gap_closed"), ratio_interval(gain, gap, confidence), strict=True))
-            ratio = (slots[arm] / slots[_key(claim.control)[1]]).reindex(done.index).dropna()
+            slots = _slot_steps(of_arm(tables["curves"], PHASE, arm))
+            ratio = (slots / few).reindex(done.index).dropna()
             row |= interval_columns("slot_ratio", ratio, confidence) if len(ratio) else {}
         rows.append(row)
     return pd.DataFrame(rows, columns=COLUMNS)
