@@ -50,6 +50,7 @@ def run_trials(trials: list[Trial], output: Path) -> None:
             input of a trial changes before the trial ends: it is not kept.
     """
     label, failures, kept = output.name, dict[str, Failure](), dict[str, Path]()
+    output.mkdir(parents=True, exist_ok=True)  # there may be no trials
     left = {output / trial.name: trial for trial in trials}
     while left:
         part = {folder: trial for folder, trial in left.items() if not {path.parent for path in trial.inputs} & {*left}}
@@ -80,7 +81,6 @@ def _run_part(trials: list[Trial], output: Path, failures: dict[str, Failure], k
             f"a worker of {label} was killed, perhaps because memory ran out: `dvc repro` resumes, and "
             "PHASEGATE_WORKERS=1 needs the least memory"
         ) from None
-    output.mkdir(parents=True, exist_ok=True)  # there may be no trials
     for trial in trials:
         folder = output / trial.name
         if trial.name in failures:
