@@ -229,13 +229,14 @@ def rerun(trial: Trial, folder: Path, **changes: Any) -> Path:
 def test_measuring_that_never_grows_leaves_training_alone(
     trials: Trials, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    propose, asked = MeasuringController.propose, list[int]()
+    plan, asked = MeasuringController.plan, list[int]()
 
-    def measure_and_rest(controller: MeasuringController, situation: Situation) -> None:
-        propose(controller, situation)
+    def measure_and_rest(controller: MeasuringController, situation: Situation) -> tuple[()]:
+        plan(controller, situation)
         asked.append(situation.step)
+        return ()
 
-    monkeypatch.setattr(MeasuringController, "propose", measure_and_rest)
+    monkeypatch.setattr(MeasuringController, "plan", measure_and_rest)
     folder = rerun(trials["p7c2/measured"], tmp_path / "measured", name="stay")
     assert asked == [step for step in range(20, 121, 10) for _ in range(BLOCKS)]
     assert alike(folder, folder_of("p7c2/stay"))
@@ -244,10 +245,10 @@ def test_measuring_that_never_grows_leaves_training_alone(
 def test_measuring_that_grows_at_once_is_the_informed_arm(
     trials: Trials, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def grow_at_once(controller: MeasuringController, situation: Situation) -> Proposal | None:
-        return next(iter(situation.allowed.proposals(Action.GROW)), None)
+    def grow_at_once(controller: MeasuringController, situation: Situation) -> list[Proposal]:
+        return situation.allowed.proposals(Action.GROW)[:1]
 
-    monkeypatch.setattr(MeasuringController, "propose", grow_at_once)
+    monkeypatch.setattr(MeasuringController, "plan", grow_at_once)
     folder = rerun(trials["p7c2/measured"], tmp_path / "measured", name="informed")
     assert alike(folder, folder_of("p7c2/informed"))
     assert (tables(folder)[1]["step"] == 20).all()
