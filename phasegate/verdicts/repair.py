@@ -14,8 +14,8 @@ COLUMNS = ["arm", "n_seeds", "dead", *column_names("found"), *column_names("fals
 COLUMNS += [*column_names("operations"), *column_names("acting")]
 """dead: experts of each checkpoint that were killed. found: the share of them that was removed. false: living experts
 that were removed, per seed; false_share: their share of the living ones. operations: of any kind, per seed; all of
-them are false alarms where nothing is dead. These intervals are over seeds. acting: the share of seeds with any
-operation, with the exact binomial interval. A row rests on the seeds that the arm finished."""
+them are false alarms where nothing is dead. These intervals are over seeds, without what is impossible. acting: the
+share of seeds with any operation, with the exact binomial interval. A row rests on the seeds that the arm finished."""
 
 
 def repair(
@@ -37,9 +37,13 @@ def repair(
                 return operations["seed"].value_counts().reindex(seeds, fill_value=0)
 
             operations, false = count(done), count(removals[~was_dead])
-            row |= interval_columns("found", count(removals[was_dead]) / killed, confidence) if arm != SHAM else {}
+            shares = {"false_share": false / (trials["n_routed_start"] - killed)}
+            shares |= {"found": count(removals[was_dead]) / killed} if arm != SHAM else {}
             row |= interval_columns("false", false, confidence)
-            row |= interval_columns("false_share", false / (trials["n_routed_start"] - killed), confidence)
+            row["false_lo"] = max(row["false_lo"], 0.0)
+            for name, values in shares.items():  # a share is neither below zero nor above one
+                found = interval_columns(name, values, confidence)
+                row |= {column: min(max(value, 0.0), 1.0) for column, value in found.items()}
             row |= interval_columns("operations", operations, confidence)
             acting = share_interval(int((operations > 0).sum()), len(trials), confidence)
             row |= dict(zip(column_names("acting"), acting, strict=True))
