@@ -37,7 +37,8 @@ ENDED = f"models/p7a/baseline/seed-0, which it needs, failed: {NAN}"
 
 def failures() -> pd.DataFrame:
     """The first seed of 7a and of all that starts from it, a trial of 7b.2, and an arm of 7b.1."""
-    later = [(phase, arm) for phase, arms in PARAMS.arms().items() for arm in arms if arm != "baseline"]
+    phases = {phase: arms for phase, arms in PARAMS.arms().items() if phase not in ("p7c1", "p7c2")}
+    later = [(phase, arm) for phase, arms in phases.items() for arm in arms if arm != "baseline"]
     rows = [
         (names.START, "baseline", 0, 900, NAN),
         *((*key, 0, 0, ENDED) for key in later),
@@ -73,10 +74,13 @@ def study(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("q1", "q2", "references"):
         write_table(folder / MODELS / f"{name}.csv", tried)
         (folder / MODELS / f"{name}.yaml").write_text(yaml.safe_dump({"candidate": "base"}))
+    write_table(folder / MODELS / "rates.csv", pd.read_csv(ROOT / TABLES / "rates.csv").assign(seed=420))
     shutil.copytree(prepared, folder / PREPARED)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr(decide, "sampling", lambda _: pd.read_csv(ROOT / TABLES / "sampling.csv"))
+        patch.setattr(decide, "sampling", lambda *_: pd.read_csv(ROOT / TABLES / "sampling.csv"))
+        patch.setattr(decide, "read_predictions", lambda _: ())
+        patch.setattr(decide, "arrival", lambda *_: pd.read_csv(ROOT / TABLES / "arrival.csv"))
         for stage in (decide, report, headline):
             stage.main(PARAMS.model_copy(update={"headline": PARAMS.headline.model_copy(update={"phase": "p7b1"})}))
     return folder
@@ -86,8 +90,10 @@ def test_every_verdict_row_states_its_failures(study: Path) -> None:
     tables = {name: pd.read_csv(study / TABLES / f"{name}.csv") for name in NEEDED}
     rows = tables["decisions"].set_index(["phase", "arm"])
     failed = {("p7a", "baseline"): 1, ("p7a", "continue"): 1, ("p7b2", "split"): 1, ("p7b1", "noise_acting"): 9}
+    failed |= {("p7c3", "leave"): 1}
     assert rows["n_failed"].to_dict() == dict.fromkeys(rows.index, 0) | failed
-    assert (rows.drop(list(failed))["n_seeds"] == 9).all() and rows["verdict"]["p7b2", "split"] != "GO"
+    whole = rows.drop(list(failed)).drop(["p7c1", "p7c2"], level="phase")
+    assert (whole["n_seeds"] == 9).all() and rows["verdict"]["p7b2", "split"] != "GO"
     cells = {"baseline": "BASELINE, 1 of 10 trials failed", "continue": "CONTROL, 1 of 10 trials failed"}
     split = f"{rows['verdict']['p7b2', 'split']}, 1 of 9 trials failed"
     cells |= {r"noise\_acting": "NO-GO, all 9 trials failed", "split": split}
@@ -107,7 +113,7 @@ def test_the_page_lists_failed_trials_and_takes_no_blank_for_a_number(study: Pat
     assert processor.name().partition(",")[0] not in page
     assert '<span class="verdict no-go">NO-GO, all 9 trials failed</span>' in page
     listed = re.findall("<li>(.*)</li>", page[page.index("<h3>Failed trials") : page.index("<h2>What broke it")])
-    assert len(listed) == 7 + 1 + 9 and listed[0] == "7a baseline, seed 0, step 900: the loss is nan"
+    assert len(listed) == 8 + 1 + 9 and listed[0] == "7a baseline, seed 0, step 900: the loss is nan"
     words = re.sub(r"<svg.*?</svg>|<style.*?</style>", "", page, flags=re.DOTALL)
     words = words.replace("loss is nan", "").replace("star (*)", "")
     assert not re.search(r"\bnan\b|\[, \]|\(\W*\)", words)
