@@ -97,11 +97,12 @@ def test_every_verdict_row_states_its_failures(study: Path) -> None:
     cells = {"baseline": "BASELINE, 1 of 10 trials failed", "continue": "CONTROL, 1 of 10 trials failed"}
     split = f"{rows['verdict']['p7b2', 'split']}, 1 of 9 trials failed"
     cells |= {r"noise\_acting": "NO-GO, all 9 trials failed", "split": split}
-    shown = blocks({"mnist1d": tables, "fashion_mnist": tables}, PARAMS)["results"]
+    written = blocks({"mnist1d": tables, "fashion_mnist": tables}, PARAMS)
+    shown = "\n".join(written[name] for name in ("results", "verdicts"))
     assert all(f"\n\nFailed trials on {data}:\n\n- 7a" in shown for data in ("MNIST-1D", "Fashion-MNIST"))
     for text in (markdown := (study / REPORTS / "decisions.md").read_text(), shown):
         for arm, cell in cells.items():
-            assert re.search(rf"\| \**{re.escape(arm)}\** \| \**{re.escape(cell)}", text), arm
+            assert re.search(rf"\| \**{re.escape(arm)}\** \| (?:\w+ \| )?\**{re.escape(cell)}", text), arm
         assert "- 7b.2 split, seed 3, step 17: the loss is nan" in text
         assert "- 7b.3 task\\_gates, heads, drowned, seed 0, step 0: models/p7a" in text
     assert "NO-GO: noise_acting, all 9 trials failed.**" in markdown
