@@ -14,12 +14,11 @@ from phasegate.trials.run import run_trials
 def main(params: Params) -> None:
     """Compare a controller that measures whether to grow with growth when told, at a time that is drawn, and none."""
     rates, arrival, truth, growing = load_rates(), params.p7c2, params.p7b4, params.p7c
-    more = growing.large - growing.small
     policy = MeasuredPolicy(truth.price, truth.certainty, 1, arrival.recovery_steps, arrival.repeats, 1)
     yoked = TimedPolicy(tuple(range(arrival.at, growing.steps - growing.settle + 1, growing.act_every)))
 
     def growing_by(policy: Policy) -> Arm:
-        return Arm(Treatment(policy, "birth", None, count=more, expert_rate=rates["birth"]))
+        return Arm(Treatment(policy, "birth", None, count=growing.added("birth"), expert_rate=rates["birth"]))
 
     arms = {
         "stay": ("few", Arm(), rates["small"]),

@@ -10,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from phasegate.model.births import BIRTH_STEPS, Birth
+from phasegate.model.births import Birth
 from phasegate.model.classifier import Model, ModelSpec
 from phasegate.model.moe import MoE
 from phasegate.params.fields import override
+from phasegate.params.phases import BIRTH_STEPS
 from phasegate.surgery.operations import ExpertManager, SurgeryRefused, grow_older, kill
 from phasegate.surgery.tasks import add_tasks
 from phasegate.training.loop import make_optimizer

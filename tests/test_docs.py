@@ -14,6 +14,7 @@ import yaml
 from dvc.cli import parse_args
 from dvc.utils.hydra import apply_overrides
 
+from phasegate.base.errors import UserError
 from phasegate.base.paths import TIMINGS
 from phasegate.params import Params, load_params
 from phasegate.params.check import check
@@ -145,6 +146,11 @@ def test_the_example_of_your_own_data_is_prepared(
     assert meta.splits == {"train": 2000, "signal": 200, "gate": 200, "test": 500, "published": 0}
     assert meta.input_shape == (1, 8, 8) and meta.tasks == {"first": (1, 0, 0)}
     assert meta.class_names == ("ash", "beech", "oak") and "1 channel of 8 x 8" in capsys.readouterr().out
+    apply_overrides(tmp_path / "params.yaml", ["p7c2.classes=3"])
+    with pytest.raises(
+        UserError, match=r"^p7c2.classes is 3, and npz has 3: it must be lower, since the other classes"
+    ):
+        prepare.main(load_params())
 
 
 def test_the_readme_names_the_margin_and_the_confidence_of_the_parameters() -> None:

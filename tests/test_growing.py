@@ -292,9 +292,3 @@ def test_the_best_rate_that_no_seed_failed_with_is_chosen(
         choose(params, monkeypatch, accuracies)
     for name, content in before.items():
         Path(name).write_text(content)
-
-
-def test_a_course_too_short_for_a_birth_is_refused(params: Params) -> None:
-    short = params.model_copy(update={"p7c": params.p7c.model_copy(update={"steps": 110})})
-    with pytest.raises(UserError, match=r"^p7c.steps is 110: it must be at least p7c1.at \+ 101 = 111$"):
-        growing.early_plans(short)

@@ -120,3 +120,8 @@ def test_found_and_false_removals_are_counted_by_seed() -> None:
     assert table["operations"].to_dict() == {"leave": 0, "oracle": 9 / 4, "sham": 0.25}
     assert table["acting"].to_dict() == {"leave": 0, "oracle": 1, "sham": 0.25}
     assert table.loc["sham", ["acting_lo", "acting_hi"]].tolist() == pytest.approx([0.0063, 0.8059], abs=1e-4)
+    assert table.loc["sham", ["false_lo", "operations_lo"]].tolist() == [0, 0]
+    found = mean_interval([1, 0.5, 0.25, 0], 0.95)
+    assert found[1] < 0 and found[2] > 1 and table.loc["oracle", ["found_lo", "found_hi"]].tolist() == [0, 1]
+    lone: Any = repair({"trials": trials[trials["seed"] == 0], "surgeries": surgeries}, known, 4 / 12, 0.95)
+    assert lone.set_index("arm").loc["oracle", ["found_lo", "found_hi"]].tolist() == [-inf, inf]

@@ -155,6 +155,15 @@ def test_a_file_other_than_the_studys_own_is_named(tmp_path: Path, monkeypatch: 
             load_params(Path(path))
 
 
+def test_a_course_too_short_for_a_birth_is_refused() -> None:
+    values = yaml.safe_load(PATH.read_text())
+    values["p7c"] |= {"steps": 700, "settle": 0}
+    parse(Params, values)
+    values["p7c1"]["at"] = 600
+    with pytest.raises(UserError, match=r"^p7c1.at \+ 101 is 701: it must be at most p7c.steps = 700$"):
+        parse(Params, values)
+
+
 def test_a_model_that_cannot_fit_into_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     values = yaml.safe_load(PATH.read_text())
     check.refuse_too_large(parse(Params, values))
@@ -171,6 +180,9 @@ def test_a_model_that_cannot_fit_into_memory_is_refused(monkeypatch: pytest.Monk
         check.refuse_too_large(parse(Params, values))
         with pytest.raises(UserError, match=r"^references.mnist1d.mlp: "):  # of data with large examples
             check.refuse_too_large(parse(Params, values), (3, 100, 100), 10)
+        larger = values | {"p7c": values["p7c"] | {"large": 60}}
+        with pytest.raises(UserError, match=r"^p7c.small \+ p7c.large = 64: "):
+            check.refuse_too_large(parse(Params, larger))
     values["references"]["mnist1d"]["mlp"]["hidden"] = [65_536] * 3
     with pytest.raises(UserError, match=r"^references.mnist1d.mlp: a single trial of this model needs 128.0 GiB"):
         check.refuse_too_large(parse(Params, values))

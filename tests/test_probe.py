@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -107,6 +107,7 @@ def test_of_a_lone_choice_a_copy_gets_half() -> None:
 
 @settings(max_examples=25)
 @given(seeds, st.integers(0, 4), st.sampled_from(["random", "principal", "loss"]))
+@example(72, 3, "random")  # an expert with a single token
 @torch.no_grad()  # as where the surgeon acts
 def test_a_cuts_share_is_that_of_the_new_halfs_tokens(seed: int, e: int, direction: Direction) -> None:
     model, examples = random_model(seed, 50)

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from phasegate.model.experts import Hyperplanes, Routed, route
-
-BIRTH_STEPS = 100  # steps of training until a birth is over
+from phasegate.params.phases import BIRTH_STEPS
 
 
 class Birth(NamedTuple):

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from phasegate.model import births, experts
-from phasegate.model.births import BIRTH_STEPS, Birth
+from phasegate.model.births import Birth
 from phasegate.model.kernels.functions import product
+from phasegate.params.phases import BIRTH_STEPS
 
 AXES: dict[str, tuple[str | None, ...]] = {
     "w_in": ("expert", None, None),

@@ -43,6 +43,9 @@ def refuse_too_large(params: Params, input_shape: tuple[int, ...] = (1, 1), clas
             experts["p7b.max_experts"] = params.p7b.max_experts
         for name, count in experts.items():
             weights[f"{name} = {count}, {key}"] = model_weights(architecture, count, input_shape, classes)
+    most = params.p7c.small + params.p7c.large  # as a handover has for a while
+    model = params.growing_model(most)
+    weights[f"p7c.small + p7c.large = {most}"] = model_weights(model, most, input_shape, classes)
     for key, count in weights.items():
         if (needed := 4 * COPIES * count) > (available := memory()):  # float32
             raise UserError(

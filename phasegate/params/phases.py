@@ -14,6 +14,8 @@ GrowMany = Literal["birth", "handover", "upcycle"]  # which add any number of ex
 Prune = Literal["remove", "merge"]
 Chance = Annotated[Number, Field(gt=0.5, lt=1)]
 Arm = Annotated[str, Field(pattern=r"^[a-z0-9_]+/[a-z0-9_]+$")]
+BIRTH_STEPS = 100
+"""Steps of training until a birth is over."""
 NEVER = "none"
 SURGERIES: dict[str, tuple[str, ...]] = {
     "grow": (*get_args(Grow), *get_args(GrowMany), NEVER),
@@ -113,6 +115,10 @@ class Growing(Section):
     def check_together(self) -> None:
         if self.small >= self.large:
             raise ValueError(f"small is {self.small}: it must be below large = {self.large}")
+
+    def added(self, way: str) -> int:
+        """Return how many experts growing in some way adds; those that a handover retires are replaced, too."""
+        return self.large - (0 if way == "handover" else self.small)
 
     def schedule(self, shared: Schedule) -> Schedule:
         """Return the schedule of the trials; what `Growing` does not say is as in `shared`."""

@@ -93,6 +93,7 @@ class Params(Section):
             (f"{survey} + p7b4.recovery_steps", measured, "p7b.steps", schedule.steps),
             ("p7c1.late", self.p7c1.late, last, growing.steps - growing.settle),
             ("p7c2.at", self.p7c2.at, last, growing.steps - growing.settle),
+            (f"p7c1.at + {phases.BIRTH_STEPS + 1}", self.p7c1.at + phases.BIRTH_STEPS + 1, "p7c.steps", growing.steps),
             ("p7c3.dead + p7b.min_experts", self.p7c3.dead + schedule.min_experts, "p7a.n_routed", start),
         ):
             check_at_most(name, value, limit_name, limit)
@@ -106,6 +107,11 @@ class Params(Section):
         """Return the architectures of Q2, by the key they stand under: the base and every candidate."""
         changed = {f"q2.candidates.{name}": changes for name, changes in self.q2.candidates.items()}
         return {"model": self.model} | {key: override(self.model, changes, key) for key, changes in changed.items()}
+
+    def growing_model(self, n_routed: int) -> Architecture:
+        """Return the architecture of 7c.1 and 7c.2 with so many experts."""
+        changes = {"n_routed": n_routed, "top_k": self.p7c.top_k, "expert_width": self.p7c.expert_width}
+        return override(self.model, changes, "p7c")
 
     def claims(self) -> dict[str, phases.Claim]:
         """Return the claim of each phase that has arms."""

@@ -16,7 +16,7 @@ from phasegate.params.names import BASELINE, CONTROL, START
 from phasegate.report import drawing
 from phasegate.report.drawing import Tables, band, new_figure, wrapped
 from phasegate.verdicts import wording
-from phasegate.verdicts.decisions import decision_rows
+from phasegate.verdicts.decisions import decision_rows, key_of
 from phasegate.verdicts.statistics import mean_interval
 from phasegate.verdicts.wording import beside, headline_rows, number, of_arm, phase_label, rows_of
 
@@ -43,7 +43,7 @@ def learning_curves(tables: Tables, params: Params) -> Figure:
     figure, panels = new_figure(6.4 * columns, 3.7 * ceil(len(heads) / columns), len(heads), columns)
     for axes, head in zip(panels, heads, strict=True):
         if head.phase != START:
-            control = of_arm(curves, *head.control.split("/"))
+            control = of_arm(curves, *key_of(head.control))
             band(axes, control, "accuracy", CONTROL_STYLE, confidence, beside(head), 1.3)
         every = [row.arm for row in rows if row.phase == head.phase and not row.is_control]
         arms = every[: len(ARM_STYLES)]  # the primary arm comes first in the decisions
@@ -73,7 +73,7 @@ def entropy(tables: Tables, params: Params) -> Figure:
     columns = min(3, len(heads))
     figure, panels = new_figure(4.2 * columns, 3.2 * ceil(len(heads) / columns), len(heads), columns)
     for axes, head in zip(panels, heads, strict=True):
-        rows, control = of_arm(curves, head.phase, head.arm), of_arm(curves, *head.control.split("/"))
+        rows, control = of_arm(curves, head.phase, head.arm), of_arm(curves, *key_of(head.control))
         band(axes, control, "routing_entropy", CONTROL_STYLE, confidence, beside(head), 1.3)
         band(axes, rows, "routing_entropy", (drawing.BLUE, "--"), confidence, head.arm, 2)
         axes.set(xlabel="training step", ylabel="routing entropy")

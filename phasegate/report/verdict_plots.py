@@ -14,7 +14,7 @@ from phasegate.report.drawing import DotStyle, Tables, dot_rows
 from phasegate.verdicts import decisions as words
 from phasegate.verdicts import wording
 from phasegate.verdicts.attribution import ACCOUNTS, REMOVING, account_label, effect, harm
-from phasegate.verdicts.decisions import Decision, decision_rows
+from phasegate.verdicts.decisions import Decision, decision_rows, key_of
 from phasegate.verdicts.wording import of_arm, phase_label, rows_of
 
 WORD_STYLES = {  # colour and marker: no meaning hangs on colour alone
@@ -45,8 +45,7 @@ def differences(tables: Tables, params: Params) -> Figure:
         edges: dict[str, Any] = {"color": drawing.BLACK, "linewidth": 1, "label": "margin" if row is rows[0] else None}
         axes.vlines([-row.margin_pp, row.margin_pp], y - 0.5, y + 0.5, **edges)
         own, other = (
-            of_arm(trials, *name).set_index("seed")["accuracy"]
-            for name in ((row.phase, row.arm), row.control.split("/"))
+            of_arm(trials, *name).set_index("seed")["accuracy"] for name in ((row.phase, row.arm), key_of(row.control))
         )
         seeds = (own - other).dropna()
         axes.plot(seeds, [y] * len(seeds), ".", color=drawing.GREY, markersize=4, alpha=0.6, zorder=1.5)

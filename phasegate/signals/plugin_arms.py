@@ -62,14 +62,14 @@ def plugin_arms(params: Params, phase: str, rates: Mapping[str, float] | None = 
 
     Where classes arrive, growing adds all experts at once, and `rates` of expert matrices hold once it did.
     """
-    arms, growing = {}, params.p7c
+    arms = {}
     for name, arm in params.plugins.arms.items():
         if arm.phase == phase:
             policy = SignalPolicy(arm.find("signal"), arm.grow_above, arm.prune_below)
             treatment = Treatment(policy, arm.find("grow"), arm.find("prune"))
             if phase == "p7c2":
-                count = growing.large - (0 if arm.grow == "handover" else growing.small)
-                treatment = replace(treatment, count=count, expert_rate=(rates or {}).get(arm.grow))
+                rate = (rates or {}).get(arm.grow)
+                treatment = replace(treatment, count=params.p7c.added(arm.grow), expert_rate=rate)
             arms[name] = Arm(treatment, dead=params.p7c3.dead if phase == "p7c3" else 0)
     return arms
 

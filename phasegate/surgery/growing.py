@@ -12,13 +12,11 @@ from typing import Any
 
 import torch
 
-from phasegate.base.errors import UserError
 from phasegate.base.paths import EARLY, MODELS, PREPARED
-from phasegate.model.births import BIRTH_STEPS
 from phasegate.model.classifier import Model, ModelSpec
 from phasegate.params import Params
-from phasegate.params.fields import Name, Positive, Section, load_section, load_yaml, override, parse
-from phasegate.params.phases import Grow, Growing, GrowMany, Schedule
+from phasegate.params.fields import Name, Positive, Section, load_section, load_yaml, parse
+from phasegate.params.phases import BIRTH_STEPS, Grow, Growing, GrowMany, Schedule
 from phasegate.params.pretraining import Training
 from phasegate.records.prepared import FIT, META, load_meta
 from phasegate.records.tables import read_table
@@ -104,8 +102,7 @@ def grow(folder: Path, *, prepared: Path, start: Path | None, phase: str, name: 
 
 def grown(params: Params, way: Grow | GrowMany, at: int, moments: Moments = "scaled") -> Arm:
     """Return the arm that grows in some way at a step, from the small number of experts to the large one."""
-    count = params.p7c.large - (0 if way == "handover" else params.p7c.small)  # those that retire are replaced
-    return Arm(Treatment(TimedPolicy((at,)), way, None, moments, count))
+    return Arm(Treatment(TimedPolicy((at,)), way, None, moments, params.p7c.added(way)))
 
 
 def operators(params: Params) -> dict[str, tuple[str, Arm]]:
@@ -129,8 +126,6 @@ def early_plans(params: Params) -> dict[str, tuple[Plan, str | None]]:
     `short` has fewer steps in all: a birth in it costs no more expert products than `small`.
     """
     small, large, times, arrival = params.p7c.small, params.p7c.large, params.p7c1, params.p7c2
-    if params.p7c.steps < (least := times.at + BIRTH_STEPS + 1):
-        raise UserError(f"p7c.steps is {params.p7c.steps}: it must be at least p7c1.at + {BIRTH_STEPS + 1} = {least}")
     shorter = params.p7c.model_copy(update={"steps": params.p7c.steps - BIRTH_STEPS})
     return {
         "early": (_plan(params, small, until=times.early), None),
@@ -178,8 +173,7 @@ def load_rates() -> dict[str, float]:
 
 def _plan(params: Params, n_routed: int, growing: Growing | None = None, **values: Any) -> Plan:
     growing, meta = growing or params.p7c, load_meta(PREPARED)
-    changes = {"n_routed": n_routed, "top_k": growing.top_k, "expert_width": growing.expert_width}
-    spec = ModelSpec(override(params.model, changes, "p7c"), meta.input_shape, (meta.classes,))
+    spec = ModelSpec(params.growing_model(n_routed), meta.input_shape, (meta.classes,))
     training = load_section(MODELS / "q1.yaml", "training", Training)
     training = training.model_copy(update={"steps": growing.steps})
     return Plan(spec, training, growing.schedule(params.p7b), **values)

@@ -42,11 +42,12 @@ def cut(probe: Probe, e: int, direction: Direction, draws: torch.Generator) -> t
 def halve(tokens: Tensor, normal: Tensor) -> tuple[Tensor, float]:
     """Return the hyperplane (unit normal, offset) along `normal` (D,) that halves tokens (M, D).
 
-    It lies midway between the two tokens in the middle. A token that lay on it would fall on either side by rounding.
+    It lies midway between the two tokens in the middle. A token that lay on it would fall on either side by rounding,
+    so it passes through zero if there are fewer than two.
     """
     normal, middle = F.normalize(normal, dim=0), len(tokens) // 2
     positions = (tokens @ normal).sort().values
-    return normal, -float(positions[max(middle - 1, 0) : middle + 1].mean()) if len(tokens) else 0.0
+    return normal, -float(positions[max(middle - 1, 0) : middle + 1].mean()) if len(tokens) > 1 else 0.0
 
 
 def random_direction(width: int, generator: torch.Generator) -> Tensor:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from phasegate.model.births import BIRTH_STEPS, Birth
+from phasegate.model.births import Birth
 from phasegate.model.moe import MoE, uniform
+from phasegate.params.phases import BIRTH_STEPS
 from phasegate.surgery.moments import FRESH, expert_tensors, prime_hyperplane, rebuild, scale_moments
 
 Moments = Literal["scaled", "carried"]
@@ -96,7 +97,7 @@ class ExpertManager:
         """Grow by newborns, `count` fresh experts with families of their own, without any change of the output.
 
         Their output weights and moments are zero, and the router hands over to them during the next
-        `births.BIRTH_STEPS` steps, for which `grow_older` must be called. Then the old experts stay beside them, or
+        `BIRTH_STEPS` steps, for which `grow_older` must be called. Then the old experts stay beside them, or
         all of them go if the old one `retires`.
         """
         moe, n_old = self.moe, self.moe.n_families

@@ -37,6 +37,11 @@ class Treatment:
     count: int = 1  # experts that are added when the arm grows
     expert_rate: float | None = None  # of expert matrices from the first operation on; None: as it is
 
+    @property
+    def at_once(self) -> int:
+        """Return how many experts one operation of growth adds."""
+        return self.count if self.grow in get_args(GrowMany) else 1
+
     def files(self, seed: int) -> tuple[Path, ...]:
         """List the files that a trial of this seed reads: the files of the policy, and plugins."""
         plugins = (way.path for way in (self.grow, self.prune) if isinstance(way, Plugin))
@@ -85,10 +90,9 @@ class Surgeon:
 
         Growth of one expert at a time is asked for as often as the arm adds experts.
         """
-        times = 1 if self.treatment.grow in get_args(GrowMany) else self.treatment.count
         for block, controller in enumerate(self.controllers):
             draws = randomness.generator(self.course.seed, "decision", step, block)
-            for _ in range(times):
+            for _ in range(self.treatment.count // self.treatment.at_once):
                 probe = Probe(self.model, block, self.course.signal)
                 if not probe.losses.isfinite().all():
                     raise Diverged("a loss on the signal split is not finite", step)
@@ -127,8 +131,7 @@ class Surgeon:
         else:
             prunable = (moe.path != 0).any(1).cpu() | (moe.n_families > moe.top_k)
             at_once = max(1, min(moe.n_routed - schedule.min_experts, moe.n_families - moe.top_k))
-        more = self.treatment.count if self.treatment.grow in get_args(GrowMany) else 1
-        grown = more if self.treatment.grow == "handover" else moe.n_routed + more
+        grown = self.treatment.at_once + (0 if self.treatment.grow == "handover" else moe.n_routed)
         return Allowed(
             grow=rested & (self.treatment.grow is not None and moe.n_routed < grown <= schedule.max_experts),
             prune=rested & prunable & (self.treatment.prune is not None and moe.n_routed > schedule.min_experts),

@@ -69,9 +69,11 @@ def attribution(
     A part without a seed that all its arms finished is blank, and counts for Holm with p = 1. Raises UserError for an
     arm of an account that neither `trials` nor `failures` have, and as `decide` does.
     """
+    named = {arm for account in ACCOUNTS.values() for contrast in account.values() for arm in contrast}
     arms = {
         f"{phase}/{arm}": rows.join(_count(of_arm(surgeries, phase, arm))).fillna(dict.fromkeys(COUNTS, 0))
         for (phase, arm), rows in paired_arms(trials, failures).items()
+        if f"{phase}/{arm}" in named
     }
     rows = []
     for name, account in ACCOUNTS.items():

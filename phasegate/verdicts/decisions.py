@@ -109,6 +109,12 @@ def decide(tables: Mapping[str, pd.DataFrame], claims: Mapping[str, Claim], rule
     return pd.DataFrame(row for phase, group in phases for row in _decide_phase(list(group), claims.get(phase), rule))
 
 
+def key_of(name: str) -> tuple[str, str]:
+    """Return phase and arm of a name, phase/arm."""
+    phase, _, arm = name.partition("/")
+    return phase, arm
+
+
 def control_of(claims: Mapping[str, Claim], phase: str, arm: str) -> str:
     """Return what an arm is compared with, phase/arm."""
     return claims[phase].control_of(arm) if phase in claims else CONTINUED
@@ -162,7 +168,7 @@ def _apart(row: Decision) -> bool:
 
 def _control(name: str, arms: Mapping[tuple[str, str], pd.DataFrame]) -> pd.DataFrame:
     """Return the trials of a control, phase/arm; `UserError` if there are none, or none that finished."""
-    phase, _, arm = name.partition("/")
+    phase, arm = key_of(name)
     if (phase, arm) not in arms:
         raise UserError(f"the trials have no control arm: phase {phase}, arm {arm}")
     if arms[phase, arm]["accuracy"].isna().all():
@@ -207,10 +213,9 @@ def _assay(claim: Claim, arms: Mapping[tuple[str, str], pd.DataFrame], confidenc
     """Return the interval by which a phase's known winner beats its known loser; blank if no seed finished both."""
     accuracy = []
     for name in (claim.assay.better, claim.assay.worse):
-        phase, _, arm = name.partition("/")
-        if (phase, arm) not in arms:
+        if (key := key_of(name)) not in arms:
             raise UserError(f"an assay needs the arm {name}: it has no trials")
-        accuracy.append(arms[phase, arm]["accuracy"])
+        accuracy.append(arms[key]["accuracy"])
     both = accuracy[0].notna() & accuracy[1].notna()
     if not both.any():
         return {}

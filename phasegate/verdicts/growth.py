@@ -7,7 +7,7 @@ import pandas as pd
 
 from phasegate.params.phases import Claim
 from phasegate.records.tables import DECIMALS
-from phasegate.verdicts.decisions import paired_arms
+from phasegate.verdicts.decisions import key_of, paired_arms
 from phasegate.verdicts.statistics import column_names, interval_columns, mean_interval, ratio_interval
 from phasegate.verdicts.wording import of_arm
 
@@ -28,8 +28,8 @@ def growth(tables: Mapping[str, pd.DataFrame], claims: Mapping[str, Claim], conf
     `small` and `large` finished.
     """
     claim, arms = claims[PHASE], paired_arms(tables["trials"], tables["failures"])
-    small, large = arms[_key(claim.control)]["accuracy"], arms[PHASE, LARGE]["accuracy"]
-    few = _slot_steps(of_arm(tables["curves"], *_key(claim.control)))
+    small, large = arms[key_of(claim.control)]["accuracy"], arms[PHASE, LARGE]["accuracy"]
+    few = _slot_steps(of_arm(tables["curves"], *key_of(claim.control)))
     chosen, rows = tables["rates"][tables["rates"]["chosen"]].groupby("operator")["factor"].first(), []
     for arm in claim.arms:
         done = pd.DataFrame({"arm": arms[PHASE, arm]["accuracy"], "small": small, "large": large}).dropna()
@@ -44,11 +44,6 @@ def growth(tables: Mapping[str, pd.DataFrame], claims: Mapping[str, Claim], conf
             row |= interval_columns("slot_ratio", ratio, confidence) if len(ratio) else {}
         rows.append(row)
     return pd.DataFrame(rows, columns=COLUMNS)
-
-
-def _key(control: str) -> tuple[str, str]:
-    phase, _, arm = control.partition("/")
-    return phase, arm
 
 
 def _slot_steps(curves: pd.DataFrame) -> "pd.Series[float]":

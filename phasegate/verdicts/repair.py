@@ -1,6 +1,7 @@
 """Count for the arms of 7c.3 which of the experts that were killed they remove, and which living ones."""
 
 from collections.abc import Mapping
+from math import inf, isfinite
 from typing import Any
 
 import pandas as pd
@@ -37,14 +38,13 @@ def repair(
                 return operations["seed"].value_counts().reindex(seeds, fill_value=0)
 
             operations, false = count(done), count(removals[~was_dead])
-            shares = {"false_share": false / (trials["n_routed_start"] - killed)}
-            shares |= {"found": count(removals[was_dead]) / killed} if arm != SHAM else {}
-            row |= interval_columns("false", false, confidence)
-            row["false_lo"] = max(row["false_lo"], 0.0)
-            for name, values in shares.items():  # a share is neither below zero nor above one
-                found = interval_columns(name, values, confidence)
-                row |= {column: min(max(value, 0.0), 1.0) for column, value in found.items()}
-            row |= interval_columns("operations", operations, confidence)
+            living = trials["n_routed_start"] - killed
+            measures = {"false": (false, inf), "false_share": (false / living, 1.0), "operations": (operations, inf)}
+            if arm != SHAM:
+                measures["found"] = count(removals[was_dead]) / killed, 1.0
+            for name, (values, most) in measures.items():  # a single seed has no interval, and keeps its infinities
+                columns = interval_columns(name, values, confidence)
+                row |= {key: min(max(value, 0.0), most) if isfinite(value) else value for key, value in columns.items()}
             acting = share_interval(int((operations > 0).sum()), len(trials), confidence)
             row |= dict(zip(column_names("acting"), acting, strict=True))
         rows.append(row)

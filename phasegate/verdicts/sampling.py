@@ -14,7 +14,7 @@ from phasegate.params.names import EVALUATED, REFERENCES
 from phasegate.params.phases import Claim
 from phasegate.records.predictions import read_predictions
 from phasegate.records.prepared import Array
-from phasegate.verdicts.decisions import control_of
+from phasegate.verdicts.decisions import control_of, key_of
 
 COLUMNS = ["phase", "arm", "accuracy_se", "delta_se"]
 
@@ -34,8 +34,7 @@ def sampling(evaluated: Path, claims: Mapping[str, Claim]) -> pd.DataFrame:
             right.setdefault((phase, arm), {})[seed] = 100.0 * (predicted == labels)
     rows = []
     for (phase, arm), found in right.items():
-        control, _, name = control_of(claims, phase, arm).partition("/")
-        others = right.get((control, name), {}) if phase != REFERENCES else {}
+        others = right.get(key_of(control_of(claims, phase, arm)), {}) if phase != REFERENCES else {}
         both = [seed for seed in found if seed in others]
         delta = examples_error(np.stack([found[seed] - others[seed] for seed in both])) if both else nan
         rows.append((phase, arm, examples_error(np.stack([found[seed] for seed in both or found])), delta))

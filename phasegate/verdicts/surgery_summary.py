@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from phasegate.params.names import CONTROL, START
-from phasegate.verdicts.decisions import decision_rows
+from phasegate.verdicts.decisions import decision_rows, key_of
 from phasegate.verdicts.statistics import column_names, interval_columns, paired_difference
 from phasegate.verdicts.wording import Cells, measure, number, of_arm, phase_label, rows_of
 
@@ -41,8 +41,7 @@ def surgery_summary(
     ends = curves.sort_values("step", kind="stable").groupby(["phase", "arm", "seed"])["accuracy"].last()
 
     def control(phase: str, arm: str) -> "pd.Series[float]":
-        of, _, name = arms[phase, arm].control.partition("/")
-        found: pd.Series[float] = ends[of][name]
+        found: pd.Series[float] = ends.loc[key_of(arms[phase, arm].control)]
         return found
 
     def compared(table: pd.DataFrame) -> pd.DataFrame:

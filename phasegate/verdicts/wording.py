@@ -13,7 +13,7 @@ from phasegate.params.names import CONTINUED, START
 from phasegate.params.phases import Decisions, Stated
 from phasegate.records.tables import COSTS
 from phasegate.verdicts import decisions as words
-from phasegate.verdicts.decisions import Decision, decision_rows
+from phasegate.verdicts.decisions import Decision, decision_rows, key_of
 from phasegate.verdicts.statistics import column_names, half_width, mean_interval
 
 MINUS = "\N{MINUS SIGN}"
@@ -110,7 +110,7 @@ def _compare(row: Decision) -> str:
 
 def beside(row: Decision) -> str:
     """Return what people call the control of a row: its arm, with the phase if that is a third one."""
-    phase, _, arm = row.control.partition("/")
+    phase, arm = key_of(row.control)
     return arm if phase in (START, row.phase) else f"{arm} of {phase_label(phase)}"
 
 
@@ -158,8 +158,7 @@ def headline_rows(decisions: pd.DataFrame) -> list[Decision]:
 
 def control_row(decisions: pd.DataFrame, control: str = CONTINUED) -> Decision:
     """Return the row of a control, phase/arm."""
-    phase, _, arm = control.partition("/")
-    return decision_rows(of_arm(decisions, phase, arm))[0]
+    return decision_rows(of_arm(decisions, *key_of(control)))[0]
 
 
 def decision_cells(decisions: pd.DataFrame) -> Cells:
@@ -198,14 +197,16 @@ def _cost_cells(row: Any) -> dict[str, str]:
 def cost_cells(decisions: pd.DataFrame) -> Cells:
     """Return what every arm takes, with its ratio to what its control takes."""
     titles = dict(zip(COSTS, ("parameters", "active", "FLOPs/example"), strict=True))
+    rows = decision_rows(decisions)
+    controls = {f"{row.phase}/{row.arm}": row for row in rows if row.is_control}
 
     def ratio(row: Decision, name: str) -> str:
-        value, control = getattr(row, name), control_row(decisions, row.control)
+        value, control = getattr(row, name), controls[row.control]
         return f"{number(value, 0)} ({TIMES} {number(value / getattr(control, name))})" if row.n_seeds else ""
 
     return [
         {"phase": phase_label(row.phase), "arm": row.arm, **{title: ratio(row, name) for name, title in titles.items()}}
-        for row in decision_rows(decisions)
+        for row in rows
     ]
 
 
