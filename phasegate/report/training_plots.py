@@ -146,6 +146,7 @@ def _mark_surgeries(axes: Axes, surgeries: pd.DataFrame, arms: list[str]) -> Non
     low, high = axes.get_ylim()
     share = 0.05 * len(rows) + 0.02  # of the height of the panel
     axes.set_ylim(low - (high - low) * share / (1 - share), high)
+    axes.set_yticks([tick for tick in axes.get_yticks() if low <= tick <= high])  # the strip is no place of accuracies
     for level, (arm, operation, counts) in enumerate(rows):
         heights, sizes = np.full(len(counts), 0.03 + 0.05 * level), 10 + 25 * counts / counts.max()
         look: dict[str, Any] = {"marker": MARKERS.get(operation, PLUGIN_MARKER), "color": COLOURS[arms.index(arm)]}
