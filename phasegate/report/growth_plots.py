@@ -63,7 +63,7 @@ def gap(tables: Tables, params: Params) -> Figure:
     furthest = max([row.step for row in grown], default=params.p7c.steps / 2)
     axes.set(xlim=(0, 1.2 * furthest), xlabel=f"step of growth, of {params.p7c.steps:,}")
     axes.set_ylabel("test accuracy minus that of the small model, pp")
-    if _certain(large):
+    if large.delta_lo > 0:
         scales = partial(_rescale, 100 / large.delta_pp), partial(_rescale, large.delta_pp / 100)
         closed = axes.secondary_yaxis("right", functions=scales)
         closed.set_ylabel("gap closed, %")
@@ -76,15 +76,10 @@ def _rescale(factor: float, values: NDArray[np.float64]) -> NDArray[np.float64]:
     return factor * np.asarray(values)
 
 
-def _certain(large: Decision) -> bool:
-    """Tell whether many experts from the start are certainly ahead of few."""
-    return large.delta_lo > 0
-
-
 def _title(decisions: dict[str, Decision], tables: Tables) -> str:
     """Return what share of the gap the primary arm closes, or that there is no gap to close."""
     own = next(row for row in rows_of(tables["growth"]) if decisions[row.arm].primary)
-    if not _certain(decisions[LARGE]):
+    if not decisions[LARGE].delta_lo > 0:
         return "7c.1: many experts from the start are not certainly ahead of few, so there is no gap to close"
     closed = share(own, "gap_closed")
     return f"7c.1: {own.arm} closes {closed or 'no known part'} of the gap between few experts and many"
