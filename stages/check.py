@@ -1,6 +1,7 @@
 """Check params.yaml before anything runs, and write its schema.
 
-The schema changes with the code alone, so a changed parameter reruns this stage and the stages that use it.
+The schema changes with the code alone, so a changed parameter reruns this stage and the stages that use it. It depends
+on the whole file, since `dvc.lock` would repeat each value.
 """
 
 import ast

@@ -4,12 +4,11 @@ import pandas as pd
 
 from phasegate.base.errors import UserError
 from phasegate.base.files import write_atomic
-from phasegate.base.paths import EVALUATED, MODELS, PREPARED, REPORTS, TABLES
+from phasegate.base.paths import EVALUATED, MODELS, REPORTS, TABLES
 from phasegate.params import Params
 from phasegate.params.fields import load_yaml
 from phasegate.params.names import EVALUATED as FOLDERS
 from phasegate.records.predictions import read_predictions
-from phasegate.records.prepared import load_meta
 from phasegate.records.tables import read_table, write_table
 from phasegate.stage import run
 from phasegate.verdicts.arrival import PHASE as ARRIVAL
@@ -35,10 +34,7 @@ def main(params: Params) -> None:
     trials, failures = tables["trials"], tables["failures"]
     tables["sampling"] = sampling(EVALUATED, claims)
     decisions = decide(tables, claims, params.decisions)
-    published = {name: model.published for name, model in params.references_of(load_meta(PREPARED).name).items()}
-    references = reference_rows(
-        read_table(MODELS / "references.csv"), trials, tables["sampling"], published, confidence
-    )
+    references = reference_rows(read_table(MODELS / "references.csv"), trials, tables["sampling"], confidence)
     tables |= {
         "decisions": decisions,
         "attribution": attribution(trials, failures, tables["surgeries"], confidence),

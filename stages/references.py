@@ -5,18 +5,22 @@ from phasegate.model.references import ReferenceSpec
 from phasegate.params import Params
 from phasegate.pretraining.search import run_search
 from phasegate.records.prepared import load_meta
+from phasegate.records.tables import write_table
 from phasegate.stage import run
 
 
 def main(params: Params) -> None:
-    """Train each reference of this data set with every seed."""
+    """Train each reference of this data set with every seed, and note the accuracy that was published."""
     meta = load_meta(PREPARED)
+    references = params.references_of(meta.name)
     candidates = {
         name: (ReferenceSpec(meta.input_shape, meta.classes, model.hidden, model.channels), model.training())
-        for name, model in params.references_of(meta.name).items()
+        for name, model in references.items()
     }
     seeds = dict.fromkeys(candidates, params.seeds.all)
-    run_search("references", candidates, {}, seeds, PREPARED, MODELS / "references")
+    table = run_search("references", candidates, {}, seeds, PREPARED, MODELS / "references")
+    published = table["candidate"].map({name: model.published for name, model in references.items()}).astype(float)
+    write_table(MODELS / "references.csv", table.assign(published_accuracy=published), digits=None)
 
 
 if __name__ == "__main__":

@@ -366,9 +366,9 @@ def test_candidates_rank_by_the_race_then_by_accuracy_cost_and_name() -> None:
         flops_per_example=[9, 9, 8, 8, 8, 8, *[1] * 5]
     )
     assert [name for name, _ in ranked(table)] == ["y", "a", "b", "c", "z"]
-    references = table[table["candidate"] == "z"].replace({"candidate": {"z": "mlp"}})
+    references = table[table["candidate"] == "z"].replace({"candidate": {"z": "mlp"}}).assign(published_accuracy=68.0)
     tested = pd.DataFrame({"phase": "references", "arm": "mlp", "seed": [0, 1], "accuracy": [64.0, 66.0]})
-    board = leaderboard(table, "c", "z", 0.95, reference_rows(references, tested, NO_SHARE, {"mlp": 68.0}, 0.95))
+    board = leaderboard(table, "c", "z", 0.95, reference_rows(references, tested, NO_SHARE, 0.95))
     assert board["candidate"].tolist() == ["z", "c", "y", "a", "b", "mlp"]
     assert board["chosen"].tolist() == [False, True] + [False] * 4
     assert board["winner"].tolist() == [True] + [False] * 5
@@ -380,7 +380,8 @@ def test_candidates_rank_by_the_race_then_by_accuracy_cost_and_name() -> None:
 
 def test_a_candidate_with_a_failed_trial_has_no_rank() -> None:
     table = searched(CANDIDATES, "a, seed 0", "z, seed 0", "z, seed 1")
-    references = reference_rows(table[table["candidate"] == "a"], STUDY, NO_SHARE, {}, 0.95)
+    published = table.assign(published_accuracy=nan)
+    references = reference_rows(published[published["candidate"] == "a"], STUDY, NO_SHARE, 0.95)
     board = leaderboard(table, "b", "b", 0.95, references).set_index("candidate")
     assert list(board.index) == ["b", "c", "a", "z", "a"] and board["rank"].tolist()[:2] == [1, 2]
     assert board["rank"].isna().tolist() == [False, False, True, True, True]

@@ -50,8 +50,9 @@ def decided(seeds: int = 3) -> pd.DataFrame:
 def board(seeds: int = 2) -> pd.DataFrame:
     """A leaderboard with three candidates and one reference."""
     runs, references = (searched(names, seeds=seeds) for names in ({"wide": 70, "deep": 68, "plain": 60}, {"cnn": 92}))
+    references = references.assign(published_accuracy=94.0)
     tested = references.assign(phase="references", arm="cnn")
-    return leaderboard(runs, "wide", "wide", 0.95, reference_rows(references, tested, NO_SHARE, {"cnn": 94.0}, 0.95))
+    return leaderboard(runs, "wide", "wide", 0.95, reference_rows(references, tested, NO_SHARE, 0.95))
 
 
 def curves(seeds: int = 3) -> pd.DataFrame:

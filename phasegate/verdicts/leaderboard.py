@@ -1,6 +1,6 @@
 """Build the leaderboards of the searches, with the reference models below the candidates."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pandas as pd
@@ -51,18 +51,19 @@ def leaderboard(
 
 
 def reference_rows(
-    search: pd.DataFrame,
-    trials: pd.DataFrame,
-    sampling: pd.DataFrame,
-    published: Mapping[str, float | None],
-    confidence: float,
+    search: pd.DataFrame, trials: pd.DataFrame, sampling: pd.DataFrame, confidence: float
 ) -> Iterator[dict[str, Any]]:
     """Yield the reference models as rows, by mean gate accuracy, from `search`; test accuracies are from `trials`.
 
     Their intervals include what another draw of test examples would change, by `sampling`.
     """
     for name, runs in ranked(search):
-        row = {"kind": "reference", "chosen": False, "winner": False, "published_accuracy": published.get(name)}
+        row = {
+            "kind": "reference",
+            "chosen": False,
+            "winner": False,
+            "published_accuracy": runs["published_accuracy"].iloc[0],
+        }
         test = of_arm(trials, REFERENCES, name)["accuracy"]
         further = float(of_arm(sampling, REFERENCES, name)["accuracy_se"].sum())
         measured = mean_interval(test, confidence, further) if len(test) else ()
