@@ -17,7 +17,7 @@ from phasegate.params.phases import Schedule
 from phasegate.signals import predictor
 from phasegate.signals.features import CHANGES
 from phasegate.signals.published import PUBLISHED
-from phasegate.signals.signal_scores import SCORE_COLUMNS, SCORES, area_under_roc, rank_correlation, scorings
+from phasegate.signals.signal_scores import SCORE_COLUMNS, SCORES, area_under_roc, rank_correlation, scorings, with_dead
 from phasegate.surgery.continuation import Arm, train_arm
 from phasegate.surgery.operations import kill_some
 from phasegate.surgery.probe import Probe
@@ -109,7 +109,10 @@ def test_the_planted_dead_are_those_of_7c3_as_its_controllers_first_see_them(
 ) -> None:
     model, optimizer, course = load_start(prepared, baselines / "seed-0", 0, schedule)
     kill_some(model.layers, optimizer, DEAD, 0)
+    planted = with_dead(*load_start(prepared, baselines / "seed-0", 0, schedule), DEAD)
     train_arm(tmp_path, model, optimizer, course, "p7c3", "leave", Arm(dead=DEAD), until=schedule.act_every)
+    for name, value in model.named_parameters():
+        assert torch.equal(planted.get_parameter(name), value), name
     areas = []
     for block, layer in enumerate(model.layers):
         [dead] = [e for e in range(5) if not layer.weights(e).any()]

@@ -87,7 +87,7 @@ def score_signals(
 ) -> None:
     """Score all signals on one seed and write `folder/signals.csv`: a row per signal, a mean over the layers."""
     model, optimizer, course = load_start(prepared, start, seed, schedule)
-    damaged = _damaged(model, optimizer, course, dead)
+    damaged = with_dead(model, optimizer, course, dead)
     predictor = load_head(head, course.gate.x.device)
     surveyed = read_table(survey / SURVEY, SURVEY_COLUMNS)
     signals = PUBLISHED | {plugin.name: plugin_signal(plugin) for plugin in plugins}
@@ -132,7 +132,7 @@ def area_under_roc(scores: Array, dead: Array) -> float:
 
 
 @torch.enable_grad()
-def _damaged(model: Model, optimizer: Optimizer, course: Course, dead: int) -> Model:
+def with_dead(model: Model, optimizer: Optimizer, course: Course, dead: int) -> Model:
     """Return a copy of a model as the controllers of 7c.3 first see it: some experts are dead since a few steps."""
     model, optimizer = deepcopy((model, optimizer))
     kill_some(model.layers, optimizer, dead, course.seed)
