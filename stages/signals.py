@@ -1,4 +1,4 @@
-"""Score every signal on the 7a checkpoints: how well does it say which experts to prune, and which to grow?"""
+"""Score every signal on the 7a checkpoints: what does it say of pruning, growing and the dead?"""
 
 import pandas as pd
 
@@ -15,7 +15,8 @@ from phasegate.trials.run import run_trials
 def main(params: Params) -> None:
     """Write `models/signals.csv`, of all seeds whose trials did not fail."""
     folder = MODELS / "signals"
-    trials = scorings(PREPARED, BASELINES, SURVEYS, HEADS, params.seeds.all, params.p7b, plugin_signals(params))
+    course = params.seeds.all, params.p7b, params.p7c3.dead
+    trials = scorings(PREPARED, BASELINES, SURVEYS, HEADS, *course, plugin_signals(params))
     run_trials(trials, folder)
     table = pd.concat([read_table(scored / SCORES) for scored in finished(folder / trial.name for trial in trials)])
     write_table(MODELS / "signals.csv", table)

@@ -74,7 +74,8 @@ def kinds(base: Path) -> Iterator[tuple[str, Callable[[Path], object]]]:
     course: dict[str, Any] = {"prepared": line, "start": base / "mlp", "seed": 0, "schedule": SCHEDULE}
     yield "survey", partial(survey, **course, truth=TRUTH, steps=0)
     yield "predictor", partial(learn, surveys=(base / "survey" / SURVEY,), seed=0)
-    yield "signals", partial(score_signals, **course, survey=base / "survey", head=base / "predictor", plugins=())
+    scored = partial(score_signals, **course, survey=base / "survey", head=base / "predictor")
+    yield "signals", partial(scored, dead=1, plugins=())
     (base / "heads").mkdir()
     (base / "heads/seed-0").symlink_to(base / "predictor")
     arms = {

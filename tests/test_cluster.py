@@ -114,7 +114,7 @@ def test_every_kind_of_trial_finds_all_that_it_reads(
     run_trials([pretraining(PREPARED, "p7a", "baseline", s, spec, training, True) for s in seeds], models)
     run_trials(surveys(PREPARED, starts, seeds, schedule, truth), surveyed)
     run_trials(heads(surveyed, seeds), learnt)
-    run_trials(scorings(PREPARED, starts, surveyed, learnt, seeds, schedule), models / "signals")
+    run_trials(scorings(PREPARED, starts, surveyed, learnt, seeds, schedule, 1), models / "signals")
     arms = {"head": Arm(Treatment(PredictedPolicy(learnt, truth.price, truth.certainty)))}
     run_trials(continuations(PREPARED, starts, "p7b4", arms, seeds, schedule), models / "p7b4")
     assert len(list(models.glob("p7b4/head/*/weights.safetensors"))) == len(seeds)

@@ -94,7 +94,7 @@ def test_every_phase_and_arm_gets_a_verdict(checkout: Checkout) -> None:
     assert (checkout.table("trials").groupby(["phase", "arm"]).size() == 2).all()
     assert not checkout.table("surgeries").empty
     scored = checkout.table("signals").groupby("signal").size()
-    assert len(scored) == 11 and (scored == 2).all() and "loudest" in scored
+    assert len(scored) == 16 and (scored == 2).all() and "loudest" in scored
     metrics = json.loads((checkout.folder / "metrics.json").read_text())
     row = decisions.query("phase == 'p7b2' and primary").iloc[0]
     assert (metrics["phase"], metrics["accuracy"]) == ("p7b2", pytest.approx(row["accuracy"]))
@@ -119,7 +119,7 @@ def test_a_signal_in_plugins_is_one_file_and_may_go_again(checkout: Checkout) ->
     checkout.change({"plugins": {"arms": {}}})
     assert checkout.repro() == {"check", "plugins", "evaluate@plugins"} | later
     assert "plugins" not in set(checkout.table("decisions")["phase"])
-    assert len(checkout.table("signals").groupby("signal")) == 10
+    assert len(checkout.table("signals").groupby("signal")) == 15
 
 
 def test_a_wrong_parameter_stops_before_any_result_is_touched(checkout: Checkout) -> None:

@@ -183,7 +183,8 @@ def test_the_files_of_an_arm_are_inputs_of_its_trials_and_of_the_scores() -> Non
     [trial] = continuations(Path("p"), Path("b"), "plugins", arms, range(1), params.p7b)
     files = {Path("plugins/loudest.py"), Path("plugins/noisy_clone.py")}
     assert files <= set(trial.inputs)
-    [scoring] = scorings(Path("p"), Path("b"), Path("s"), Path("h"), range(1), params.p7b, plugin_signals(params))
+    course = range(1), params.p7b, params.p7c3.dead
+    [scoring] = scorings(Path("p"), Path("b"), Path("s"), Path("h"), *course, plugin_signals(params))
     assert files & set(scoring.inputs) == {Path("plugins/loudest.py")}
 
 

@@ -1,5 +1,6 @@
 """Every signal is what a slow loop over experts and tokens makes it, and asking changes nothing."""
 
+from statistics import fmean, variance
 from typing import Any
 
 import pytest
@@ -60,6 +61,50 @@ def test_signals_equal_a_loop_over_experts_and_their_tokens(seed: int, case: dic
     torch.testing.assert_close(both("weight_norm", probe), weights)
     prune, grow, _ = say("zero_hits", probe)
     assert prune is not None and grow is None and torch.equal(prune.double(), hits) and not prune[UNUSED]
+
+
+@settings(max_examples=15)
+@given(seeds, cases)
+def test_signals_of_bare_outputs_and_of_weights_follow_their_definitions(seed: int, case: dict[str, Any]) -> None:
+    probe = study(seed, **case)
+    moe, tokens, runs = probe.layer, probe.routing.tokens[0], probe.routing.experts[0]
+    for e in range(7):
+        outputs = [moe.run(e, token).tolist() for token, mine in zip(tokens, runs, strict=True) if e in mine]
+        squares = [sum(value**2 for value in output) for output in outputs]
+        assert float(both("mean_squared_norm", probe)[e]) == pytest.approx(fmean(squares or [0]))
+        assert float(both("mean_norm", probe)[e]) == pytest.approx(fmean([square**0.5 for square in squares] or [0]))
+        spread = sum(map(variance, zip(*outputs, strict=True))) ** 0.5 if len(outputs) > 1 else 0
+        usage = len(outputs) / runs.numel()
+        assert float(both("frequency_times_spread", probe)[e]) == pytest.approx(usage * spread)
+        weights = moe.weights(e).tolist()
+        aimer = fmean(map(abs, weights)) / fmean(weight**2 for weight in weights) ** 0.5
+        assert float(both("aimer", probe)[e]) == pytest.approx(-aimer)
+
+
+@settings(max_examples=15)
+@given(seeds, cases)
+def test_gradient_squared_is_that_of_the_whole_models_loss(seed: int, case: dict[str, Any]) -> None:
+    probe = study(seed, **case)
+    moe, (x, y) = probe.layer, (probe.examples.x, probe.examples.y)
+    gradients = torch.autograd.grad(F.cross_entropy(probe.model(x).logits[0], y), (moe.w_in, moe.w_out))
+    found = both("gradient_squared", probe)
+    for e in range(7):
+        assert float(found[e]) == pytest.approx(sum(float((gradient[e] ** 2).sum()) for gradient in gradients))
+    assert found[UNUSED] == 0 and found.any()
+
+
+def test_a_dead_expert_is_last_by_every_new_signal_but_aimer_which_knows_no_size() -> None:
+    probe = study(0)
+    moe = probe.layer
+    with torch.no_grad():
+        moe.w_in[0], moe.w_out[0] = 0, 0
+        before = both("aimer", probe)[1:]
+        for weights in (moe.w_in, moe.w_out):
+            weights.mul_(3)
+    assert both("aimer", probe)[0] == 0 > both("aimer", probe)[1:].max()
+    torch.testing.assert_close(both("aimer", probe)[1:], before)
+    for signal in ("mean_norm", "mean_squared_norm", "gradient_squared", "frequency_times_spread"):
+        assert both(signal, probe)[0] == 0 < both(signal, probe).max()
 
 
 @settings(max_examples=15)

@@ -10,18 +10,21 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy.stats import rankdata
+from scipy.stats import mannwhitneyu, rankdata
 
 from phasegate.params.names import MEASURED, PREDICTED
 from phasegate.params.phases import Schedule
 from phasegate.signals import predictor
 from phasegate.signals.features import CHANGES
 from phasegate.signals.published import PUBLISHED
-from phasegate.signals.signal_scores import SCORE_COLUMNS, SCORES, rank_correlation, scorings
+from phasegate.signals.signal_scores import SCORE_COLUMNS, SCORES, area_under_roc, rank_correlation, scorings, with_dead
+from phasegate.surgery.continuation import Arm, train_arm
+from phasegate.surgery.operations import kill_some
 from phasegate.surgery.probe import Probe
 from phasegate.training.course import load_start
 from tests.models import losses_after_removal
 
+DEAD = 1  # of five experts
 Score = Callable[[Path], pd.DataFrame]
 values = st.one_of(st.integers(-3, 3).map(float), st.just(float("nan")), st.floats(-1e6, 1e6, width=32))
 pairs = st.lists(st.tuples(values, values), max_size=8)
@@ -60,7 +63,7 @@ def score(prepared: Path, baselines: Path, schedule: Schedule) -> Score:
     """Scores the signals from the surveys and heads of a folder."""
 
     def scored(folder: Path) -> pd.DataFrame:
-        (trial,) = scorings(prepared, baselines, folder / "surveys", folder / "heads", range(1), schedule)
+        (trial,) = scorings(prepared, baselines, folder / "surveys", folder / "heads", range(1), schedule, DEAD)
         assert all(path.exists() for path in trial.inputs)
         assert {folder / "surveys/seed-0" / predictor.SURVEY, *(folder / "heads/seed-0").iterdir()} < set(trial.inputs)
         trial.run(folder / "signals", **trial.arguments)
@@ -83,6 +86,42 @@ def test_every_signal_has_a_row_of_scores_blank_where_it_says_nothing(scores: pd
     said = scores[["spearman_prune", "spearman_recovered", "regret_1", "regret_2"]].notna()
     assert not said.loc["gradmax"].any() and said.drop("gradmax").all(axis=None)
     assert scores.index[scores["spearman_grow"].isna()].tolist() == ["zero_hits"]
+    assert scores.index[scores["auc_dead"].isna()].tolist() == ["gradmax"]
+
+
+@given(st.lists(st.tuples(st.integers(-3, 3), st.booleans()), min_size=2))
+def test_the_area_under_the_roc_curve_is_that_of_the_rank_test(given: list[tuple[int, bool]]) -> None:
+    scores, dead = np.array([score for score, _ in given], float), np.array([True, False, *(d for _, d in given[2:])])
+    expected = mannwhitneyu(scores[~dead], scores[dead]).statistic / (dead.sum() * (~dead).sum())
+    assert area_under_roc(scores, dead) == pytest.approx(expected)
+    assert area_under_roc(-dead.astype(float), dead) == 1 and area_under_roc(dead.astype(float), dead) == 0
+    assert area_under_roc(np.zeros(len(dead)), dead) == 0.5
+
+
+def test_a_signal_that_draws_tells_no_dead_expert_from_a_living_one() -> None:
+    dead, draws = np.arange(12) < 4, np.random.default_rng(0)
+    areas = [area_under_roc(draws.random(12), dead) for _ in range(1000)]
+    assert np.mean(areas) == pytest.approx(0.5, abs=0.02) and np.std(areas) > 0.1
+
+
+def test_the_planted_dead_are_those_of_7c3_as_its_controllers_first_see_them(
+    scores: pd.DataFrame, prepared: Path, baselines: Path, schedule: Schedule, tmp_path: Path
+) -> None:
+    model, optimizer, course = load_start(prepared, baselines / "seed-0", 0, schedule)
+    kill_some(model.layers, optimizer, DEAD, 0)
+    planted = with_dead(*load_start(prepared, baselines / "seed-0", 0, schedule), DEAD)
+    train_arm(tmp_path, model, optimizer, course, "p7c3", "leave", Arm(dead=DEAD), until=schedule.act_every)
+    for name, value in model.named_parameters():
+        assert torch.equal(planted.get_parameter(name), value), name
+    areas = []
+    for block, layer in enumerate(model.layers):
+        [dead] = [e for e in range(5) if not layer.weights(e).any()]
+        usage = Probe(model, block, course.signal).signals.load
+        living = [float(load) for e, load in enumerate(usage) if e != dead]
+        areas.append(np.mean([(load > usage[dead]) + (load == usage[dead]) / 2 for load in living]))
+    assert scores["auc_dead"]["usage_frequency"] == pytest.approx(np.mean(areas))
+    seeing = ["gate_times_norm", "weight_norm", "taylor_saliency", "mean_norm", "gradient_squared"]
+    assert (scores["auc_dead"][seeing] == 1).all() and scores["auc_dead"]["zero_hits"] >= 0.5
 
 
 def test_scores_come_from_the_signal_split_and_are_judged_on_the_gate_split(

@@ -12,6 +12,7 @@ NAN = float("nan")
 # rank correlation, and regret as a share of what chance costs; the second signal knows, the third ranks nothing
 SIGNALS = {"random_labels": (0.0, 1.0), "usage_frequency": (0.8, 0.2), "zero_hits": (0.0, 1.0)}
 SIGNALS |= {"gradmax": (NAN, NAN), "measured_change": (0.9, 0.1)}
+AREAS = {"random_labels": 0.5, "usage_frequency": 1.0, "zero_hits": 0.5, "gradmax": NAN, "measured_change": 0.0}
 # arms with their difference from the control, and half its interval
 ARMS = {"p7a/continue": (0.0, 0.0), "p7b4/counterfactual_head": (0.0, 0.0), "p7b4/oracle": (0.9, 0.2)}
 ARMS |= {"p7b4/frequency": (-0.9, 0.2), "p7b4/keep": (0.1, 0.2)}
@@ -25,6 +26,7 @@ def scores(seeds: int = 10) -> pd.DataFrame:
         for signal, (correlation, share) in SIGNALS.items():
             noise = draws.normal(0, 0.1, 2) * (signal != "zero_hits")
             row = {"signal": signal, "seed": seed, "spearman_prune": correlation + noise[0]}
+            row |= {"auc_dead": AREAS[signal]}
             row |= {"spearman_recovered": (correlation + noise[0]) / 2}
             row |= {"spearman_grow": NAN if signal == "zero_hits" else draws.normal(0, 0.3)}
             for gone in (1, 2, 4):
@@ -77,15 +79,31 @@ def test_chance_findings_are_corrected_for_the_number_of_signals() -> None:
     assert sum(beats_chance(row, "spearman_prune", 0.95) for row in signal_summary(many, 0.95).itertuples()) == 0
 
 
+def test_the_second_truth_has_a_chance_and_bounds_of_its_own() -> None:
+    dead = signals.signal_findings(SUMMARY, decisions(), ACTED, 0.95)[3]
+    better, rest = dead.removesuffix(".").split("; not shown to be for ")
+    assert better.endswith("ROC curve better than chance (0.50) for usage frequency 1.00 [1.00, 1.00]")
+    named = "random labels 0.50 [0.50, 0.50], zero hits 0.50 [0.50, 0.50], measured change 0.00 [0.00, 0.00]"
+    assert rest == named
+    areas = np.tile([0.9, 1.0], 50)
+    noisy = signal_summary(GIVEN.assign(auc_dead=areas[: len(GIVEN)]), 0.95).set_index("signal")
+    assert noisy["auc_dead_hi"]["zero_hits"] < 1 and beats_chance(next(noisy.itertuples()), "auc_dead", 0.95)
+    two = signal_summary(scores(2).assign(auc_dead=[0.4, 0.9, 1, 1, 1, 1, 1, 1, 1, 1]), 0.95)
+    assert (two["auc_dead_lo"][0], two["auc_dead_hi"][0]) == (0, 1) and not beats_chance(two.iloc[0], "auc_dead", 0.95)
+    assert np.isinf(signal_summary(scores(1), 0.95)["auc_dead_hi"][0])
+    cells = signals.signal_cells(SUMMARY, 0.95)
+    assert all(len(row) == 9 for row in cells) and "1.00 [1.00, 1.00] *" in cells[1].values()
+
+
 def test_what_was_not_measured_is_blank_and_one_seed_shows_nothing() -> None:
     rows = SUMMARY.set_index("signal")
-    assert rows.loc["gradmax", ["spearman_prune", "regret_1", "saved_4", "p_regret_2"]].isna().all()
+    assert rows.loc["gradmax", ["spearman_prune", "auc_dead", "regret_1", "saved_4", "p_regret_2"]].isna().all()
     assert rows.loc["zero_hits", "p_spearman_prune"] == 1
     assert not any(beats_chance(row, "spearman_prune", 0.95) for row in signal_summary(scores(1), 0.95).itertuples())
 
 
 def test_the_findings_name_who_beats_chance_and_whether_acting_pays() -> None:
-    prune, _, grow, cost, *arms = signals.signal_findings(SUMMARY, decisions(), ACTED, 0.95)
+    prune, _, grow, _, cost, *arms = signals.signal_findings(SUMMARY, decisions(), ACTED, 0.95)
     better, rest = prune.split("; not shown to be for ")
     assert "measured change 0.9" in better and "usage frequency 0." in better and "random labels" in rest
     assert "no signal's rank correlation is shown to be better than chance" in grow and "zero hits" not in grow
@@ -110,9 +128,10 @@ def test_an_arm_with_failed_trials_says_so() -> None:
 
 
 def test_the_titles_count_the_signals_that_beat_chance() -> None:
-    first, _, last = signals.correlation_finding(SUMMARY, 0.95).split("; ")
+    first, _, grow, dead = signals.correlation_finding(SUMMARY, 0.95).split("; ")
     assert first == "1 of 3 signals predict better than chance what a removal does immediately, usage frequency best"
-    assert last == "0 of 3 signals predict better than chance what a split does after training"
+    assert dead == "1 of 3 tell killed experts from living ones"
+    assert grow == "0 of 3 signals predict better than chance what a split does after training"
     title = signals.regret_title(SUMMARY, 0.95)
     assert "1 of 3 signals choose better than chance; usage frequency costs least" in title
     nothing = SUMMARY.query("signal == 'gradmax'")

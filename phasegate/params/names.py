@@ -25,7 +25,8 @@ EVALUATED = (REFERENCES, START, "control", *PHASES, PLUGINS)
 PRIMARY = "primary"
 """Stands for the arm that decides a phase."""
 SIGNALS = ["random_labels", "routing_entropy", "usage_frequency", "zero_hits", "gate_times_norm", "weight_norm"]
-SIGNALS += ["taylor_saliency", "gradmax"]
+SIGNALS += ["taylor_saliency", "gradmax", "mean_norm", "mean_squared_norm", "aimer", "gradient_squared"]
+SIGNALS += ["frequency_times_spread"]
 """The signals of the literature, functions of `signals/published.py`; the first is the control."""
 PREDICTED, MEASURED = "counterfactual_head", "measured_change"
 """What is scored beside them: the predictions of a control head, and the measured change itself."""

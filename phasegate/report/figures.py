@@ -29,7 +29,9 @@ FIGURES = {
     "halves": Entry("halves", "Many operations in a row, and how the halves of a split develop", surgery_plots.halves),
     "entropy": Entry("routing", "Routing entropy over time", training_plots.entropy),
     "expert_routing": Entry("routing", "Which expert serves which class", training_plots.expert_routing),
-    "signals": Entry("signals", "How well each signal predicts what surgery will do", signal_plots.signals),
+    "signals": Entry(
+        "signals", "How well each signal predicts what surgery will do, and tells the dead", signal_plots.signals
+    ),
     "regret": Entry("signals", "What it costs to let each signal choose the experts to remove", signal_plots.regret),
     "leaderboard_q1": Entry("q1", "Search for the training configuration", partial(verdict_plots.leaderboard, "q1")),
     "leaderboard_q2": Entry("q2", "Search for the architecture", partial(verdict_plots.leaderboard, "q2")),

@@ -1,4 +1,4 @@
-"""Draw the figures of the signals: how well each predicts what surgery will do, and what it costs to follow it."""
+"""Draw the figures of the signals: how well each predicts and tells the dead, and what it costs to follow it."""
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -7,18 +7,29 @@ from matplotlib.figure import Figure
 from phasegate.params import Params
 from phasegate.report import drawing
 from phasegate.report.drawing import DotStyle, Tables, name_rows
-from phasegate.verdicts.signal_summary import CORRELATIONS, GONE, beats_chance, correlation_finding, regret_title, words
+from phasegate.verdicts.signal_summary import (
+    CHANCE,
+    CORRELATIONS,
+    GONE,
+    beats_chance,
+    correlation_finding,
+    regret_title,
+    words,
+)
 from phasegate.verdicts.wording import rows_of
 
-BETTER, CHANCE = DotStyle(drawing.BLUE), DotStyle(drawing.GREY, "D")  # signals that beat chance, and all others
+BETTER, OTHER = DotStyle(drawing.BLUE), DotStyle(drawing.GREY, "D")  # signals that beat chance, and all others
 
 
 def signals(tables: Tables, params: Params) -> Figure:
-    """Draw the rank correlation of every signal with the measured changes by a removal, early and late, and a split."""
+    """Draw how every signal ranks experts: by what a removal, early and late, and a split do, and dead below living."""
     summary, confidence = tables["signal_summary"], params.decisions.confidence
-    figure, panels = _draw_panels(summary, list(CORRELATIONS), [0] * 3, confidence)
+    figure, (*panels, last) = _draw_panels(summary, list(CHANCE), list(CHANCE.values()), confidence)
     for axes, what in zip(panels, CORRELATIONS.values(), strict=True):
         axes.set(xlim=(-1, 1), xticks=[-1, -0.5, 0, 0.5, 1], xlabel=f"rank correlation with what\n{what}")
+    last.set(
+        xlim=(-0.03, 1.03), xticks=[0, 0.5, 1], xlabel="area under the ROC curve:\nkilled experts told from living ones"
+    )
     figure.suptitle(drawing.wrapped(correlation_finding(summary, confidence), 130), x=0.01, ha="left")
     return figure
 
@@ -43,10 +54,10 @@ def _draw_panels(
     figure, panels = drawing.new_figure(13, 2.2 + 0.32 * len(rows), len(columns), len(columns))
     for axes, column, line in zip(panels, columns, lines, strict=True):
         axes.axvline(line, color=drawing.BLACK, linewidth=1, linestyle="--")
-        styles = [BETTER if beats_chance(row, column, confidence) else CHANCE for row in rows]
+        styles = [BETTER if beats_chance(row, column, confidence) else OTHER for row in rows]
         drawing.dot_rows(axes, rows, column, styles)
         name_rows(axes, [words(row.signal) if axes is panels[0] else "" for row in rows], "")
-    for style, label in ((BETTER, "better than chance (Holm)"), (CHANCE, "not shown to be")):
+    for style, label in ((BETTER, "better than chance (Holm)"), (OTHER, "not shown to be")):
         panels[0].plot([], [], style.marker, color=style.colour, label=label)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower left", ncols=2, fontsize=8)
     return figure, panels

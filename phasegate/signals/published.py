@@ -1,7 +1,7 @@
 """Score the experts of a layer by the signals of the literature: how much it needs each, and where growth would help.
 
 A signal is a function of a probe that gives two scores per expert, so that all signals can be judged alike. The order
-of a score is what counts, not its scale.
+of a score is what counts, not its scale. A dagger (†) marks a definition that could not be read in the work's own text.
 
 Shapes: N tokens, D model width, E experts, K chosen.
 """
@@ -55,8 +55,7 @@ def zero_hits(probe: Probe, draws: torch.Generator) -> Scores:
 
 def gate_times_norm(probe: Probe, draws: torch.Generator) -> Scores:
     """Average gate times norm of the output over the expert's tokens: REAP (arXiv 2510.13999)."""
-    norms = probe.per_expert(probe.contributions.norm(dim=-1))
-    saliency = norms / (probe.visits > 0).sum(0).clamp(min=1)
+    saliency = _mean_over_tokens(probe, probe.contributions.norm(dim=-1))
     return Scores(saliency, saliency)
 
 
@@ -82,6 +81,59 @@ def gradmax(probe: Probe, draws: torch.Generator) -> Scores:
     tokens, slopes = probe.routing.tokens[0], probe.slopes
     sums = ((slopes * gate[:, None]).T @ tokens for gate in probe.visits.unbind(dim=1))
     return Scores(None, torch.stack([torch.linalg.matrix_norm(matrix, ord=2) for matrix in sums]))
+
+
+def mean_norm(probe: Probe, draws: torch.Generator) -> Scores:
+    """Average the norm of the output, without its gate, over the expert's tokens: MAN† (arXiv 2606.15716)."""
+    norm = _mean_over_tokens(probe, probe.outputs.norm(dim=-1))
+    return Scores(norm, norm)
+
+
+def mean_squared_norm(probe: Probe, draws: torch.Generator) -> Scores:
+    """Average the squared norm of the output, without its gate, over the expert's tokens: MSAN† (arXiv 2606.15716)."""
+    square = _mean_over_tokens(probe, probe.outputs.square().sum(-1))
+    return Scores(square, square)
+
+
+def aimer(probe: Probe, draws: torch.Generator) -> Scores:
+    """Return minus mean |w| / root mean square of the expert's weights: AIMER removes the evenest (arXiv 2603.18492).
+
+    Only their shape counts, not their size. Weights of zero have no shape; as in the authors' code their ratio is zero,
+    which keeps the expert longest.
+    """
+    layer = probe.layer
+    weights = torch.cat([layer.w_in.detach().flatten(1), layer.w_out.detach().flatten(1)], dim=1)
+    size = root(weights.square().mean(1)).clamp(min=torch.finfo(weights.dtype).tiny)
+    evenness = weights.abs().mean(1) / size
+    return Scores(-evenness, -evenness)
+
+
+def gradient_squared(probe: Probe, draws: torch.Generator) -> Scores:
+    """Sum the squared gradient of the mean loss over the expert's weights; Expert Upcycling copies the highest.
+
+    Source: arXiv 2604.19835, and its code, which averages the two matrices of an expert, or takes one.
+    """
+    layer, tokens, slopes = probe.layer, probe.routing.tokens, probe.slopes
+    with torch.enable_grad():
+        gradients = torch.autograd.grad(layer(tokens)[0], (layer.w_in, layer.w_out), slopes[None])
+    square = torch.stack([gradient.square().sum((1, 2)) for gradient in gradients]).sum(0)
+    return Scores(square, square)
+
+
+def frequency_times_spread(probe: Probe, draws: torch.Generator) -> Scores:
+    """Multiply usage by the root of the output's variance over the expert's tokens, summed over D: MoNE† (2507.00390).
+
+    The variance is of outputs without gates, and unbiased. The authors' code weighs usage by the gates, too.
+    """
+    chosen = (probe.outputs[probe.routing.experts[0] == e] for e in range(probe.layer.n_routed))  # (M, D) each
+    variances = [(mine - mine.mean(0)).square().sum() / max(len(mine) - 1, 1) for mine in chosen]
+    product = probe.signals.load * root(torch.stack(variances))
+    return Scores(product, product)
+
+
+def _mean_over_tokens(probe: Probe, values: Tensor) -> Tensor:
+    """Average values of token slots (N, K) over the tokens of each expert (E,); zero for an expert without tokens."""
+    return probe.per_expert(values) / (probe.visits > 0).sum(0).clamp(min=1)
 
 
 PUBLISHED: dict[str, Signal] = {name: globals()[name] for name in SIGNALS}

@@ -25,7 +25,7 @@ from phasegate.records.prepared import META
 from phasegate.records.tables import write_table
 from phasegate.records.trial_folder import CURVE, LOADS, SURGERIES, SURGERY_COLUMNS
 from phasegate.surgery.hyperplanes import sibling_balance
-from phasegate.surgery.operations import grow_older, kill
+from phasegate.surgery.operations import grow_older, kill_some
 from phasegate.surgery.surgeon import Surgeon, Treatment
 from phasegate.surgery.tasks import Tasks, add_tasks, further_losses
 from phasegate.training import checkpoint, loop, losses, randomness
@@ -76,9 +76,7 @@ def run_arm(
 ) -> None:
     """Run one trial and leave a checkpoint, the learning curve, the loads and the log of surgeries in `folder`."""
     model, optimizer, course = load_start(prepared, start, seed, schedule)
-    for block, moe in enumerate(model.layers):
-        draws = randomness.generator(seed, "dead", block)
-        kill(moe, optimizer, torch.randperm(moe.n_routed, generator=draws)[: arm.dead].tolist())
+    kill_some(model.layers, optimizer, arm.dead, seed)
     train_arm(folder, model, optimizer, course, phase, name, arm)
 
 

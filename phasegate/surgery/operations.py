@@ -4,6 +4,7 @@
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -15,6 +16,7 @@ from phasegate.model.births import Birth
 from phasegate.model.moe import MoE, uniform
 from phasegate.params.phases import BIRTH_STEPS
 from phasegate.surgery.moments import FRESH, expert_tensors, prime_hyperplane, rebuild, scale_moments
+from phasegate.training.randomness import generator
 
 Moments = Literal["scaled", "carried"]
 ROUTER_NOISE = 0.1  # of copied router rows, relative to their norm
@@ -244,6 +246,13 @@ def kill(moe: MoE, optimizer: Optimizer | None, experts: list[int]) -> None:
     weights, moments = expert_tensors(moe, optimizer)
     for rows in weights + moments:
         rows[experts] = 0
+
+
+def kill_some(layers: Iterable[MoE], optimizer: Optimizer | None, count: int, seed: int) -> None:
+    """Kill `count` experts of each layer, drawn for the seed: the same ones whoever asks."""
+    for block, moe in enumerate(layers):
+        draws = generator(seed, "dead", block)
+        kill(moe, optimizer, torch.randperm(moe.n_routed, generator=draws)[:count].tolist())
 
 
 def grow_older(moe: MoE, optimizer: Optimizer | None) -> None:

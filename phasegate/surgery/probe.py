@@ -73,10 +73,15 @@ class Probe:
 
     @cached_property
     @torch.no_grad()
+    def outputs(self) -> Tensor:
+        """Return what each chosen expert puts out for a token, without its gate, (N, K, D)."""
+        return self.layer.outputs(self.routing.tokens, self.routing.experts)[0]
+
+    @cached_property
+    @torch.no_grad()
     def contributions(self) -> Tensor:
         """Return what each chosen expert adds to a token, gate included, (N, K, D)."""
-        outputs = self.layer.outputs(self.routing.tokens, self.routing.experts)
-        return (self.routing.gates.unsqueeze(-1) * outputs)[0]
+        return self.routing.gates[0].unsqueeze(-1) * self.outputs
 
     @cached_property
     def slopes(self) -> Tensor:

@@ -1,11 +1,13 @@
 """Summarise how good each signal is over all seeds, as a table and as text.
 
-Chance is 0 for rank correlations; for a regret it is the regret of as many experts drawn at random, seed by seed.
+Chance is 0 for rank correlations, and 0.5 for the area under the ROC curve by which a signal tells planted dead experts
+from living ones. For a regret it is the regret of as many experts drawn at random, seed by seed.
 Regrets are in nats.
 """
 
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from phasegate.params.names import MEASURED
@@ -20,12 +22,14 @@ CORRELATIONS = {  # with what a signal is correlated
     "spearman_recovered": "a removal does after recovery",
     "spearman_grow": "a split does after training",
 }
+DEAD = "auc_dead"
+CHANCE = dict.fromkeys(CORRELATIONS, 0.0) | {DEAD: 0.5}
 GONE = (1, 2, 4)
 REGRETS = tuple(f"regret_{gone}" for gone in GONE)
 REGRET = REGRETS[-1]  # when the most experts are removed
 COLUMNS = ["signal", "n_seeds"]
-COLUMNS += [name for kind in (*CORRELATIONS, *REGRETS, *(f"saved_{k}" for k in GONE)) for name in column_names(kind)]
-COLUMNS += [*(f"chance_{gone}" for gone in GONE), *(f"p_{name}" for name in (*CORRELATIONS, *REGRETS))]
+COLUMNS += [name for kind in (*CHANCE, *REGRETS, *(f"saved_{k}" for k in GONE)) for name in column_names(kind)]
+COLUMNS += [*(f"chance_{gone}" for gone in GONE), *(f"p_{name}" for name in (*CHANCE, *REGRETS))]
 """saved_k: by how much the regret lies below chance, paired by seed. p_*: of a two-sided t-test of no difference from
 chance, Holm-corrected over the signals that have this measure, the control among them. Blank: not measured."""
 
@@ -35,27 +39,30 @@ def signal_summary(signals: pd.DataFrame, confidence: float) -> pd.DataFrame:
     rows = []
     for signal, runs in signals.groupby("signal", sort=False):
         row: dict[str, Any] = {"signal": signal, "n_seeds": len(runs)}
-        for name in CORRELATIONS:
+        for name, chance in CHANCE.items():
             if runs[name].notna().all():
-                row |= interval_columns(name, runs[name], confidence) | {f"p_{name}": margin_p_value(runs[name], 0)}
+                row |= interval_columns(name, runs[name], confidence)
+                row |= {f"p_{name}": margin_p_value(runs[name], -chance)}
         for gone, name in zip(GONE, REGRETS, strict=True):
-            regret, chance = runs[name], runs[f"chance_{gone}"]
-            row[f"chance_{gone}"] = chance.mean()
+            regret, at_random = runs[name], runs[f"chance_{gone}"]
+            row[f"chance_{gone}"] = at_random.mean()
             if regret.notna().all():
-                less = paired_difference(chance, regret)
+                less = paired_difference(at_random, regret)
                 row |= interval_columns(name, regret, confidence) | {f"p_{name}": margin_p_value(less, 0)}
                 row |= interval_columns(f"saved_{gone}", less, confidence)
         rows.append(row)
     table = pd.DataFrame(rows, columns=COLUMNS)
-    for column in [f"p_{name}" for name in (*CORRELATIONS, *REGRETS)]:
+    bounds = list(column_names(DEAD)[1:])  # without what is impossible; those of a single seed are infinite
+    table[bounds] = table[bounds].where(np.isinf(table[bounds].astype(float)), table[bounds].clip(0, 1))
+    for column in [f"p_{name}" for name in (*CHANCE, *REGRETS)]:
         known = table[column].notna()
         table.loc[known, column] = holm(table.loc[known, column])
     return table
 
 
 def beats_chance(row: Any, name: str, confidence: float) -> bool:
-    """Tell whether a signal's row is better than chance in a measure of `CORRELATIONS` or `REGRETS`."""
-    better = getattr(row, name.replace("regret", "saved")) > 0
+    """Tell whether a signal's row is better than chance in a measure of `CHANCE` or `REGRETS`."""
+    better = getattr(row, name.replace("regret", "saved")) > CHANCE.get(name, 0)
     return bool(better and getattr(row, f"p_{name}") < 1 - confidence)
 
 
@@ -69,7 +76,12 @@ def signal_findings(
 ) -> list[str]:
     """Return in a sentence each which signals beat chance, what each costs, and whether acting on ground truth pays."""
     kinds = [_describe_kind(summary, name, confidence) for name in CORRELATIONS]
-    return [*kinds, _describe_regret(summary, confidence), *acting_findings(decisions, surgeries)]
+    return [
+        *kinds,
+        _describe_dead(summary, confidence),
+        _describe_regret(summary, confidence),
+        *acting_findings(decisions, surgeries),
+    ]
 
 
 def _describe_kind(summary: pd.DataFrame, name: str, confidence: float) -> str:
@@ -82,6 +94,13 @@ def _describe_kind(summary: pd.DataFrame, name: str, confidence: float) -> str:
     if MEASURED in [row.signal for row in rest]:
         text += "; measuring again is not shown to agree with what was measured, so this distinguishes no signals"
     return f"What {CORRELATIONS[name]}: {text}."
+
+
+def _describe_dead(summary: pd.DataFrame, confidence: float) -> str:
+    better, rest = _divide(_rank(summary, DEAD), DEAD, confidence)
+    parts = [f"better than chance (0.50) for {_list(better, DEAD)}"] if better else []
+    parts += [f"not shown to be for {_list(rest, DEAD)}"] if rest else []
+    return f"Which experts are dead, where some were killed: area under the ROC curve {'; '.join(parts)}."
 
 
 def _describe_regret(summary: pd.DataFrame, confidence: float) -> str:
@@ -98,14 +117,16 @@ def _describe_regret(summary: pd.DataFrame, confidence: float) -> str:
 
 
 def correlation_finding(summary: pd.DataFrame, confidence: float) -> str:
-    """Return how many signals predict better than chance what a removal and a split would do."""
+    """Return how many signals predict better than chance what a removal and a split would do, and which are dead."""
     parts = []
     for name, what in CORRELATIONS.items():
         rows = _rank(summary[summary["signal"] != MEASURED], name)
         better, _ = _divide(rows, name, confidence)
         best = f", {words(better[0].signal)} best" if better else ""
         parts.append(f"{len(better)} of {len(rows)} signals predict better than chance what {what}{best}")
-    return "; ".join(parts)
+    rows = _rank(summary[summary["signal"] != MEASURED], DEAD)
+    better, _ = _divide(rows, DEAD, confidence)
+    return "; ".join([*parts, f"{len(better)} of {len(rows)} tell killed experts from living ones"])
 
 
 def regret_title(summary: pd.DataFrame, confidence: float) -> str:
@@ -140,6 +161,7 @@ def acting_findings(decisions: pd.DataFrame, surgeries: pd.DataFrame) -> list[st
 def signal_cells(summary: pd.DataFrame, confidence: float) -> wording.Cells:
     """Return the signals as people read them; a star marks what beats chance."""
     titles = {name: f"what {what}" for name, what in CORRELATIONS.items()}
+    titles |= {DEAD: "killed experts told, area under ROC"}
     titles |= {name: f"regret of {gone}, nats" for name, gone in zip(REGRETS, GONE, strict=True)}
     return [
         {"signal": words(row.signal), "seeds": str(row.n_seeds)}
