@@ -81,7 +81,8 @@ def test_other_shapes_and_types_go_to_torch_which_says_what_is_wrong() -> None:
     a, b, start = torch.randn(3, 8), torch.randn(8, 5), torch.randn(5)
     for one, other, begin in (
         (a[0], b, start), (a, b[:, 0], start[:1]), (a, b.expand(2, 8, 5), start), (a, b, start.double()),
-        (a.double(), b.double(), None), (a.bfloat16(), b.bfloat16(), None), (a, b, start[:1]), (a.to("meta"), b.to("meta"), None),
+        (a.double(), b.double(), None), (a.bfloat16(), b.bfloat16(), None), (a, b, start[:1]),
+        (a.to("meta"), b.to("meta"), None),
     ):  # fmt: skip
         wanted = one @ other if begin is None else one @ other + begin
         found = product(one, other, begin)
@@ -161,7 +162,7 @@ def test_the_balancing_loss_and_its_gradient_are_the_formulas(
 def test_a_loss_of_families_that_are_not_there_is_refused(wrong: int) -> None:
     logits, chosen = torch.randn(1, 4, 3), torch.zeros(1, 4, 2, dtype=torch.int64)
     chosen[0, 3, 1] = wrong
-    with pytest.raises(IndexError, match="^1 indices of families are out of range: there are 3 families$"):
+    with pytest.raises(IndexError, match=r"^1 indices of families are out of range: there are 3 families$"):
         load_balance(Routing(logits, logits, chosen, chosen, chosen))
     with pytest.raises(RuntimeError, match="dtype"):
         load_balance(Routing(logits, logits, chosen.short(), chosen, chosen))

@@ -1,8 +1,10 @@
 """The layer is ordinary top-K routing until a family grows, and then each token descends to one leaf."""
 
 import copy
+import time
 from collections.abc import Callable
 from contextlib import suppress
+from typing import Any
 
 import pytest
 import torch
@@ -197,7 +199,7 @@ def test_more_families_than_there_are_cannot_be_chosen(top_k: int, dtype: torch.
     moe.top_k = 2
     moe.set_birth(Birth(2, 10, True))
     moe.top_k = 3
-    with pytest.raises(ValueError, match="^top_k is 3: it must lie between 1 and the 2 families"):
+    with pytest.raises(ValueError, match=r"^top_k is 3: it must lie between 1 and the 2 families"):
         moe(torch.randn(1, 300, 8, dtype=dtype))
 
 
@@ -245,7 +247,7 @@ def test_experts_that_are_not_there_are_refused_and_indices_of_another_type_are_
     for wrong in (4, -1, 2**40):
         chosen[0, 8, 2] = wrong
         for use in (moe.outputs, lambda x, chosen: experts.mix(x, weights, chosen, moe.w_in, moe.w_out)):
-            with pytest.raises(IndexError, match="^1 indices of experts are out of range: there are 4 experts$"):
+            with pytest.raises(IndexError, match=r"^1 indices of experts are out of range: there are 4 experts$"):
                 use(x, chosen)
     with pytest.raises(RuntimeError):
         experts.mix(x, weights, chosen[:, :5].clamp(0, 3), moe.w_in, moe.w_out)
@@ -257,7 +259,7 @@ def test_tokens_that_are_not_numbers_reach_no_other_memory(top_k: int) -> None:
     for bad in (float("nan"), float("inf"), -float("inf")):
         x = torch.randn(1, 40, 8, requires_grad=True)
         y, routing = moe(torch.where(torch.rand(1, 40, 8) < 0.1, bad, x))
-        assert 0 <= routing.families.min() and routing.families.max() < moe.n_families
+        assert routing.families.min() >= 0 and routing.families.max() < moe.n_families
         assert torch.equal(moe.family_of[routing.experts], routing.families)
         y.sum().backward()
 
@@ -265,3 +267,43 @@ def test_tokens_that_are_not_numbers_reach_no_other_memory(top_k: int) -> None:
 def test_the_whole_layer_moves_to_another_device() -> None:
     moe = grown(0, 3).to("meta")
     assert {value.device.type for value in vars(moe).values() if isinstance(value, Tensor)} <= {"meta"}
+
+
+def chain(n: int) -> MoE:
+    """A layer with one family, whose experts leave its tree one after the other."""
+    moe = MoE(8, n, 1, 1)
+    moe.family_of, moe.path = torch.zeros(n, dtype=torch.int64), (torch.eye(n)[:, :-1] * -2).to(torch.int8)
+    moe.path += torch.ones(n, n - 1, dtype=torch.int8).tril()
+    moe.router, moe.selection_bias = nn.Parameter(torch.randn(1, 1, 8)), torch.zeros(1, 1)
+    moe.node_weight, moe.node_offset = nn.Parameter(torch.randn(n - 1, 8)), nn.Parameter(torch.zeros(n - 1))
+    return moe
+
+
+def test_a_chain_of_many_experts_is_read_in_linear_time() -> None:
+    moe, x = chain(2_000), torch.randn(1, 30, 8)
+    begun = time.perf_counter()
+    moe.refresh()
+    assert time.perf_counter() - begun < 15  # 0.2 s on an idle core
+    left = (moe.margins(x)[0] <= 0).float()
+    torch.testing.assert_close(moe(x)[1].experts[0, :, 0], torch.where(left.any(-1), left.argmax(-1), 1_999))
+
+
+@pytest.mark.parametrize(
+    ("name", "place", "value"),
+    [("path", (4, 3), v) for v in (0, -1, 2, -128)] + [("path", (0, 1), 1), ("path", (slice(None), 2), 0)]
+    + [("family_of", 2, v) for v in (1, -1, 2**40)],
+)  # fmt: skip
+def test_paths_and_families_that_make_no_tree_are_refused(name: str, place: Any, value: int) -> None:
+    moe = chain(5)
+    moe.refresh()
+    getattr(moe, name)[place] = value
+    with pytest.raises(ValueError, match=rf"^{name}: (node \d does not join|a family is not the experts of one tree)"):
+        moe.refresh()
+
+
+def test_families_do_not_share_a_tree() -> None:
+    moe = MoE(8, 4, 4, 2)
+    moe.path = torch.tensor([[-1], [1], [-1], [1]], dtype=torch.int8)
+    moe.family_of = torch.tensor([0, 0, 1, 1])
+    with pytest.raises(ValueError, match=r"^path: node 0 does not join two trees of experts$"):
+        moe.refresh()

@@ -35,7 +35,7 @@ def route(x: Tensor, router: Tensor, bias: Tensor, hyperplanes: Hyperplanes, top
     hyperplanes learn if they need a gradient: see `_descend`. ValueError unless there are `top_k` families to choose,
     and for tokens that are not (G, N, D).
     """
-    (n_gates, n_families, width), (weight, offset, root, child) = router.shape, hyperplanes
+    (n_gates, n_families, width), (weight, offset, root, _) = router.shape, hyperplanes
     if not 1 <= top_k <= n_families:
         raise ValueError(f"top_k is {top_k}: it must lie between 1 and the {n_families} families that may be chosen")
     if x.dim() != 3 or (len(x), x.shape[2]) != (n_gates, width):
