@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import phasegate
-from phasegate.base.errors import UserError, one_line
+from phasegate.base.errors import UserError
 from phasegate.base.paths import PREPARED
 from phasegate.model.classifier import Network, Output
 from phasegate.model.moe import Routing
@@ -20,6 +20,7 @@ from phasegate.model.routing_statistics import expert_signals
 from phasegate.records.prepared import META, Meta, load_meta
 from phasegate.training import checkpoint
 from phasegate.training.checkpoint import Record
+from phasegate.training.device import find_failure
 from phasegate.training.predictions import EVALUATION_BATCH
 
 STUDY = "the data set of the study"  # stands for the one that is found beside the checkpoint
@@ -39,7 +40,9 @@ def load(folder: Path | str, dataset: Path | str | None = STUDY, device: torch.d
     """
     if phasegate.UNPINNED:
         warnings.warn(phasegate.UNPINNED, stacklevel=2)
-    folder, device = Path(folder), _check_device(device)
+    if why := find_failure(device):
+        raise UserError(f"device is {str(device)!r}, which can't be used here: {why}")
+    folder, device = Path(folder), torch.device(device)
     trial, meta = checkpoint.load(folder, None, device), None
     if dataset is not None:
         path = _find_meta(folder) if dataset == STUDY else Path(dataset)
@@ -170,11 +173,3 @@ def _find_meta(folder: Path) -> Path:
         f"there is no {PREPARED / META} in a folder above {folder}, which would say the units of inputs: "
         "give its path as dataset, or None if inputs are standardised already"
     )
-
-
-def _check_device(name: torch.device | str) -> torch.device:
-    """Return the device if it can be used, float64 included, in which inputs are standardised."""
-    try:
-        return torch.empty(0, dtype=torch.float64, device=name).device
-    except (RuntimeError, AssertionError, TypeError) as error:
-        raise UserError(f"device is {str(name)!r}, which can't be used here: {one_line(error)}") from None

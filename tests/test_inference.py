@@ -1,6 +1,7 @@
 """A trained model gives the same bits outside the pipeline as inside."""
 
 import io
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -156,6 +157,21 @@ def test_a_device_without_float64_is_refused_in_one_sentence(study: Path, monkey
     monkeypatch.setattr(torch, "empty", empty)
     with pytest.raises(UserError, match=r"^device is 'mps', which can't be used here: Cannot convert a MPS Tensor"):
         phasegate.load(study / "models/p7b2/split/seed-100", device="mps")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("std", 0.0), ("std", -1.0), ("std", 1e-320), ("mean", 1e308), ("mean", -1e308)]
+)
+@pytest.mark.parametrize("text", [None, "NaN", "-Infinity", "1e999"])
+def test_moments_that_make_inputs_infinite_are_refused(
+    study: Path, tmp_path: Path, name: str, value: float, text: str | None
+) -> None:
+    path = tmp_path / "dataset.json"
+    content = json.loads((study / "data/prepared/dataset.json").read_text()) | {name: [value]}
+    path.write_text(json.dumps(content).replace(f'"{name}": [{value}]', f'"{name}": [{text or value}]'))
+    with pytest.raises(UserError, match=r"dataset.json is missing or damaged") as refusal:
+        phasegate.load(study / "models/p7b2/split/seed-100", path)
+    assert "\n" not in str(refusal.value) and (text or f"{name} {value}" in str(refusal.value))
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from phasegate.model.classifier import Model, ModelSpec, Network
 from phasegate.model.kernels import compiled
@@ -49,6 +50,49 @@ def test_a_product_and_its_gradients_are_torchs(
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, check_dtype=False, rtol=1e-4, atol=2e-4)
     assert all(torch.equal(product(a[i : i + 1], *inputs[1:])[0], results[0][0][i]) for i in range(0, m, 7))
+
+
+def test_a_product_has_any_number_of_columns() -> None:
+    a, b = torch.randn(3, 4, requires_grad=True), torch.randn(4, 70_001)
+    wide, slope = product(a, b), torch.zeros(3, 70_001)
+    slope[1, 69_000] = 1
+    assert torch.equal(wide[:, -9:], product(a, b[:, -9:]))
+    torch.testing.assert_close(wide, a @ b)
+    assert torch.equal(torch.autograd.grad(wide, a, slope)[0][1], b[:, 69_000])
+    assert torch.equal(product(b.T, torch.ones(4, 1))[:, 0], product(torch.ones(1, 4), b)[0])
+
+
+def test_operands_may_lie_in_memory_as_they_like() -> None:
+    a, b, start = torch.randn(3, 8), torch.randn(8, 5), torch.randn(5)
+    wanted, twice = product(a, b, start), torch.stack([start, start], -1)
+    for one in (a, a.T.contiguous().T, torch._neg_view(-a)):
+        for other in (b, b.T.contiguous().T, torch._neg_view(-b)):
+            for begin in (start, twice[:, 0], torch._neg_view(-start)):
+                assert torch.equal(product(one, other, begin), wanted)
+    assert torch.equal(
+        product(a, b[:, :1].expand(8, 5), start[:1].expand(5)), product(a, b[:, :1], start[:1]).expand(3, 5)
+    )
+    learnt = a.clone().requires_grad_()
+    for slope in (wanted, torch._neg_view(-wanted), wanted.T.contiguous().T, wanted.double()):
+        assert torch.equal(*torch.autograd.grad(product(learnt, b), learnt, slope), product(wanted, b.T))
+
+
+def test_other_shapes_and_types_go_to_torch_which_says_what_is_wrong() -> None:
+    a, b, start = torch.randn(3, 8), torch.randn(8, 5), torch.randn(5)
+    for one, other, begin in (
+        (a[0], b, start), (a, b[:, 0], start[:1]), (a, b.expand(2, 8, 5), start), (a, b, start.double()),
+        (a.double(), b.double(), None), (a.bfloat16(), b.bfloat16(), None), (a, b, start[:1]),
+        (a.to("meta"), b.to("meta"), None),
+    ):  # fmt: skip
+        wanted = one @ other if begin is None else one @ other + begin
+        found = product(one, other, begin)
+        assert (found.shape, found.dtype, found.device) == (wanted.shape, wanted.dtype, wanted.device)
+        assert found.is_meta or torch.equal(found, wanted)
+    for bad in ((a, b.double(), None), (a, b.half(), None), (a, b, start[:4]), (a, b[:7], None), (a[:, :7], b, None)):
+        with pytest.raises(RuntimeError, match=r"dtype|size|shape"):
+            product(*bad)
+    with FakeTensorMode() as mode:  # whose tensors have no memory
+        assert product(mode.from_tensor(a), mode.from_tensor(b)).shape == (3, 5)
 
 
 def test_a_gradient_that_nobody_needs_is_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,6 +156,16 @@ def test_the_balancing_loss_and_its_gradient_are_the_formulas(
     found = load_balance(Routing(logits, logits, chosen, chosen, chosen))
     for one, other in ((found, wanted), [torch.autograd.grad(loss, logits)[0] for loss in (found, wanted)]):
         torch.testing.assert_close(one, other, check_dtype=False, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("wrong", [3, -1, 2**40])
+def test_a_loss_of_families_that_are_not_there_is_refused(wrong: int) -> None:
+    logits, chosen = torch.randn(1, 4, 3), torch.zeros(1, 4, 2, dtype=torch.int64)
+    chosen[0, 3, 1] = wrong
+    with pytest.raises(IndexError, match=r"^1 indices of families are out of range: there are 3 families$"):
+        load_balance(Routing(logits, logits, chosen, chosen, chosen))
+    with pytest.raises(RuntimeError, match="dtype"):
+        load_balance(Routing(logits, logits, chosen.short(), chosen, chosen))
 
 
 def networks() -> Iterator[tuple[str, Network]]:
@@ -193,6 +247,15 @@ def test_the_optimizer_is_torchs(training: Training) -> None:
     assert ours.state[next(models[0].parameters())]["step"] == 60
 
 
+def test_an_optimizer_does_not_step_on_parameters_that_have_become_others() -> None:
+    layer = nn.Linear(40, 30)
+    optimizer = AdamW(layer.parameters(), 0.01)
+    for dtype in (torch.float64, torch.bfloat16):
+        layer.to(dtype)(torch.ones(2, 40, dtype=dtype)).sum().backward()
+        with pytest.raises(TypeError, match=f"^a parameter is now {dtype} on cpu: make a new optimizer$"):
+            optimizer.step()
+
+
 @given(st.integers(1, 100), st.data(), st.sampled_from([float("nan"), float("inf"), -float("inf")]))
 def test_one_number_that_is_not_finite_is_found(size: int, data: st.DataObject, bad: float) -> None:
     tensors = [torch.full((size,), 3e38), torch.zeros(0), torch.randn(3, 3).T]
@@ -247,11 +310,11 @@ def test_kernels_of_another_processor_or_of_other_code_are_not_run(
 ) -> None:
     load()
     real = compiled.target()
-    monkeypatch.setattr(compiled, "target", lambda: ("znver1", real[1]))
+    monkeypatch.setattr(compiled, "target", lambda: ("another", real[1]))
     load()
     monkeypatch.setattr(compiled, "version", lambda package: "0.0")
     load()
-    assert compilations == [real[0], "znver1", "znver1"] and len(list(tmp_path.iterdir())) == 3
+    assert compilations == [real[0], "another", "another"] and len(list(tmp_path.iterdir())) == 3
 
 
 def test_kernels_live_in_memory_where_nothing_can_be_written(

@@ -1,13 +1,19 @@
 """The layer is ordinary top-K routing until a family grows, and then each token descends to one leaf."""
 
 import copy
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
+from phasegate.model import experts
+from phasegate.model.births import Birth
 from phasegate.model.moe import MoE
 from phasegate.surgery.operations import ExpertManager
 
@@ -172,10 +178,132 @@ def test_a_top_k_out_of_range_is_refused(top_k: int) -> None:
 def test_tokens_of_another_width_are_refused_before_a_kernel_reads_them(width: int) -> None:
     moe, x = MoE(8, 4, 8, 2), torch.randn(1, 3, width)
     for use in (moe, moe.margins, lambda x: moe.run(0, x[0]), lambda x: moe.outputs(x, torch.zeros(1, 3, 1).long())):
-        with pytest.raises(RuntimeError, match=r"size|shape"):
+        with pytest.raises((RuntimeError, ValueError), match=r"size|shape"):
             use(x)
+
+
+@pytest.mark.parametrize("shape", [(3, 8), (1, 1, 3, 8), (3, 3, 8), (8,), (1, 3, 0)])
+def test_tokens_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
+    for moe in (MoE(8, 4, 8, 2, n_gates=2), MoE(8, 4, 8, 2, n_gates=2).double()):
+        with pytest.raises(ValueError, match=r"^tokens have shape \(.*\): it must be \(\d, N, 8\) for these routers$"):
+            moe(torch.randn(shape, dtype=moe.router.dtype))
+
+
+@pytest.mark.parametrize("top_k", [0, -1, 5, 5_000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_more_families_than_there_are_cannot_be_chosen(top_k: int, dtype: torch.dtype) -> None:
+    moe = MoE(8, 4, 8, 2).to(dtype)
+    moe.top_k = top_k
+    with pytest.raises(ValueError, match=f"^top_k is {top_k}: it must lie between 1 and the 4 families that may be"):
+        moe(torch.randn(1, 300, 8, dtype=dtype))
+    moe.top_k = 2
+    moe.set_birth(Birth(2, 10, True))
+    moe.top_k = 3
+    with pytest.raises(ValueError, match=r"^top_k is 3: it must lie between 1 and the 2 families"):
+        moe(torch.randn(1, 300, 8, dtype=dtype))
+
+
+@pytest.mark.parametrize("name", ["router", "w_in", "w_out", "node_weight", "node_offset", "selection_bias"])
+def test_a_kernel_reads_no_weights_of_another_type_shape_or_layout(name: str) -> None:
+    whole, x = grown(0, 3), torch.randn(1, 30, 8)
+    wanted = whole(x)[0]
+
+    def changed(change: Callable[[Tensor], Tensor]) -> Tensor:
+        moe = copy.deepcopy(whole)
+        parameter, new = isinstance(getattr(moe, name), nn.Parameter), change(getattr(moe, name).detach())
+        setattr(moe, name, nn.Parameter(new) if parameter else new)
+        y: Tensor = moe(x)[0]
+        y.sum().backward()  # type: ignore[no-untyped-call]
+        return y
+
+    assert torch.equal(changed(lambda old: old.movedim(-1, 0).contiguous().movedim(0, -1)), wanted)
+    assert torch.equal(changed(lambda old: torch._neg_view(-old)), wanted)
+    for bad in (lambda old: old[..., :-1].clone(), lambda old: old[..., None], lambda old: old.to("meta")):
+        with pytest.raises((IndexError, NotImplementedError, RuntimeError, UserWarning, ValueError)):
+            changed(bad)
+    with suppress(RuntimeError):  # or what torch promotes
+        torch.testing.assert_close(changed(lambda old: old.double()), wanted, check_dtype=False)
+
+
+@pytest.mark.parametrize("tokens", [torch.float32, torch.float64, torch.bfloat16, torch.int64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_a_layer_of_any_type_takes_tokens_of_its_own_alone(dtype: torch.dtype, tokens: torch.dtype) -> None:
+    moe, x = grown(0, 3).to(dtype), torch.ones(1, 5, 8, dtype=tokens)
+    if tokens == dtype:
+        assert moe(x)[0].dtype == dtype
+    else:
+        with pytest.raises(RuntimeError, match="type"):
+            moe(x)
+
+
+def test_experts_that_are_not_there_are_refused_and_indices_of_another_type_are_read_right() -> None:
+    moe, x, weights = MoE(8, 4, 8, 2), torch.randn(1, 9, 8), torch.rand(1, 9, 3)
+    chosen = torch.randint(4, (1, 9, 3))
+    wanted = moe.outputs(x, chosen)
+    torch.testing.assert_close(moe.outputs(x, chosen.int()), wanted)
+    views = (x.transpose(1, 2).contiguous().transpose(1, 2), chosen.transpose(1, 2).contiguous().transpose(1, 2))
+    assert torch.equal(moe.outputs(*views), wanted)
+    assert moe.outputs(x, chosen[..., :0]).shape == (1, 9, 0, 8)
+    for wrong in (4, -1, 2**40):
+        chosen[0, 8, 2] = wrong
+        for use in (moe.outputs, lambda x, chosen: experts.mix(x, weights, chosen, moe.w_in, moe.w_out)):
+            with pytest.raises(IndexError, match=r"^1 indices of experts are out of range: there are 4 experts$"):
+                use(x, chosen)
+    with pytest.raises(RuntimeError):
+        experts.mix(x, weights, chosen[:, :5].clamp(0, 3), moe.w_in, moe.w_out)
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 4])
+def test_tokens_that_are_not_numbers_reach_no_other_memory(top_k: int) -> None:
+    moe = grown(0, 5, top_k)
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        x = torch.randn(1, 40, 8, requires_grad=True)
+        y, routing = moe(torch.where(torch.rand(1, 40, 8) < 0.1, bad, x))
+        assert routing.families.min() >= 0 and routing.families.max() < moe.n_families
+        assert torch.equal(moe.family_of[routing.experts], routing.families)
+        y.sum().backward()
 
 
 def test_the_whole_layer_moves_to_another_device() -> None:
     moe = grown(0, 3).to("meta")
     assert {value.device.type for value in vars(moe).values() if isinstance(value, Tensor)} <= {"meta"}
+
+
+def chain(n: int) -> MoE:
+    """A layer with one family, whose experts leave its tree one after the other."""
+    moe = MoE(8, n, 1, 1)
+    moe.family_of, moe.path = torch.zeros(n, dtype=torch.int64), (torch.eye(n)[:, :-1] * -2).to(torch.int8)
+    moe.path += torch.ones(n, n - 1, dtype=torch.int8).tril()
+    moe.router, moe.selection_bias = nn.Parameter(torch.randn(1, 1, 8)), torch.zeros(1, 1)
+    moe.node_weight, moe.node_offset = nn.Parameter(torch.randn(n - 1, 8)), nn.Parameter(torch.zeros(n - 1))
+    return moe
+
+
+def test_a_chain_of_many_experts_is_read_in_linear_time() -> None:
+    moe, x = chain(2_000), torch.randn(1, 30, 8)
+    begun = time.perf_counter()
+    moe.refresh()
+    assert time.perf_counter() - begun < 15  # 0.2 s on an idle core
+    left = (moe.margins(x)[0] <= 0).float()
+    torch.testing.assert_close(moe(x)[1].experts[0, :, 0], torch.where(left.any(-1), left.argmax(-1), 1_999))
+
+
+@pytest.mark.parametrize(
+    ("name", "place", "value"),
+    [("path", (4, 3), v) for v in (0, -1, 2, -128)] + [("path", (0, 1), 1), ("path", (slice(None), 2), 0)]
+    + [("family_of", 2, v) for v in (1, -1, 2**40)],
+)  # fmt: skip
+def test_paths_and_families_that_make_no_tree_are_refused(name: str, place: Any, value: int) -> None:
+    moe = chain(5)
+    moe.refresh()
+    getattr(moe, name)[place] = value
+    with pytest.raises(ValueError, match=rf"^{name}: (node \d does not join|a family is not the experts of one tree)"):
+        moe.refresh()
+
+
+def test_families_do_not_share_a_tree() -> None:
+    moe = MoE(8, 4, 4, 2)
+    moe.path = torch.tensor([[-1], [1], [-1], [1]], dtype=torch.int8)
+    moe.family_of = torch.tensor([0, 0, 1, 1])
+    with pytest.raises(ValueError, match=r"^path: node 0 does not join two trees of experts$"):
+        moe.refresh()

@@ -9,10 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from dvc.repo import Repo
 
+from phasegate.base.errors import UserError
 from phasegate.tools.repair import is_cut_off, repair
+from phasegate.training import device
 from tests.small_study import ROOT, Checkout
 
 Break = Callable[[Checkout, Path], None]
@@ -174,3 +177,36 @@ def test_the_marks_of_a_merge_conflict_are_recognised_and_the_file_stays(name: s
         assert said.count("\n") == 1, said
         assert said.startswith(f"{program}: {name} has the marks of a merge conflict: keep one side, as `git ")
     assert (study.folder / name).read_text() == conflict and not [*(study.folder / ".dvc/tmp").glob("*.damaged")]
+
+
+@pytest.mark.parametrize("wanted", ["auto", "cuda", "cpu"])
+def test_a_gpu_that_cannot_compute_is_none_and_that_is_said(
+    wanted: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def empty(*size: int, **where: object) -> None:
+        raise RuntimeError("The NVIDIA driver on your system is too old\n(found version 11040).")
+
+    monkeypatch.setenv("PHASEGATE_DEVICE", wanted)
+    monkeypatch.setenv("PHASEGATE_WORKERS", "5")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "empty", empty)
+    why = "The NVIDIA driver on your system is too old (found version 11040)."
+    if wanted == "cuda":
+        with pytest.raises(UserError) as refusal:
+            device.device()
+        assert str(refusal.value) == f"PHASEGATE_DEVICE is cuda, but the GPU here can't be used: {why}"
+    else:
+        assert device.device().type == "cpu" and device.device().type == "cpu" and device.workers() == 5
+        said = f"the GPU here can't be used, so trials run on the CPU: {why}\n"
+        assert capsys.readouterr().err == (said if wanted == "auto" else "")
+        assert os.environ["PHASEGATE_DEVICE"] == "cpu"
+
+
+@pytest.mark.parametrize(("free", "most"), [(0, 1), (3 << 30, 3), (1 << 40, 8)])
+def test_trials_on_a_gpu_are_as_many_as_its_memory_holds(free: int, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PHASEGATE_DEVICE", "auto")
+    monkeypatch.setenv("PHASEGATE_WORKERS", "8")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free, 1 << 41))
+    monkeypatch.setattr(device, "find_failure", lambda name: "")
+    assert device.device().type == "cuda" and device.workers() == most

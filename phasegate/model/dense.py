@@ -42,7 +42,7 @@ class _Rows(torch.autograd.Function):
 @without_autocast
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor, conv: nn.Conv1d | nn.Conv2d) -> Tensor:
     """Convolve x (B, channels, length or height x width) as one product; in memory, channels are last."""
-    if not suit(x, weight):
+    if not suit(x, weight) or x.dim() != weight.dim():  # one example without a batch
         y: Tensor = conv._conv_forward(x, weight, bias)
         return y
     assert not isinstance(conv.padding, str)

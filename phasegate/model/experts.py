@@ -32,9 +32,16 @@ def route(x: Tensor, router: Tensor, bias: Tensor, hyperplanes: Hyperplanes, top
     The families with the greatest logit + bias (G, F) are chosen, of equal ones the lower index. Their gates are the
     softmax of their logits; a lone gate keeps its probability among all families, for the router's gradient (arXiv
     2101.03961). The kernel can be differentiated once, by logits, gates and weights. Through the weights the
-    hyperplanes learn if they need a gradient: see `_descend`.
+    hyperplanes learn if they need a gradient: see `_descend`. ValueError unless there are `top_k` families to choose,
+    and for tokens that are not (G, N, D).
     """
-    if suit(x, router) and x.shape[::2] == router.shape[::2]:  # else torch says what is wrong
+    (n_gates, n_families, width), (weight, offset, root, _) = router.shape, hyperplanes
+    if not 1 <= top_k <= n_families:
+        raise ValueError(f"top_k is {top_k}: it must lie between 1 and the {n_families} families that may be chosen")
+    if x.dim() != 3 or (len(x), x.shape[2]) != (n_gates, width):
+        raise ValueError(f"tokens have shape {tuple(x.shape)}: it must be ({n_gates}, N, {width}) for these routers")
+    fit = bias.shape == (n_gates, n_families) and weight.shape[1:] == (width,) and len(offset) == len(weight)
+    if fit and len(root) == n_families and suit(x, router, bias, weight, offset):
         return Routed(*Route.apply(x, router, bias, *hyperplanes, top_k))  # type: ignore[no-untyped-call]
     logits = x @ router.transpose(1, 2)
     families = (logits.detach() + bias[:, None]).argsort(dim=-1, descending=True, stable=True)[..., :top_k]
@@ -49,7 +56,7 @@ def mix(x: Tensor, weights: Tensor, experts: Tensor, w_in: Tensor, w_out: Tensor
 
     Weights (E, D, H) and (E, H, D). Returns the sums (G, N, D) and how many slots ran each expert (E,).
     """
-    if suit(x, w_in) and x.shape[-1] == w_in.shape[1]:
+    if weights.shape == experts.shape and suit(weights) and _suit(x, experts, w_in, w_out):
         mixed: tuple[Tensor, Tensor] = Mix.apply(x, weights, experts, w_in, w_out)  # type: ignore[no-untyped-call]
         return mixed
     outputs = run(x.flatten(0, 1), experts.flatten(0, 1), w_in, w_out)
@@ -80,7 +87,7 @@ def _descend(
 @without_autocast
 def run(x: Tensor, experts: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
     """Return the ungated outputs of the experts (N, K) of tokens x (N, D) -> (N, K, D); no gradient from the kernel."""
-    if suit(x, w_in) and x.shape[-1] == w_in.shape[1]:
+    if _suit(x, experts, w_in, w_out):
         return run_experts(x, experts, w_in, w_out)
     order = experts.flatten().argsort(stable=True)
     ones = torch.ones_like(order)
@@ -89,3 +96,10 @@ def run(x: Tensor, experts: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
     y = torch.cat([(rows @ first).relu() @ last for rows, first, last in zip(groups, w_in, w_out, strict=True)])
     place = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
     return y[place].view(*experts.shape, x.shape[1])
+
+
+def _suit(x: Tensor, experts: Tensor, w_in: Tensor, w_out: Tensor) -> bool:
+    """Tell whether the kernels run experts (..., K) on tokens x (..., D)."""
+    n_experts, width, inside = w_in.shape
+    fit = w_out.shape == (n_experts, inside, width) and x.shape == (*experts.shape[:-1], width) and experts.shape[-1]
+    return bool(fit) and experts.dtype == torch.int64 and experts.device == x.device and suit(x, w_in, w_out)

@@ -143,24 +143,25 @@ class MoE(nn.Module):
 
         A slot is an inner node (0..L-1) or an expert (L + e). `_root` (F,) is the first slot of a family, `_child`
         (L + E, 2) the next slot of a token on the negative and on the positive side. Experts lead to themselves.
+        Trees are joined from below, in time that is linear in the size of `path`; ValueError if they are none.
         """
         if self.path.is_meta:  # a checkpoint's model before its weights are there
             return
-        n_nodes, path, family_of = self.path.shape[1], self.path.tolist(), self.family_of.tolist()
-        child = [[0, 0] for _ in range(n_nodes)] + [[n_nodes + e] * 2 for e in range(self.n_routed)]
-
-        def descend(leaves: list[int]) -> int:
-            """Return the slot that joins these leaves."""
-            if len(leaves) == 1:
-                return n_nodes + leaves[0]
-            node = next(n for n in range(n_nodes) if {path[leaf][n] for leaf in leaves} == {-1, 1})
-            sides = [[leaf for leaf in leaves if path[leaf][node] == side] for side in (-1, 1)]
-            child[node] = [descend(side) for side in sides]
-            return node
-
-        roots = [descend([e for e, family in enumerate(family_of) if family == f]) for f in range(self.n_families)]
+        columns, family_of, (n_experts, n_nodes) = self.path.T.cpu().numpy(), self.family_of.tolist(), self.path.shape
+        top = torch.arange(n_nodes, n_nodes + n_experts).numpy()  # the slot of the tree that an expert is in so far
+        child, sizes = [[slot, slot] for slot in range(n_nodes + n_experts)], [0] * n_nodes + [1] * n_experts
+        for node in (columns != 0).sum(1).argsort().tolist():
+            sides = [{*top[columns[node] == side].tolist()} for side in (-1, 1)]
+            child[node], sizes[node] = [slot for side in sides for slot in side], int((columns[node] != 0).sum())
+            if [len(side) for side in sides] != [1, 1] or sum(sizes[slot] for slot in child[node]) != sizes[node]:
+                raise ValueError(f"path: node {node} does not join two trees of experts")
+            top[columns[node] != 0] = node
+        pairs = {*zip(family_of, top.tolist(), strict=True)}
+        trees = dict(pairs)
+        if [*sorted(trees)] != [*range(self.n_families)] or not len(pairs) == len(trees) == len({*trees.values()}):
+            raise ValueError("family_of: a family is not the experts of one tree")
         device = self.path.device
-        self._root = torch.tensor(roots, device=device)
+        self._root = torch.tensor([trees[family] for family in range(self.n_families)], device=device)
         self._child = torch.tensor(child, device=device)
         self.set_birth(Birth(*self.birth.tolist()) if self.birth.any() else None)
 

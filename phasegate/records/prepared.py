@@ -31,6 +31,7 @@ META, FIT, TEST = "dataset.json", "fit.safetensors", "test.safetensors"
 FILES = {FIT: ("train", "signal", "gate"), TEST: ("test", "published")}
 ARRAYS = {file: [f"{split}_{part}" for split in splits for part in "xy"] for file, splits in FILES.items()}
 LARGEST = memory() // 2  # bytes of arrays in a file: a file can claim any size
+LARGEST_INPUT = float(np.finfo(np.float32).max)
 LARGEST_META = 1 << 24  # bytes of `dataset.json`, which has thousands
 
 
@@ -80,6 +81,9 @@ class Meta:
         for what, (values, length) in lengths.items():
             if len(values) != length:
                 raise ValueError(f"{what} has {len(values)} values, not {length}")
+        for mean, std in zip(self.mean, self.std, strict=True):
+            if not (std > 0 and abs(mean) <= std * LARGEST_INPUT):
+                raise UserError(f"mean {mean} with std {std}: a std is above 0, and 0 - mean is at most 3.4e38 of it")
 
     @property
     def classes(self) -> int:

@@ -9,6 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from phasegate.model.kernels.compiled import kernels
+from phasegate.model.kernels.functions import suit
 
 
 class AdamW(Optimizer):
@@ -34,6 +35,8 @@ class AdamW(Optimizer):
             for parameter in group["params"]:
                 if parameter.grad is None:
                     continue
+                if not (suit(parameter) and parameter.is_contiguous()):  # changed since the optimizer was made
+                    raise TypeError(f"a parameter is now {parameter.dtype} on {parameter.device}: make a new optimizer")
                 state = self.state[parameter]
                 if not state:
                     blank = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}

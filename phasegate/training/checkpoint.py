@@ -148,11 +148,17 @@ def fill(model: Network, state: dict[str, Tensor], source: str, optimizer: Optim
     """
     before = list(model.parameters())
     device = before[0].device
+    parts, modules = _by_owner(state), dict(model.named_modules())
     for block, moe in enumerate(model.layers):
-        moe.resize_like(below(state, f"blocks.{block}.moe."))
+        moe.resize_like(parts.get(f"blocks.{block}.moe", {}))
     _check_fit(model.state_dict(), state, source)
     there = device if device.type != "meta" else torch.device("cpu")
-    model.load_state_dict({name: tensor.to(there, copy=True) for name, tensor in state.items()}, assign=True)
+    for owner, tensors in parts.items():  # torch's `load_state_dict` looks at every tensor for every module
+        for name, tensor in tensors.items():
+            old, new = getattr(modules[owner], name), tensor.to(there, copy=True)
+            setattr(
+                modules[owner], name, nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
+            )
     for moe in model.layers:
         moe.refresh()
     replaced = dict(zip(map(id, before), model.parameters(), strict=True))
@@ -163,6 +169,15 @@ def fill(model: Network, state: dict[str, Tensor], source: str, optimizer: Optim
 def below(state: Mapping[str, T], prefix: str) -> dict[str, T]:
     """Return what stands under a prefix in a flat mapping, without the prefix."""
     return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
+
+def _by_owner(state: Mapping[str, T]) -> dict[str, dict[str, T]]:
+    """Group a flat mapping by what stands before the last dot of its names."""
+    groups: dict[str, dict[str, T]] = {}
+    for name, value in state.items():
+        owner, _, own = name.rpartition(".")
+        groups.setdefault(owner, {})[own] = value
+    return groups
 
 
 def _judge(logits: Tensor, gate: Examples) -> _Gate:
@@ -219,9 +234,9 @@ def _zeros(model: Network, device: torch.device | str) -> Examples:
 
 def _restore(model: nn.Module, training: Training, state: dict[str, Tensor], source: str) -> Optimizer:
     """Rebuild the optimizer of a checkpoint."""
-    optimizer, wanted = make_optimizer(model.parameters(), training), dict[str, Tensor]()
+    optimizer, wanted, parts = make_optimizer(model.parameters(), training), dict[str, Tensor](), _by_owner(state)
     for name, parameter in model.named_parameters():
-        if moments := below(state, f"{name}."):
+        if moments := parts.get(name):
             wanted |= {f"{name}.step": torch.zeros(()), f"{name}.exp_avg": parameter, f"{name}.exp_avg_sq": parameter}
             optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in moments.items()}
     _check_fit(wanted, state, source)

@@ -19,7 +19,8 @@ def load_balance(routing: Routing) -> Tensor:
 
     It is summed over gates, so that no gate's router is pressed less because there are others.
     """
-    if suit(routing.logits):
+    fit = routing.families.dtype == torch.int64 and routing.families.shape[:2] == routing.logits.shape[:2]
+    if fit and suit(routing.logits):
         loss: Tensor = Balance.apply(routing.logits, routing.families)  # type: ignore[no-untyped-call]
         return loss
     families, tokens = routing.logits.shape[-1], routing.logits.shape[1]

@@ -25,7 +25,7 @@ from phasegate.base import processes, processor, settings, timings, used
 from phasegate.base.errors import Diverged, UserError
 from phasegate.records.trial_folder import MACHINE, SECONDS, Failure, read_failure, write_failure
 from phasegate.training import killed_trials
-from phasegate.training.device import device
+from phasegate.training.device import device, workers
 from phasegate.trials import store
 from phasegate.trials.code import OUTSIDE, package_of
 from phasegate.trials.trial import Trial
@@ -134,7 +134,7 @@ def _results(trials: list[Trial], kept: dict[str, Path]) -> Iterator[Result]:
     warnings.filterwarnings("ignore", r"\d+ tasks (have been|which were) ")  # joblib's, when a run is stopped
     warnings.filterwarnings("ignore", "A worker stopped while")  # loky's, which starts large workers again
     parallel = joblib.Parallel(
-        n_jobs=settings.workers(),
+        n_jobs=workers(),
         return_as="generator_unordered",
         backend="loky",
         initializer=processes.start_worker,  # before a worker imports torch, which takes seconds

@@ -1,7 +1,8 @@
 """Make the kernels differentiable functions of float32 tensors on the CPU.
 
 Each can be differentiated once. Elsewhere, for other types, and while torch compiles or exports a program, plain torch
-stands in for them: `suit` tells which.
+stands in for them: `suit` tells which. A kernel trusts its addresses and numbers, so nothing reaches one before every
+shape and type is known to fit; what does not fit goes to plain torch, which says what is wrong.
 """
 
 import threading
@@ -17,9 +18,10 @@ from torch.autograd.function import once_differentiable
 
 from phasegate.model.kernels.compiled import Kernel, kernels
 
-ZEROS, ONE = torch.zeros(1 << 16), torch.ones(1)
+ONE = torch.ones(1)
 PANEL = 1 << 18  # floats that products need to work on
 CPU = torch.device("cpu")
+PLAIN = (Tensor, torch.nn.Parameter)  # a subclass may have no memory, as where torch traces shapes alone
 T = TypeVar("T")
 
 
@@ -27,6 +29,7 @@ class _Workspace(threading.local):
     """Hold memory that kernels work on, for each thread: fresh pages at every call would cost more than the work."""
 
     floats = torch.empty(0)
+    blank = torch.zeros(1 << 16)
 
     def addresses(self, *sizes: int) -> list[int]:
         """Return addresses of a panel and of so many floats each, valid until the next call in this thread."""
@@ -35,14 +38,29 @@ class _Workspace(threading.local):
             self.floats = torch.empty(ends[-1])
         return [self.floats.data_ptr() + 4 * place for place in (0, *ends[:-1])]
 
+    def zeros(self, columns: int) -> Tensor:
+        """Return zeros from which the elements of so many columns may start; nobody writes to them."""
+        if len(self.blank) < columns:
+            self.blank = torch.zeros(columns)
+        return self.blank
+
 
 workspace = _Workspace()
 
 
 def suit(*tensors: Tensor) -> bool:
-    """Tell whether the kernels run for some tensors."""
-    fit = all(x.dtype == torch.float32 and x.device == CPU for x in tensors)
-    return fit and not torch.compiler.is_compiling()
+    """Tell whether the kernels run for some tensors: dense ones of float32 in this machine's memory."""
+    if torch.compiler.is_compiling():
+        return False
+    for x in tensors:
+        if x.dtype != torch.float32 or x.device != CPU or x.layout != torch.strided or type(x) not in PLAIN:
+            return False
+    return True
+
+
+def _dense(x: Tensor) -> Tensor:
+    """Return a tensor whose memory holds its numbers in order: no view of a part, of a transpose or of negatives."""
+    return x.resolve_neg().contiguous()
 
 
 def without_autocast(function: Callable[..., T]) -> Callable[..., T]:
@@ -69,11 +87,11 @@ def _widen(value: Any) -> Any:
 
 def multiply(a: Tensor, b: Tensor, start: Tensor | None = None) -> Tensor:
     """Return start + a @ b without a gradient: a (M, K), b (K, N) of any strides, start (N,)."""
-    (m, k), n = a.shape, b.shape[1]
+    (m, k), n, a, b = a.shape, b.shape[1], a.resolve_neg(), b.resolve_neg()
     if b.stride(1) != 1 and b.stride(0) != 1:
         b = b.contiguous()
     c = a.new_empty(m, n)
-    begin = ZEROS if start is None else start
+    begin = workspace.zeros(n) if start is None else _dense(start)
     kernels().product(
         a.data_ptr(), a.stride(0), a.stride(1), b.data_ptr(), b.stride(0), b.stride(1), c.data_ptr(), n,
         begin.data_ptr(), 0, m, n, k, *workspace.addresses(),
@@ -84,7 +102,8 @@ def multiply(a: Tensor, b: Tensor, start: Tensor | None = None) -> Tensor:
 @without_autocast
 def product(a: Tensor, b: Tensor, start: Tensor | None = None) -> Tensor:
     """Return start + a @ b for a (..., K), b (K, N) and start (N,); each element is a chain in the order of k."""
-    if not suit(a, b) or a.shape[-1] != len(b):  # torch says what is wrong
+    fits = suit(a, b) and a.dim() > 1 and b.dim() == 2 and a.shape[-1] == len(b)
+    if not (fits and (start is None or (suit(start) and start.shape == b.shape[1:]))):
         return a @ b if start is None else a @ b + start
     c: Tensor = Product.apply(a.flatten(0, -2), b, start)  # type: ignore[no-untyped-call]
     return c.view(*a.shape[:-1], b.shape[1])
@@ -101,7 +120,7 @@ class Product(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
-        (a, b), (needs_a, needs_b, needs_start), slope = ctx.saved_tensors, ctx.needs_input_grad, slope.contiguous()
+        (a, b), (needs_a, needs_b, needs_start), slope = ctx.saved_tensors, ctx.needs_input_grad, _dense(slope)
         d_a = multiply(slope, b.T) if needs_a else None
         if needs_b:  # laid out as b is
             d_b = multiply(a.T, slope) if b.stride(1) == 1 else multiply(slope.T, a).T
@@ -113,7 +132,7 @@ def all_finite(tensors: Iterable[Tensor]) -> bool:
     """Tell whether every number of some tensors is finite."""
     addresses, found = array("q"), array("q", [-1])
     for tensor in tensors:
-        if not (suit(tensor) and tensor.is_contiguous()):
+        if not (suit(tensor) and tensor.is_contiguous()):  # the sign of a negative view decides nothing
             if not tensor.isfinite().all():
                 return False
         else:
@@ -129,7 +148,7 @@ def _run(kernel: Kernel, *arguments: Tensor | int) -> None:
 def run_experts(x: Tensor, experts: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
     """Return what the experts (N, K) of tokens x (N, D) put out, without gates or gradient -> (N, K, D)."""
     ones = x.new_ones(experts.shape)
-    _, rows, _, order, _ = _mix(x, ones, experts, w_in, w_out)
+    _, rows, _, order, _ = _mix(*map(_dense, (x, ones, experts, w_in, w_out)))
     place = order[experts.numel() : 2 * experts.numel()]
     return rows[1][place].view(*experts.shape, x.shape[1])
 
@@ -145,12 +164,20 @@ def _mix(
     rows, hidden, y = x.new_empty(2, slots, width), x.new_empty(slots, inside), torch.empty_like(x)
     order, counts = experts.new_empty(2 * slots + n_experts), experts.new_empty(n_experts)
     sorting, outputs, (panel,) = _sorting(order, slots), rows.data_ptr() + 4 * slots * width, workspace.addresses()
-    _run(kernels().sort_slots, experts, *sorting, counts, slots, n_experts)
+    strange = array("q", [0])
+    _run(kernels().sort_slots, experts, *sorting, counts, strange.buffer_info()[0], slots, n_experts)
+    _refuse_strange(strange[0], "experts", n_experts)
     _run(
-        kernels().mixture, x, weights, w_in, w_out, *sorting, rows, hidden, outputs, y, ZEROS, panel,
-        slots // top_k, top_k, n_experts, width, inside,
+        kernels().mixture, x, weights, w_in, w_out, *sorting, rows, hidden, outputs, y,
+        workspace.zeros(max(width, inside)), panel, slots // top_k, top_k, n_experts, width, inside,
     )  # fmt: skip
     return y, rows, hidden, order, counts
+
+
+def _refuse_strange(found: int, what: str, count: int) -> None:
+    """Raise IndexError if some indices, which are too large or too small, were found."""
+    if found:
+        raise IndexError(f"{found} indices of {what} are out of range: there are {count} {what}")
 
 
 def _sorting(order: Tensor, slots: int) -> tuple[int, int, int]:
@@ -165,8 +192,8 @@ class Mix(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weights: Tensor, experts: Tensor, w_in: Tensor, w_out: Tensor
     ) -> tuple[Tensor, Tensor]:
-        x, weights = x.contiguous(), weights.contiguous()
-        y, rows, hidden, order, counts = _mix(x, weights, experts.contiguous(), w_in, w_out)
+        x, weights, experts, w_in, w_out = map(_dense, (x, weights, experts, w_in, w_out))
+        y, rows, hidden, order, counts = _mix(x, weights, experts, w_in, w_out)
         ctx.mark_non_differentiable(counts)
         ctx.save_for_backward(x, weights, w_in, w_out, rows, hidden, order)
         return y, counts
@@ -179,14 +206,14 @@ class Mix(torch.autograd.Function):
             w_in.shape,
             weights.shape[-1],
             weights.numel(),
-            slope.contiguous(),
+            _dense(slope),
         )
         d_x, d_weights, d_w_in, d_w_out = map(torch.empty_like, (x, weights, w_in, w_out))
         panel, some, d_hidden, d_rows = workspace.addresses(slots * width, slots * inside, slots * width)
         _run(
             kernels().mixture_gradient, slope, weights, w_in, w_out, rows, hidden, rows.data_ptr() + 4 * slots * width,
-            *_sorting(order, slots), d_x, d_weights, d_w_in, d_w_out, some, d_hidden, d_rows, ONE, ZEROS, panel,
-            slots // top_k, top_k, n_experts, width, inside,
+            *_sorting(order, slots), d_x, d_weights, d_w_in, d_w_out, some, d_hidden, d_rows, ONE,
+            workspace.zeros(max(width, inside)), panel, slots // top_k, top_k, n_experts, width, inside,
         )  # fmt: skip
         return d_x, d_weights, None, d_w_in, d_w_out
 
@@ -200,13 +227,14 @@ class Route(torch.autograd.Function):
         child: Tensor, top_k: int,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         (n_gates, n, width), n_families, n_nodes = x.shape, router.shape[1], len(node_weight)
-        x, router, bias = x.contiguous(), router.contiguous(), bias.contiguous()
+        given = (x, router, bias, node_weight, node_offset, root, child)
+        x, router, bias, node_weight, node_offset, root, child = map(_dense, given)
         logits, gates = x.new_empty(n_gates, n, n_families), x.new_empty(n_gates, n, top_k)
         families, experts = root.new_empty(n_gates, n, top_k), root.new_empty(n_gates, n, top_k)
         margins, (panel,) = x.new_empty(n_gates * n, n_nodes), workspace.addresses()
         _run(
             kernels().route, x, router, bias, node_weight, node_offset, root, child, logits, gates, families, experts,
-            margins, ZEROS, panel, n_gates, n, n_families, width, top_k, n_nodes,
+            margins, workspace.zeros(n_families), panel, n_gates, n, n_families, width, top_k, n_nodes,
         )  # fmt: skip
         ctx.mark_non_differentiable(families, experts)
         ctx.set_materialize_grads(False)
@@ -221,13 +249,13 @@ class Route(torch.autograd.Function):
         x, router, node_weight, root, child, logits, gates, families, margins = ctx.saved_tensors
         (n_gates, n, width), n_families, top_k = x.shape, router.shape[1], gates.shape[2]
         d_logits, d_gates = _own(d_logits, logits), _own(d_gates, gates)
-        d_weights = torch.zeros_like(gates) if d_weights is None else d_weights.contiguous()
+        d_weights = torch.zeros_like(gates) if d_weights is None else _dense(d_weights)
         d_x, d_router, (panel,) = torch.zeros_like(x), torch.empty_like(router), workspace.addresses()
         teaches = ctx.needs_input_grad[3] and len(node_weight) > 0
         d_margins = torch.zeros_like(margins) if teaches else margins
         _run(
             kernels().route_gradient, x, router, logits, families, gates, d_gates, d_weights, margins, root, child,
-            d_logits, d_margins, d_x, d_router, ZEROS, panel,
+            d_logits, d_margins, d_x, d_router, workspace.zeros(width), panel,
             n_gates, n, n_families, width, top_k, len(node_weight) * teaches,
         )  # fmt: skip
         d_node = d_offset = None
@@ -249,10 +277,12 @@ class Balance(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, families: Tensor) -> Tensor:
         (n_gates, n, n_families), top_k = logits.shape, families.shape[2]
-        logits, families = logits.contiguous(), families.contiguous()
+        logits, families, strange = _dense(logits), families.contiguous(), array("q", [0])
         value, slopes, shares = logits.new_zeros(()), torch.empty_like(logits), logits.new_empty(n_families)
         for g in range(n_gates):
-            _run(kernels().balance, logits[g], shares, families[g], value, slopes[g], n, n_families, top_k)
+            found = strange.buffer_info()[0]
+            _run(kernels().balance, logits[g], shares, families[g], value, slopes[g], found, n, n_families, top_k)
+            _refuse_strange(strange[0], "families", n_families)
         ctx.save_for_backward(slopes)
         return value
 

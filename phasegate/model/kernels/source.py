@@ -39,9 +39,24 @@ def compile_all() -> tuple[dict[str, tuple[str, list[str]]], bytes]:
     return functions, machine.emit_object(whole)
 
 
-@entry(*[INTS] * 5, INT, INT)
-def sort_slots(experts, slot, place, ends, counts, n_slots, n_experts):
-    """Sort slots by their expert, stably: `slot` of each row, `place` (row) of each slot, `ends` of experts' rows."""
+@inner
+def count_strange(indices, n, count):
+    """Count the indices that are not below `count`, or below zero: one would reach foreign memory."""
+    strange = 0
+    for i in range(n):
+        strange += 1 if indices[i] < 0 or indices[i] >= count else 0
+    return strange
+
+
+@entry(*[INTS] * 6, INT, INT)
+def sort_slots(experts, slot, place, ends, counts, strange, n_slots, n_experts):
+    """Sort slots by their expert, stably: `slot` of each row, `place` (row) of each slot, `ends` of experts' rows.
+
+    If `strange` experts are found, nothing is done.
+    """
+    strange[0] = count_strange(experts, n_slots, n_experts)
+    if strange[0]:
+        return
     for e in range(n_experts):
         counts[e] = 0
     for s in range(n_slots):
@@ -271,9 +286,12 @@ def route_gradient(
         matmul(slopes, n_families, 1, right, width, 1, back, width, back, width, n, width, n_families, panel)
 
 
-@entry(*[FLOATS] * 2, INTS, *[FLOATS] * 2, *[INT] * 3)
-def balance(logits, shares, families, value, d_logits, n, n_families, top_k):
-    """Compute Switch's balancing loss of one gate's tokens, and its gradient."""
+@entry(*[FLOATS] * 2, INTS, *[FLOATS] * 2, INTS, *[INT] * 3)
+def balance(logits, shares, families, value, d_logits, strange, n, n_families, top_k):
+    """Compute Switch's balancing loss of one gate's tokens, and its gradient; nothing if families are `strange`."""
+    strange[0] = count_strange(families, n * top_k, n_families)
+    if strange[0]:
+        return
     for f in range(n_families):
         shares[f] = 0
     for s in range(n * top_k):
