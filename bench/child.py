@@ -20,7 +20,7 @@ def main() -> None:
     """Answer each request with the number of the new case, or with the seconds that one call took."""
     if "default" in sys.argv:  # torch settles how it computes before phasegate is there to pin it
         torch.mm(torch.ones(64, 64), torch.ones(64, 64)).exp()
-    answers, cases = os.fdopen(os.dup(1), "w"), list[Case]()
+    answers, cases = os.fdopen(os.dup(1), "w", encoding="utf-8"), list[Case]()
     os.dup2(2, 1)  # what libraries print is no answer
     for line in sys.stdin:
         request = json.loads(line)

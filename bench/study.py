@@ -25,7 +25,7 @@ ROOT = Path(__file__).parent.parent
 
 def no_op(rounds: int) -> Iterator[Entry]:
     """Measure `dvc repro` here, if there is nothing to do, against trivial stages in another repository."""
-    stages = yaml.safe_load((ROOT / "dvc.lock").read_text())["stages"]
+    stages = yaml.safe_load((ROOT / "dvc.lock").read_text(encoding="utf-8"))["stages"]
     if json.loads(_run(ROOT, "dvc", "status", "--json")):
         print("no-op dvc repro: left out, since there is something to do here", file=sys.stderr)
         return
@@ -34,7 +34,9 @@ def no_op(rounds: int) -> Iterator[Entry]:
         _run(trivial, "git", "init", "--quiet")
         _run(trivial, "dvc", "init", "--quiet")
         shutil.copy(ROOT / ".dvc/config", trivial / ".dvc/config")  # no analytics, no look for updates, as here
-        (trivial / "dvc.yaml").write_text(yaml.safe_dump({"stages": dict(map(_stage, range(len(stages))))}))
+        (trivial / "dvc.yaml").write_text(
+            yaml.safe_dump({"stages": dict(map(_stage, range(len(stages))))}), encoding="utf-8"
+        )
         cases = {"ours": partial(_run, ROOT, "dvc", "repro"), "limit": partial(_run, trivial, "dvc", "repro")}
         yield entry(f"dvc repro with nothing to do, {len(stages)} stages", 1, medians(cases, rounds, warm_up=1))
 
@@ -46,7 +48,7 @@ def whole() -> Iterator[Entry]:
         begun = time.perf_counter()
         subprocess.run(["dvc", "repro", "--force"], cwd=folder, check=True, stdout=subprocess.DEVNULL)
         taken = time.perf_counter() - begun
-        trained = sum(float(path.read_text()) for path in (Path(folder) / STORE).glob(f"*/{SECONDS}"))
+        trained = sum(float(path.read_text(encoding="utf-8")) for path in (Path(folder) / STORE).glob(f"*/{SECONDS}"))
     times = {"ours": 1e3 * taken, "limit": 1e3 * trained / settings.workers()}
     yield entry(f"dvc repro, all of it, {settings.workers()} workers", 1, times)
 
@@ -57,4 +59,4 @@ def _stage(number: int) -> tuple[str, dict[str, object]]:
 
 
 def _run(folder: Path, *command: str) -> str:
-    return subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True).stdout
+    return subprocess.run(command, cwd=folder, check=True, capture_output=True, encoding="utf-8").stdout

@@ -60,7 +60,7 @@ def in_turn(requests: Mapping[str, Request], pinned: set[str], threads: int, rou
     for kind, environment in (("default", outside), ("pinned", outside | PINNED)):
         words = [sys.executable, "-m", "bench.child", kind]
         children[kind] = subprocess.Popen(
-            words, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            words, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8"
         )
 
     def ask(child: subprocess.Popen[str], request: object) -> float:

@@ -6,6 +6,7 @@ on the whole file, since `dvc.lock` would repeat each value.
 
 import ast
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -34,6 +35,8 @@ def main(params: Params) -> None:
                 raise UserError(f"decisions.phases.{phase}.arms has {arm!r}: {suggestion(arm, defined)}")
             if arm in claim.arms[:place]:
                 raise UserError(f"decisions.phases.{phase}.arms has {arm!r} twice: name each arm once")
+        if "yoked" in claim.arms and (repeated := repeated_arm(phase)) not in (None, *claim.arms):
+            raise UserError(f"decisions.phases.{phase}.arms lacks {repeated!r}, whose operations yoked repeats: add it")
     needed = {arm for account in ACCOUNTS.values() for contrast in account.values() for arm in contrast}
     for arm in sorted(needed | {f"{growth.PHASE}/{growth.LARGE}"}):
         phase, _, name = arm.partition("/")
@@ -64,12 +67,22 @@ def check_runs(named: Mapping[str, str], params: Params) -> None:
 
 def arms_of(phase: str) -> list[str]:
     """Return the names of the arms that the script of a phase defines, without running it: it imports torch."""
-    tree = ast.parse(Path(__file__).with_name(f"{phase}.py").read_bytes())
+    tree = ast.parse(_script(phase))
     for node in ast.walk(tree):
         match node:
             case ast.Assign(targets=[ast.Name(id="arms")], value=ast.Dict(keys=keys)):
                 return [str(key.value) for key in keys if isinstance(key, ast.Constant)]
     raise AssertionError(f"stages/{phase}.py defines no dictionary of arms")
+
+
+def repeated_arm(phase: str) -> str | None:
+    """Return the arm whose operations the arm `yoked` of a phase repeats, by the script of the phase."""
+    found = re.search(rf'YokedPolicy\(MODELS / "{phase}/(\w+)"\)', _script(phase))
+    return found[1] if found else None
+
+
+def _script(phase: str) -> str:
+    return Path(__file__).with_name(f"{phase}.py").read_text(encoding="utf-8")
 
 
 def schema() -> str:

@@ -6,8 +6,8 @@ from phasegate.base.errors import UserError
 from phasegate.base.files import write_atomic
 from phasegate.base.paths import EVALUATED, MODELS, REPORTS, TABLES
 from phasegate.params import Params
-from phasegate.params.fields import load_yaml
 from phasegate.params.names import EVALUATED as FOLDERS
+from phasegate.params.reading import load_yaml
 from phasegate.records.predictions import read_predictions
 from phasegate.records.tables import read_table, write_table
 from phasegate.stage import run

@@ -1,6 +1,6 @@
 """Prepare the data: fetch or generate, verify, split, standardise."""
 
-from phasegate.base.errors import UserError
+from phasegate.base.errors import UserError, visible
 from phasegate.base.paths import PREPARED
 from phasegate.data_sets.prepare import prepare
 from phasegate.params import Params
@@ -15,7 +15,7 @@ def main(params: Params) -> None:
     tasks = data.tasks.get(data.name, {})
     given = (data.validation, data.split_seed, tasks, data.layout)
     for remark in prepare(data.name, PREPARED, data.source, *given):
-        print(remark)
+        print(visible(remark))
     meta = load_meta(PREPARED)
     refuse_too_large(params, meta.input_shape, meta.classes)
     if params.p7c2.classes >= meta.classes:

@@ -6,8 +6,9 @@ from phasegate.base.files import write_atomic
 from phasegate.base.paths import MODELS, PREPARED
 from phasegate.model.classifier import ModelSpec
 from phasegate.params import Params
-from phasegate.params.fields import load_section, load_yaml
+from phasegate.params.fields import load_section
 from phasegate.params.pretraining import BASE, Training
+from phasegate.params.reading import load_yaml
 from phasegate.pretraining.ranking import race
 from phasegate.pretraining.search import trainer, variants
 from phasegate.records.prepared import load_meta

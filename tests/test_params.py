@@ -52,6 +52,8 @@ def test_the_committed_parameters_are_right() -> None:
         ("decisions.margin", -0.1, "decisions.margin is -0.1: input should be greater than or equal to 0"),
         ("decisions.phases.p7b2.hypothesis", " \n\x1c", "decisions.phases.p7b2.hypothesis: it is blank: state it"),
         ("plugins.hypothesis", "", "plugins.hypothesis: it is blank: state it before the phase runs"),
+        ("plugins.hypothesis", "a\x1b[2J", "hypothesis: 'a\\x1b[2J' has characters that can't be printed"),
+        ("plugins.hypothesis", "a\u202eb\x9b", "hypothesis: 'a\\u202eb\\x9b' has characters that can't be printed"),
         ("p7b.cooldown", 200, "p7b.cooldown is 200: it must be at most p7b.act_every * surgery.operations / 2 = 160"),
         ("surgery.operations", 3, "surgery.operations is 3: input should be a multiple of 2"),
         ("surgery.operations", 12, "is 12: it must be at most (p7b.steps - p7b.settle) / p7b.act_every = 11"),
@@ -66,6 +68,8 @@ def test_the_committed_parameters_are_right() -> None:
         ("p7c1.late", 299, "p7c1: at is 300: it must be at most late = 299"),
         ("p7c1.late", 1201, "p7c1.late is 1201: it must be at most p7c.steps - p7c.settle = 1200"),
         ("p7c2.at", 1201, "p7c2.at is 1201: it must be at most p7c.steps - p7c.settle = 1200"),
+        ("p7c2.recovery_steps", 301, "p7c2.recovery_steps is 301: it must be at most p7c.settle = 300"),
+        ("p7c.rates", [1, 2, 1.0000001], "p7c: rates has 1 twice: rates must differ in their first six digits"),
         ("p7c3.dead", 7, "p7c3.dead + p7b.min_experts is 13: it must be at most p7a.n_routed = 12"),
         ("p7c.small", 24, "p7c: small is 24: it must be below large = 24"),
         ("p7c.top_k", 5, "p7c: top_k is 5: it must be at most small = 4"),
@@ -120,9 +124,9 @@ def test_what_cannot_be_right_is_refused_in_one_sentence(key: str, value: Any, s
         (b"seeds: [", "is not valid YAML: while parsing"),
         (b"\xff\xfe\x00seeds", "the file is '"),
         (b"seeds: \xc3", "is not valid YAML"),
-        (b"seeds: 2026-13-45", "is not valid YAML: month must be in 1..12"),
+        (b"seeds: 2026-13-45", "line 1: seeds is 2026-13-45, which is read as a date: no parameter is one; write "),
         (b"seeds: !!bool perhaps", "is not valid YAML: 'perhaps'"),
-        (b"seeds: !!timestamp x", "is not valid YAML"),
+        (b"seeds: !!timestamp x", "line 1: seeds is x, which is read as a date"),
         (b"seeds: !!python/object/apply:os.system ['touch harmed']", "is not valid YAML: could not determine"),
         (b"? [1]\n: 2", "is not valid YAML"),
         (b"[" * 100_000, "is not valid YAML"),
@@ -157,7 +161,8 @@ def test_a_file_other_than_the_studys_own_is_named(tmp_path: Path, monkeypatch: 
 
 def test_a_course_too_short_for_a_birth_is_refused() -> None:
     values = yaml.safe_load(PATH.read_text())
-    values["p7c"] |= {"steps": 700, "settle": 0}
+    values["p7c"] |= {"steps": 700, "settle": 1}
+    values["p7c2"]["recovery_steps"] = 1
     parse(Params, values)
     values["p7c1"]["at"] = 600
     with pytest.raises(UserError, match=r"^p7c1.at \+ 101 is 701: it must be at most p7c.steps = 700$"):
@@ -185,6 +190,10 @@ def test_a_model_that_cannot_fit_into_memory_is_refused(monkeypatch: pytest.Monk
             check.refuse_too_large(parse(Params, larger))
     values["references"]["mnist1d"]["mlp"]["hidden"] = [65_536] * 3
     with pytest.raises(UserError, match=r"^references.mnist1d.mlp: a single trial of this model needs 128.0 GiB"):
+        check.refuse_too_large(parse(Params, values))
+    values = yaml.safe_load(PATH.read_text())
+    values["surgery"]["in_a_row"] = 10_000_000
+    with pytest.raises(UserError, match=r"^p7a.n_routed \+ surgery.in_a_row = 10000012, model: a single trial"):
         check.refuse_too_large(parse(Params, values))
 
 

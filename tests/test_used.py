@@ -20,8 +20,8 @@ import yaml
 
 from phasegate.base import used
 from phasegate.base.errors import UserError
-from phasegate.params.fields import load_yaml
 from phasegate.params.plugins import Plugin
+from phasegate.params.reading import load_yaml
 from phasegate.training.killed_trials import SNAPSHOT, Snapshots
 from phasegate.trials import run as trials_run
 from phasegate.trials import store

@@ -39,7 +39,7 @@ def report_user_errors(program: str) -> Iterator[None]:
         sentence = f"{error.filename or 'a file'}: {error.strerror or error}"
     else:
         return
-    print(f"{program}: {sentence}", file=sys.stderr)
+    print(f"{program}: {visible(sentence)}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -52,8 +52,12 @@ def one_line(error: BaseException, at_most: int = 200) -> str:
 
 def printable(text: str) -> str:
     """Return a text on one line, with escapes for characters that cannot be seen."""
-    words = " ".join(text.split())
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in words)
+    return visible(" ".join(text.split()))
+
+
+def visible(text: str) -> str:
+    """Return a text with escapes for what acts on terminals: all that can't be seen but line breaks and tabs."""
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
 
 
 def first_finding(error: "ValidationError") -> str:

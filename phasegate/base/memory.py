@@ -13,6 +13,6 @@ def memory() -> int:
     if (limit := resource.getrlimit(resource.RLIMIT_AS)[0]) != resource.RLIM_INFINITY:
         physical = min(physical, limit)
     try:
-        return min(physical, int(CGROUP.read_text()))
+        return min(physical, int(CGROUP.read_text(encoding="utf-8")))
     except (OSError, ValueError):  # no such limit: "max"
         return physical

@@ -21,5 +21,9 @@ def has_avx2() -> bool:
 
 def _listed(key: str) -> str:
     """Return what Linux says of the first core; "" elsewhere."""
-    found = re.search(rf"^{key}\s*: (.+)", LISTED.read_text(), re.MULTILINE) if LISTED.exists() else None
+    found = (
+        re.search(rf"^{key}\s*: (.+)", LISTED.read_text(encoding="utf-8", errors="replace"), re.MULTILINE)
+        if LISTED.exists()
+        else None
+    )
     return found[1] if found else ""

@@ -41,6 +41,9 @@ def refuse_too_large(params: Params, input_shape: tuple[int, ...] = (1, 1), clas
         experts = {f"{key}.n_routed": architecture.n_routed}
         if architecture.n_routed == params.p7a.n_routed:  # it may become the baseline, which grows
             experts["p7b.max_experts"] = params.p7b.max_experts
+            most = architecture.n_routed + params.surgery.in_a_row
+            name = f"p7a.n_routed + surgery.in_a_row = {most}, {key}"
+            weights[name] = model_weights(architecture, most, input_shape, classes) // COPIES  # it is not trained
         for name, count in experts.items():
             weights[f"{name} = {count}, {key}"] = model_weights(architecture, count, input_shape, classes)
     most = params.p7c.small + params.p7c.large  # as a handover has for a while

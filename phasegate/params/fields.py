@@ -7,41 +7,51 @@ from pathlib import Path
 from reprlib import Repr
 from typing import Annotated, Any, ClassVar, Self, TypeVar, get_args, get_origin
 
-import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from phasegate.base import used
-from phasegate.base.errors import UserError, one_line, printable
-from phasegate.base.files import read_bounded
+from phasegate.base.errors import UserError, printable
+from phasegate.params.reading import load_yaml
 
 LARGEST = 1 << 16  # widths and numbers of experts; a larger one is a slip
 MOST = 10_000_000  # steps and other counts
-MOST_VALUES = 100_000  # of a file, with aliases followed
+NAME = r"^[a-z][a-z0-9_]*$"
+GOOD_NAME = "a name has small letters, digits and _, begins with a letter, and has at most 100 characters"
+MEANING_ELSE = ("true", "false", "yes", "no", "on", "off", "null", "none", "nan", "inf", "infinity")
+"""Names that parsers of YAML or of tables take for values."""
 
 
-def _refuse_bool(value: object) -> object:
-    if isinstance(value, bool):  # Python takes True for 1
-        raise ValueError(f"{value} is not a number")
+def _refuse_other(value: object) -> object:
+    if isinstance(value, bool | str):  # Python takes True for 1, and '010' for 10
+        raise ValueError(f"{_brief.repr(value)} is not a number")
     return value
 
 
-def _refuse_blank(value: str) -> str:
+def _refuse_unreadable(value: str) -> str:
     if not value.strip():
         raise ValueError("it is blank: state it before the phase runs")
+    if not " ".join(value.split()).isprintable():
+        raise ValueError(f"'{printable(value)[:80]}' has characters that can't be printed: leave them out")
     return value
+
+
+def _refuse_other_meaning(name: str) -> str:
+    if name in MEANING_ELSE:
+        raise ValueError(f"the name {name!r} means something else in YAML or in tables: take another one")
+    return name
 
 
 Count = Annotated[int, Field(ge=1, le=MOST, strict=True)]
 Index = Annotated[int, Field(ge=0, le=MOST, strict=True)]
 Size = Annotated[int, Field(ge=1, le=LARGEST, strict=True)]
-Number = Annotated[float, BeforeValidator(_refuse_bool), Field(allow_inf_nan=False)]
+Number = Annotated[float, BeforeValidator(_refuse_other), Field(allow_inf_nan=False)]
 Fraction = Annotated[Number, Field(ge=0, lt=1)]
 Probability = Annotated[Number, Field(ge=0, le=1)]
 Positive = Annotated[Number, Field(gt=0)]
 NonNegative = Annotated[Number, Field(ge=0)]
-Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$", max_length=100)]
+FileName = Annotated[str, Field(pattern=NAME, max_length=100)]
+Name = Annotated[FileName, AfterValidator(_refuse_other_meaning)]
 Text = Annotated[str, Field(min_length=1)]
-Hypothesis = Annotated[str, AfterValidator(_refuse_blank)]
+Hypothesis = Annotated[str, AfterValidator(_refuse_unreadable)]
 Scalar = bool | int | float | str
 
 
@@ -102,34 +112,6 @@ def load_section(path: Path, key: str, section: type[SectionT]) -> SectionT:
     return parse(section, content.get(key) if isinstance(content, dict) else None, f"{path}: {key}")
 
 
-class _Loader(yaml.SafeLoader):
-    """Bound what PyYAML's safe loader merges into mappings (`<<`), which could take exponential time."""
-
-    merged = 0
-
-    def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        super().flatten_mapping(node)
-        self.merged += len(node.value)
-        if self.merged > MOST_VALUES:
-            raise yaml.YAMLError(f"it merges more than {MOST_VALUES:,} values")
-
-
-def load_yaml(path: Path) -> Any:
-    """Return the content of a YAML file; `UserError` if it cannot be read, is not YAML, or is of absurd size."""
-    used.note_content(path, content := read_bounded(path))
-    try:
-        values = _Loader(content).get_single_data()
-    except Exception as error:  # PyYAML's tags, dates and scanner raise exceptions of every kind
-        raise UserError(f"{path} is not valid YAML: {one_line(error)}") from None
-    waiting, seen = [values], 0
-    while waiting:
-        value, seen = waiting.pop(), seen + 1
-        if seen > MOST_VALUES:
-            raise UserError(f"{path} has more than {MOST_VALUES:,} values: parameters take a few hundred")
-        waiting += value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple | set) else ()
-    return values
-
-
 def suggestion(value: str, known: Iterable[str], otherwise: str = "it must be one of") -> str:
     """Return the closest of the known names as a question, or all of them if none is close."""
     names = list(known)
@@ -154,13 +136,18 @@ def _explain(error: ValidationError, section: type[Section], where: str) -> str:
     first = error.errors(include_url=False)[0]
     path = [printable(str(part)[:80]) for part in first["loc"]]
     key, value, message = ".".join(filter(None, [where, *path])), first["input"], first["msg"]
+    if path[-1:] == ["[key]"] and first["type"] != "value_error":
+        return f"{'.'.join(filter(None, [where, *path[:-2]]))} has the name {_brief.repr(value)}: {GOOD_NAME}"
     match first["type"]:
         case "extra_forbidden":
             allowed = _list_parameters(section, first["loc"][:-1])
             return f"{key} is not a parameter; {suggestion(path[-1], allowed, otherwise='known there:')}"
         case "missing":
             return f"{key} is missing"
+        case "string_pattern_mismatch" if first["ctx"]["pattern"] == NAME:
+            return f"{key} is {_brief.repr(value)}: {GOOD_NAME}"
         case "value_error":
+            key = key.removesuffix(".[key]")
             sentence = message.removeprefix("Value error, ")
             return f"{key}: {sentence}" if key else sentence
         case "literal_error":

@@ -24,6 +24,12 @@ EVALUATED = (REFERENCES, START, "control", *PHASES, PLUGINS)
 """The folders of `models/` whose checkpoints are evaluated."""
 PRIMARY = "primary"
 """Stands for the arm that decides a phase."""
+RESERVED = (
+    *(BASELINE, CONTROL, PRIMARY, "base", "small", "stay", "leave", "sham", "own", *EVALUATED),
+    *("check", "prepare", "q1", "q2", "early", "rates", "survey", "heads", "signals", "in_a_row"),
+    *("evaluate", "decide", "report", "headline"),
+)
+"""Names that no arm of one's own may have: of stages, of arms that others are compared with, and PRIMARY."""
 SIGNALS = ["random_labels", "routing_entropy", "usage_frequency", "zero_hits", "gate_times_norm", "weight_norm"]
 SIGNALS += ["taylor_saliency", "gradmax", "mean_norm", "mean_squared_norm", "aimer", "gradient_squared"]
 SIGNALS += ["frequency_times_spread"]

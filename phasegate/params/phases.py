@@ -1,12 +1,13 @@
 """Define the parameters of the phases after 7a: schedule, signals, people's own arms, and the claims of each phase."""
 
+from collections import Counter
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field
 
 from phasegate.params import fields
 from phasegate.params.fields import Count, Hypothesis, Index, Name, NonNegative, Number, Positive, Section, Size, Text
-from phasegate.params.names import CONTINUED, MEASURED, PHASES, PREDICTED, SIGNALS
+from phasegate.params.names import CONTINUED, MEASURED, PHASES, PREDICTED, RESERVED, SIGNALS
 from phasegate.params.plugins import Plugin
 
 Grow = Literal["split", "clone", "reinit"]
@@ -115,6 +116,9 @@ class Growing(Section):
     def check_together(self) -> None:
         if self.small >= self.large:
             raise ValueError(f"small is {self.small}: it must be below large = {self.large}")
+        named = Counter(f"{rate:g}" for rate in self.rates)  # as trials and tables name them
+        if twice := [rate for rate, often in named.items() if often > 1]:
+            raise ValueError(f"rates has {twice[0]} twice: rates must differ in their first six digits")
 
     def added(self, way: str) -> int:
         """Return how many experts growing in some way adds; those that a handover retires are replaced, too."""
@@ -237,8 +241,8 @@ class PluginArm(Section):
     signal: Name
     grow_above: Number = 1.5  # thresholds of the scores, in standard deviations over the experts
     prune_below: Number = -1.5
-    grow: Name = "split"
-    prune: Name = "remove"
+    grow: fields.FileName = "split"
+    prune: fields.FileName = "remove"
     phase: Literal["p7b", "p7c2", "p7c3"] = "p7b"  # where it acts: on 7a checkpoints, as classes arrive, among the dead
 
     def check_together(self) -> None:
@@ -267,6 +271,10 @@ class Plugins(Stated):
     """Describe people's own arms, the first of which decides the phase."""
 
     arms: dict[Name, PluginArm]
+
+    def check_together(self) -> None:
+        if taken := self.arms.keys() & {*RESERVED}:
+            raise ValueError(f"arms has {min(taken)!r}, a name of the study's own: {', '.join(RESERVED)} are taken")
 
 
 class Headline(Section):

@@ -23,7 +23,7 @@ class Data(Section):
     layout: Literal["channels_first", "channels_last", "no_channels"]
     validation: Count
     split_seed: Annotated[int, Field(ge=0, lt=2**63, strict=True)]
-    tasks: dict[str, dict[str, list[Index]]]
+    tasks: dict[Name, dict[Name, list[Index]]]
 
     def check_together(self) -> None:
         if (self.name in OF_FILES) == (self.path == NO_FILE):

@@ -7,8 +7,9 @@ from pydantic import Field
 
 from phasegate.base.errors import UserError
 from phasegate.params import names, phases
-from phasegate.params.fields import Name, Section, Seeds, check_at_most, load_yaml, override, parse, suggestion
-from phasegate.params.pretraining import Architecture, Baseline, Data, Reference, Search, Training
+from phasegate.params.fields import Name, Section, Seeds, check_at_most, override, parse, suggestion
+from phasegate.params.pretraining import BASE, Architecture, Baseline, Data, Reference, Search, Training
+from phasegate.params.reading import load_yaml
 
 PARAMS = Path("params.yaml")
 
@@ -57,6 +58,12 @@ class Params(Section):
                     f"{key} has top_k = n_routed = {model.top_k} = p7a.n_routed: no expert of such a baseline can be "
                     "removed, and 7b.4's control head learns from removals"
                 )
+        for data, models in self.references.items():
+            if shared := models.keys() & {BASE, *self.q1.candidates}:
+                raise ValueError(
+                    f"references.{data} has {min(shared)!r}, as q1 names a candidate, and both stand in one table: "
+                    "rename one"
+                )
         if "default" not in self.references:
             raise ValueError("references.default is missing: the models of data sets that have none of their own")
 
@@ -93,6 +100,7 @@ class Params(Section):
             (f"{survey} + p7b4.recovery_steps", measured, "p7b.steps", schedule.steps),
             ("p7c1.late", self.p7c1.late, last, growing.steps - growing.settle),
             ("p7c2.at", self.p7c2.at, last, growing.steps - growing.settle),
+            ("p7c2.recovery_steps", self.p7c2.recovery_steps, "p7c.settle", growing.settle),
             (f"p7c1.at + {phases.BIRTH_STEPS + 1}", self.p7c1.at + phases.BIRTH_STEPS + 1, "p7c.steps", growing.steps),
             ("p7c3.dead + p7b.min_experts", self.p7c3.dead + schedule.min_experts, "p7a.n_routed", start),
         ):

@@ -15,9 +15,10 @@ import torch
 from phasegate.base.paths import EARLY, MODELS, PREPARED
 from phasegate.model.classifier import Model, ModelSpec
 from phasegate.params import Params
-from phasegate.params.fields import Name, Positive, Section, load_section, load_yaml, parse
+from phasegate.params.fields import Name, Positive, Section, load_section, parse
 from phasegate.params.phases import BIRTH_STEPS, Grow, Growing, GrowMany, Schedule
 from phasegate.params.pretraining import Training
+from phasegate.params.reading import load_yaml
 from phasegate.records.prepared import FIT, META, load_meta
 from phasegate.records.tables import read_table
 from phasegate.records.trial_folder import CURVE

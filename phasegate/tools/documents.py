@@ -14,8 +14,9 @@ from phasegate.base.errors import UserError, report_user_errors
 from phasegate.base.files import read_json, write_atomic
 from phasegate.base.paths import REPORTS, TABLES
 from phasegate.params import Params, load_params
-from phasegate.params.fields import load_yaml, parse
+from phasegate.params.fields import parse
 from phasegate.params.names import DATA_SETS, START
+from phasegate.params.reading import load_yaml
 from phasegate.records.tables import read_table
 from phasegate.report import story
 from phasegate.tools.command import output
@@ -113,7 +114,7 @@ def claims(decisions: Tables, params: Params) -> Iterator[str]:
     """Write each phase's hypothesis, and its outcome on every data set, as a Markdown list."""
     primary = [(name, table, row) for name, table in decisions.items() for row in wording.headline_rows(table)]
     for phase in dict.fromkeys(row.phase for _, _, row in primary):
-        yield f"- **{wording.phase_label(phase)}** {wording.escaped(wording.stated(params.claims()[phase]))}"
+        yield f"- **{wording.phase_label(phase)}** {wording.verbatim(wording.stated(params.claims()[phase]))}"
         for name, table, row in primary:
             if row.phase == phase:
                 text = wording.outcome(row, table)

@@ -7,7 +7,7 @@ import json
 import sys
 
 from phasegate.base import settings, timings
-from phasegate.base.errors import UserError, report_user_errors
+from phasegate.base.errors import UserError, report_user_errors, visible
 from phasegate.base.paths import EVALUATED, MODELS, PREPARED, SCHEMA, TIMINGS
 from phasegate.tools.command import output
 
@@ -54,6 +54,7 @@ if __name__ == "__main__":
             known = timings.read()
             lines = [f"  {stage} ({estimate(stage, known)}): {', '.join(names)}" for stage, names in found.items()]
             lines += [] if known else [f"There is no {TIMINGS}, which would tell how long stages take."]
-            print("Would run, and all after them:", *lines, "", output("dvc", "params", "diff"), sep="\n", end="")
+            lines = ["Would run, and all after them:", *lines, "", output("dvc", "params", "diff")]
+            print(visible("\n".join(lines)), end="")
         else:
             print("Nothing changed: `dvc repro` would only make data and models that are absent.")

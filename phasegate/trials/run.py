@@ -169,8 +169,8 @@ def _run(trial: Trial, folder: Path, found: dict[str, used.State]) -> Result:
     if strangers := [path for path in used.strangers(found) if package_of(path) not in OUTSIDE]:
         named = os.path.relpath(strangers[0])
         raise UserError(f"{trial.name} of {trial.phase} used {named}, which is none of its inputs")
-    (folder / SECONDS).write_text(f"{time.perf_counter() - start:.3f}\n")
-    (folder / MACHINE).write_text(f"{processor.name()}\n")
+    (folder / SECONDS).write_text(f"{time.perf_counter() - start:.3f}\n", encoding="utf-8")
+    (folder / MACHINE).write_text(f"{processor.name()}\n", encoding="utf-8")
     files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != killed_trials.SNAPSHOT)
     return trial.name, {str(path.relative_to(folder)): path.read_bytes() for path in files}
 

@@ -90,7 +90,7 @@ def copy_kept(kept: Path, destination: Path) -> None:
 
 def taken(kept: Path) -> Taken:
     """Return how many seconds a kept trial took, and on which machine."""
-    return float((kept / SECONDS).read_text()), (kept / MACHINE).read_text().strip()
+    return float((kept / SECONDS).read_text(encoding="utf-8")), (kept / MACHINE).read_text(encoding="utf-8").strip()
 
 
 def forget_old(in_use: Iterable[Path]) -> None:

@@ -3,6 +3,7 @@
 A finding is always made from the row that it describes, so no sentence or title can contradict the table.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from math import isfinite, sqrt
 from typing import Any
@@ -276,10 +277,10 @@ def decisions_markdown(
     """Return the text of `reports/decisions.md`: the rule, a line per phase, the decisions, and the failed trials."""
     lines = ["# Decisions", "", rule(decisions, shares), ""]
     for row in headline_rows(decisions):
-        lines.append(f"- **{phase_label(row.phase)}** {stated(claims[row.phase])} **{outcome(row, decisions)}**")
-    lines += ["", "Primary arms in bold; intervals over seeds, of accuracies also over test examples."]
-    lines += ["", *markdown_rows(decisions)]
-    return "\n".join(lines + failed_lines(failures, "Failed trials")) + "\n"
+        hypothesis, label = verbatim(stated(claims[row.phase])), phase_label(row.phase)
+        lines.append(f"- **{label}** {hypothesis} **{outcome(row, decisions)}**")
+    lines += ["", "Primary arms in bold; intervals over seeds, of accuracies also over test examples.", ""]
+    return "\n".join([*lines, *markdown_rows(decisions), *failed_lines(failures, "Failed trials")]) + "\n"
 
 
 def markdown_rows(decisions: pd.DataFrame, columns: Sequence[str] = ()) -> list[str]:
@@ -306,6 +307,11 @@ def failed_lines(failures: pd.DataFrame, title: str) -> list[str]:
 def escaped(text: str) -> str:
     """Return a text as part of a Markdown table or list."""
     return text.replace("|", "\\|").replace("_", "\\_")
+
+
+def verbatim(text: str) -> str:
+    """Return what people wrote as Markdown that shows every character as it is."""
+    return re.sub(r"([\\`*_\[\]<>|&#~$])", r"\\\1", text)
 
 
 def stated(claim: Stated) -> str:
