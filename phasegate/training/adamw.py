@@ -9,7 +9,6 @@ from torch import nn
 from torch.optim import Optimizer
 
 from phasegate.model.kernels.compiled import kernels
-from phasegate.model.kernels.functions import suit
 
 
 class AdamW(Optimizer):
@@ -35,7 +34,7 @@ class AdamW(Optimizer):
             for parameter in group["params"]:
                 if parameter.grad is None:
                     continue
-                if not (suit(parameter) and parameter.is_contiguous()):  # changed since the optimizer was made
+                if parameter.dtype is not torch.float32 or not parameter.is_cpu:  # as when the optimizer was made
                     raise TypeError(f"a parameter is now {parameter.dtype} on {parameter.device}: make a new optimizer")
                 state = self.state[parameter]
                 if not state:

@@ -20,7 +20,7 @@ from phasegate.model.kernels.compiled import Kernel, kernels
 
 ONE = torch.ones(1)
 PANEL = 1 << 18  # floats that products need to work on
-CPU = torch.device("cpu")
+FLOAT, STRIDED = torch.float32, torch.strided
 PLAIN = (Tensor, torch.nn.Parameter)  # a subclass may have no memory, as where torch traces shapes alone
 T = TypeVar("T")
 
@@ -49,17 +49,15 @@ workspace = _Workspace()
 
 
 def suit(*tensors: Tensor) -> bool:
-    """Tell whether the kernels run for some tensors: dense ones of float32 in this machine's memory."""
-    if torch.compiler.is_compiling():
-        return False
+    """Tell whether the kernels run for some tensors: float32 numbers in this machine's memory, as they lie there."""
     for x in tensors:
-        if x.dtype != torch.float32 or x.device != CPU or x.layout != torch.strided or type(x) not in PLAIN:
+        if type(x) not in PLAIN or x.dtype is not FLOAT or not x.is_cpu or x.layout is not STRIDED or x.is_neg():
             return False
-    return True
+    return not torch.compiler.is_compiling()
 
 
 def _dense(x: Tensor) -> Tensor:
-    """Return a tensor whose memory holds its numbers in order: no view of a part, of a transpose or of negatives."""
+    """Return a gradient whose memory holds its numbers in order: no view of a part, of a transpose or of negatives."""
     return x.resolve_neg().contiguous()
 
 
@@ -87,11 +85,11 @@ def _widen(value: Any) -> Any:
 
 def multiply(a: Tensor, b: Tensor, start: Tensor | None = None) -> Tensor:
     """Return start + a @ b without a gradient: a (M, K), b (K, N) of any strides, start (N,)."""
-    (m, k), n, a, b = a.shape, b.shape[1], a.resolve_neg(), b.resolve_neg()
+    (m, k), n = a.shape, b.shape[1]
     if b.stride(1) != 1 and b.stride(0) != 1:
         b = b.contiguous()
     c = a.new_empty(m, n)
-    begin = workspace.zeros(n) if start is None else _dense(start)
+    begin = workspace.zeros(n) if start is None else start.contiguous()
     kernels().product(
         a.data_ptr(), a.stride(0), a.stride(1), b.data_ptr(), b.stride(0), b.stride(1), c.data_ptr(), n,
         begin.data_ptr(), 0, m, n, k, *workspace.addresses(),
@@ -148,7 +146,7 @@ def _run(kernel: Kernel, *arguments: Tensor | int) -> None:
 def run_experts(x: Tensor, experts: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
     """Return what the experts (N, K) of tokens x (N, D) put out, without gates or gradient -> (N, K, D)."""
     ones = x.new_ones(experts.shape)
-    _, rows, _, order, _ = _mix(*map(_dense, (x, ones, experts, w_in, w_out)))
+    _, rows, _, order, _ = _mix(*map(Tensor.contiguous, (x, ones, experts, w_in, w_out)))
     place = order[experts.numel() : 2 * experts.numel()]
     return rows[1][place].view(*experts.shape, x.shape[1])
 
@@ -192,7 +190,7 @@ class Mix(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weights: Tensor, experts: Tensor, w_in: Tensor, w_out: Tensor
     ) -> tuple[Tensor, Tensor]:
-        x, weights, experts, w_in, w_out = map(_dense, (x, weights, experts, w_in, w_out))
+        x, weights, experts, w_in, w_out = map(Tensor.contiguous, (x, weights, experts, w_in, w_out))
         y, rows, hidden, order, counts = _mix(x, weights, experts, w_in, w_out)
         ctx.mark_non_differentiable(counts)
         ctx.save_for_backward(x, weights, w_in, w_out, rows, hidden, order)
@@ -228,7 +226,7 @@ class Route(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:  # fmt: skip
         (n_gates, n, width), n_families, n_nodes = x.shape, router.shape[1], len(node_weight)
         given = (x, router, bias, node_weight, node_offset, root, child)
-        x, router, bias, node_weight, node_offset, root, child = map(_dense, given)
+        x, router, bias, node_weight, node_offset, root, child = map(Tensor.contiguous, given)
         logits, gates = x.new_empty(n_gates, n, n_families), x.new_empty(n_gates, n, top_k)
         families, experts = root.new_empty(n_gates, n, top_k), root.new_empty(n_gates, n, top_k)
         margins, (panel,) = x.new_empty(n_gates * n, n_nodes), workspace.addresses()
@@ -277,7 +275,7 @@ class Balance(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, families: Tensor) -> Tensor:
         (n_gates, n, n_families), top_k = logits.shape, families.shape[2]
-        logits, families, strange = _dense(logits), families.contiguous(), array("q", [0])
+        logits, families, strange = logits.contiguous(), families.contiguous(), array("q", [0])
         value, slopes, shares = logits.new_zeros(()), torch.empty_like(logits), logits.new_empty(n_families)
         for g in range(n_gates):
             found = strange.buffer_info()[0]
