@@ -74,7 +74,8 @@ def test_operands_may_lie_in_memory_as_they_like() -> None:
     )
     learnt = a.clone().requires_grad_()
     for slope in (wanted, torch._neg_view(-wanted), wanted.T.contiguous().T, wanted.double()):
-        assert torch.equal(*torch.autograd.grad(product(learnt, b), learnt, slope), product(wanted, b.T))
+        (found,) = torch.autograd.grad(product(learnt, b), learnt, slope)
+        assert torch.equal(found, product(wanted, b.T))
 
 
 def test_other_shapes_and_types_go_to_torch_which_says_what_is_wrong() -> None:
