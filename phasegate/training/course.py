@@ -69,8 +69,8 @@ def set_hyperplanes(model: Model, schedule: Schedule) -> None:
 
 
 def load_baseline(folder: Path, gate: Examples) -> tuple[Model, Optimizer, Training]:
-    """Load a 7a checkpoint with its optimizer and configuration; `UserError` if it is damaged or another model's."""
+    """Load a checkpoint to train on from, with optimizer and configuration; `UserError` if it is none, or damaged."""
     loaded = checkpoint.load(folder, gate, gate.x.device)
     if not isinstance(loaded.model, Model) or loaded.optimizer is None:
-        raise UserError(f"{folder} holds no checkpoint of 7a: `dvc repro p7a` makes it again")
+        raise UserError(f"{folder} holds no mixture of experts with its optimizer: `dvc repro` makes it again")
     return loaded.model, loaded.optimizer, loaded.record.training
