@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Self, TypeVar, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from phasegate.base.errors import UserError, printable
+from phasegate.base.errors import UserError, printable, visible
 from phasegate.params.reading import load_yaml
 
 LARGEST = 1 << 16  # widths and numbers of experts; a larger one is a slip
@@ -29,8 +29,8 @@ def _refuse_other(value: object) -> object:
 def _refuse_unreadable(value: str) -> str:
     if not value.strip():
         raise ValueError("it is blank: state it before the phase runs")
-    if not " ".join(value.split()).isprintable():
-        raise ValueError(f"'{printable(value)[:80]}' has characters that can't be printed: leave them out")
+    if visible(value) != value:
+        raise ValueError(f"'{visible(value)[:80]}' has characters that can't be printed: leave them out")
     return value
 
 
