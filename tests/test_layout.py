@@ -38,6 +38,16 @@ def test_library_and_tests_stay_small(folder: str, most: int) -> None:
     assert sum(map(lines, (ROOT / folder).rglob("*.py"))) <= most
 
 
+def test_texts_name_their_encoding() -> None:
+    rule = ["ruff", "check", "--isolated", "--preview", "--select", "PLW1514"]
+    assert (
+        subprocess.run(
+            [*rule, "phasegate", "stages", "bench", "plugins"], cwd=ROOT, env={"PATH": PATH}, check=False
+        ).returncode
+        == 0
+    )
+
+
 def test_names_of_tests_have_under_80_characters() -> None:
     tests = (function.name for path in (ROOT / "tests").glob("*.py") for function in functions(path))
     assert [name for name in tests if name.startswith("test_") and len(name) >= 80] == []

@@ -53,6 +53,7 @@ def test_the_committed_parameters_are_right() -> None:
         ("decisions.phases.p7b2.hypothesis", " \n\x1c", "decisions.phases.p7b2.hypothesis: it is blank: state it"),
         ("plugins.hypothesis", "", "plugins.hypothesis: it is blank: state it before the phase runs"),
         ("plugins.hypothesis", "a\x1b[2J", "hypothesis: 'a\\x1b[2J' has characters that can't be printed"),
+        ("plugins.hypothesis", "a\x85b", "hypothesis: 'a\\x85b' has characters that can't be printed"),
         ("plugins.hypothesis", "a\u202eb\x9b", "hypothesis: 'a\\u202eb\\x9b' has characters that can't be printed"),
         ("p7b.cooldown", 200, "p7b.cooldown is 200: it must be at most p7b.act_every * surgery.operations / 2 = 160"),
         ("surgery.operations", 3, "surgery.operations is 3: input should be a multiple of 2"),

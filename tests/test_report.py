@@ -13,6 +13,7 @@ import pytest
 from phasegate.params import load_params
 from phasegate.report import drawing, page
 from phasegate.report.figures import FIGURES, draw
+from phasegate.tools import documents
 from phasegate.tools.documents import blocks
 from phasegate.verdicts import attribution, surgery_summary, wording
 from phasegate.verdicts.decisions import decide
@@ -223,6 +224,20 @@ def test_the_markdown_table_has_a_cell_for_every_column_and_bold_primary_arms() 
     assert len({len(re.findall(r"(?<!\\)\|", row)) for row in rows}) == 1 and len(rows) == 2 + len(ARMS)
     assert r"**noise\_acting**" in text and r"| a\|b\_c |" in text
     assert "- **7b.2** It is so. (Claim: harmless; expected: GO; assay: p7a/continue beats p7a/baseline by" in text
+
+
+def test_a_hypothesis_stands_in_markdown_as_it_was_written() -> None:
+    written = r"<script>a|b</script> *c* `d` [e](f) #1 &lt; ~g~ $h$ \\ i_j"
+    claims = CLAIMS | {"p7b2": CLAIMS["p7b2"].model_copy(update={"hypothesis": written})}
+    params = PARAMS.model_copy(update={"decisions": PARAMS.decisions.model_copy(update={"phases": claims})})
+    texts = [wording.decisions_markdown(decided(), NONE, claims, RULE)]
+    texts += documents.claims({"mnist1d": decided()}, params)
+    lines = [line for text in texts for line in text.splitlines() if line.startswith("- **7b.2**")]
+    assert len(lines) == 2
+    for line in lines:
+        said = line.removeprefix("- **7b.2** ").partition(". (Claim")[0]
+        assert re.sub(r"\\(.)", r"\1", said) == written
+        assert not re.search(r"(?<!\\)(\\\\)*[<>|*`\[\]#&~$_]", said)
 
 
 def test_balanced_accuracy_stands_beside_accuracy_where_classes_are_uneven() -> None:

@@ -14,8 +14,14 @@ import yaml
 from dvc.repo import Repo
 
 from phasegate.base.errors import UserError
+<<<<<<< HEAD
 from phasegate.tools.repair import is_cut_off, repair
 from phasegate.training import device
+=======
+from phasegate.params import Params
+from phasegate.tools.repair import is_cut_off, repair
+from stages import check as check_stage
+>>>>>>> h-around
 from tests.small_study import ROOT, Checkout
 
 Break = Callable[[Checkout, Path], None]
@@ -90,6 +96,51 @@ def test_a_stream_that_is_not_utf8_gets_escapes() -> None:
         done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=False)
         assert done.returncode == 2 and done.stdout == b"\\u22121\n", done.stderr
         assert done.stderr == b"x: " + "é".encode(encoding, "backslashreplace") + b"\n"
+
+
+ASCII = {"PYTHONIOENCODING": "ascii", "LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+
+
+def test_whatever_the_locale_programs_and_stages_say_the_same(tmp_path: Path) -> None:
+    study = Checkout(tmp_path / "study")
+    study.change({"plugins": {"hypothesis": "Größer − “é”\u2003."}})  # the last can't be seen
+    check = ("python", "-m", "stages.check")
+    assert r"hypothesis: 'Größer − “é”\u2003.' has characters" in study.command(*check, ok=False)
+    study.environment |= ASCII
+    assert r"Gr\xf6\xdfer \u2212 \u201c\xe9\u201d\u2003." in study.command("python", "-m", "phasegate.tools.plan")
+    said = study.command(*check, ok=False)
+    assert said.startswith(r"check: plugins.hypothesis: 'Gr\xf6\xdfer \u2212 \u201c\xe9\u201d\u2003.' has characters")
+    study.change({"plugins": {"hypothesis": "Größer"}})
+    assert r"\xb1" in study.command("dvc", "repro", "check")
+    assert study.command("python", "-m", "phasegate.tools.repair") == ""
+
+
+def test_what_make_starts_escapes_what_the_terminal_cannot_show() -> None:
+    rule = f"show:\n\t@{sys.executable} -c 'print(chr(0x2212))'"
+    done = subprocess.run(
+        ["make", "--eval", rule, "show"], cwd=ROOT, env=os.environ | ASCII, capture_output=True, text=True, check=False
+    )
+    assert done.stdout == "\\u2212\n", done.stderr
+
+
+def test_what_acts_on_a_terminal_is_escaped_in_plans_and_errors(tmp_path: Path) -> None:
+    study = Checkout(tmp_path / "study")
+    study.change({"plugins": {"hypothesis": "\x1b[2J\u202e\x9b"}})
+    for program in ("phasegate.tools.plan", "stages.check"):
+        said = study.command("python", "-m", program, ok=program != "stages.check")
+        assert r"\u202e\x9b" in said and not {"\x1b", "\u202e", "\x9b"} & {*said}
+
+
+def test_an_arm_that_another_repeats_is_asked_for_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    repeated = {phase: check_stage.repeated_arm(phase) for phase in ("p7b1", "p7b2", "p7b3", "p7b4", "p7c2", "p7c3")}
+    arms = {"p7b1": "noise_acting", "p7b2": "split", "p7b3": None, "p7b4": "frequency", "p7c2": None, "p7c3": "oracle"}
+    assert repeated == arms
+    values = yaml.safe_load((ROOT / "params.yaml").read_text())
+    claim = values["decisions"]["phases"]["p7c3"]
+    claim |= {"arms": [arm for arm in claim["arms"] if arm != "oracle"], "primary": "frequency"}
+    with pytest.raises(UserError, match=r"^decisions.phases.p7c3.arms lacks 'oracle', whose operations yoked repeats"):
+        check_stage.main(Params.model_validate(values))
 
 
 def test_locks_go_if_their_owner_is_gone_and_stay_if_it_lives(tmp_path: Path) -> None:
