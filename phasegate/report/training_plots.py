@@ -141,7 +141,7 @@ def expert_routing(tables: Tables, params: Params) -> Figure:
 
 
 def _variants_last(arms: list[str]) -> list[str]:
-    """Return the arms of a phase, the primary first as before, with variants such as `birth_early` behind all others."""
+    """Return the arms of a phase, the primary first, with variants such as `birth_early` behind all others."""
     return arms[:1] + sorted(arms[1:], key=lambda arm: any(arm.startswith(f"{other}_") for other in arms))
 
 
