@@ -61,10 +61,8 @@ def gap(tables: Tables, params: Params) -> Figure:
     for way, points in lines.items():
         axes.plot(*zip(*points, strict=True), color=STYLES.get(way, (drawing.BLACK, "h"))[0])
     furthest = max([row.step for row in grown], default=params.p7c.steps / 2)
-    axes.set(
-        xlim=(0, 1.2 * furthest), xlabel=f"step of growth, of {params.p7c.steps:,} (side by side: at the same step)"
-    )
-    axes.set_ylabel("test accuracy minus that of the small model, pp, with interval")
+    axes.set(xlim=(0, 1.2 * furthest), xlabel=f"step of growth, of {params.p7c.steps:,} (side by side: the same step)")
+    axes.set_ylabel("test accuracy above the small model's, pp")
     if large.delta_lo > 0:
         scales = partial(_rescale, 100 / large.delta_pp), partial(_rescale, large.delta_pp / 100)
         closed = axes.secondary_yaxis("right", functions=scales)

@@ -47,7 +47,7 @@ ACTOR = {  # who acts, in plain words
     "oracle": "ground truth (`oracle`)",
 }
 BESIDE = {  # arms of 7c.1 that the primary arm is compared with, in plain words
-    "upcycle": "routed copies grown at the same step (`upcycle`)",
+    "upcycle": "routed copies (`upcycle`)",
     "large": "{large} experts from the start (`large`)",
 }
 DONE = {
@@ -146,9 +146,9 @@ def _growing(row: Decision, tables: Tables, params: Params) -> str:
     done = wording.of_arm(tables["surgery_summary"], row.phase, row.arm)
     if len(done) and done["output_change_max"].max() == 0:
         exact = ", which at first changes no bit of the output,"
-    at = f" at step {own.step:.0f} of {number(steps, 0)}" if pd.notna(own.step) else ""
+    at, of = (f" at step {own.step:.0f}", f" of {number(steps, 0)}") if pd.notna(own.step) else ("", "")
     text = (
-        f"A model that starts with {small} experts and grows to {large} by {_actor(row)}{at}{exact} "
+        f"A model that starts with {small} experts and grows to {large} by {_actor(row)}{at}{of}{exact} "
         f"{gained(row)} {_verdict(row, params)}."
     )
     by_step: dict[float, Any] = {}
@@ -163,7 +163,8 @@ def _growing(row: Decision, tables: Tables, params: Params) -> str:
         for arm, what in BESIDE.items()
         if arm in table and arm != row.arm and pd.notna(table[arm].lead_pp)
     ]
-    return f"{text} `{row.arm}` ends {', and '.join(leads)}; each has its own rate of experts." if leads else text
+    ends = f" Grown{at}, `{row.arm}` ends {', and '.join(leads)}; each has its own learning rate of experts."
+    return text + ends if leads else text
 
 
 def _standing(row: Any) -> str:

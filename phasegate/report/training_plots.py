@@ -120,17 +120,18 @@ def expert_routing(tables: Tables, params: Params) -> Figure:
         if row.primary and len(part := of_arm(routing, row.phase, row.arm))
     }
     began = tables["trials"].drop_duplicates(["phase", "arm"]).set_index(["phase", "arm"])["n_routed_start"]
-    olds = {key: pd.RangeIndex(int(began[key])) for key in shown}
+    olds: dict[Any, pd.Index[Any]] = {key: pd.Index(range(int(began[key]))) for key in shown}
     height = 1.4 + min(8, 0.2 * max(len(olds[key].union(counts.index)) for key, counts in shown.items()))
-    columns = min(2, len(shown))
-    figure, panels = new_figure(5 * columns, height * ceil(len(shown) / columns), len(shown), columns)
+    columns = min(3, len(shown))
+    figure, panels = new_figure(4.2 * columns, height * ceil(len(shown) / columns), len(shown), columns)
     most = max(float(_shares(counts).to_numpy().max()) for counts in shown.values())
     for axes, ((phase, arm), counts) in zip(panels, shown.items(), strict=True):
         old = olds[phase, arm]
         mesh = _draw_heatmap(axes, _shares(counts).reindex(old.union(counts.index)), old, most)
         kept, born = len(old.intersection(counts.index)), len(counts.index.difference(old))
         what = f"{len(old)} experts" if phase == START else f"{kept} of {len(old)} experts kept, {born} born"
-        axes.set_title(f"{phase_label(phase)} {arm}: {what},\nthe busiest takes {_busiest(counts):.0f} % of all tokens")
+        busiest = f"the busiest takes {_busiest(counts):.0f} % of all tokens"
+        axes.set_title(wrapped(f"{phase_label(phase)} {arm}: {what}, {busiest}", 44))
     figure.colorbar(mesh, ax=panels, label="share of the class's tokens, %", shrink=0.6, aspect=25)
     after = [_busiest(counts) for (phase, _), counts in shown.items() if phase != START]
     then = f", and {min(after):.0f} to {max(after):.0f} % at the end of the other phases" if after else ""
