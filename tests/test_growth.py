@@ -71,6 +71,9 @@ def test_the_gap_closed_is_paired_and_stands_beside_step_rate_and_slots() -> Non
     )
     assert table["gap_closed"].to_dict() == pytest.approx({"small": 0, "large": 1, "birth": 0.75, "birth_early": 0.875})
     assert table.loc["birth", ["gap_closed_lo", "gap_closed_hi"]].tolist() == pytest.approx([0.75, 0.75])
+    assert table["lead_pp"].to_dict() == {"small": 3, "large": -1, "birth_early": -0.5, "birth": 0}
+    lead = mean_interval([-1, 0], 0.95)
+    assert table.loc["birth_early", ["lead_pp", "lead_lo", "lead_hi"]].tolist() == pytest.approx(lead)
     assert table["n_seeds"].tolist() == [3, 3, 2, 3]
     assert table["operator"].to_dict() == {"small": "small", "large": "large", "birth": "birth", "birth_early": "birth"}
     assert table["factor"].tolist() == [4, 8, 2, 2]
@@ -94,11 +97,16 @@ def test_old_and_new_classes_are_compared_apart() -> None:
     assert table["accuracy"].to_dict() == pytest.approx(
         {("stay", "old"): 100 * 5 / 6, ("stay", "new"): 100, ("large", "old"): 100, ("large", "new"): 100}
         | {("measured", "old"): 100 * 11 / 12, ("measured", "new"): 25}
+        | {("stay", "all"): 87.5, ("large", "all"): 100, ("measured", "all"): 75}
     )
+    leads = {("stay", "all"): -12.5, ("stay", "new"): -75, ("large", "all"): -25, ("measured", "all"): 0}
+    assert {key: table["lead_pp"].to_dict()[key] for key in leads} == leads
+    bounds = table["lead_lo"]["stay", "new"], table["lead_hi"]["stay", "new"]
+    assert bounds == pytest.approx(mean_interval([-100, -50], 0.95)[1:])
     deltas = table["delta_pp"].to_dict()
     assert deltas["measured", "old"] == pytest.approx(100 / 12) and deltas["measured", "new"] == -75
     assert table["worst_delta"]["measured", "new"] == -100 and table["n_seeds"]["large", "old"] == 1
-    assert set(arrival(labels, predictions, claims("p7c2", "stay", "stay"), 9, 0.95)["classes"]) == {"old"}
+    assert set(arrival(labels, predictions, claims("p7c2", "stay", "stay"), 9, 0.95)["classes"]) == {"all", "old"}
 
 
 def test_found_and_false_removals_are_counted_by_seed() -> None:

@@ -106,7 +106,9 @@ LOST = {arm: 3.0 * ("random" in arm) + (7 + 0.1 * np.arange(3)) * (arm == "p7b1/
 ATTRIBUTION = attribution.attribution(trials_of({arm: 67 - lost for arm, lost in LOST.items()}), NONE, SURGERIES, 0.95)
 GROWTH = pd.DataFrame({"arm": ["small", "large", "birth", "birth_early"], "step": [nan, nan, 300, 100]})
 GROWTH = GROWTH.assign(operator=["small", "large", "birth", "birth"], factor=[4, 8, 2, 2], n_seeds=3)
-for name, values in (("gap_closed", [0, 1, 0.5, 0.75]), ("slot_ratio", [1, 1, 1.05, 1.05])):
+SHARES: dict[str, list[float]] = {"gap_closed": [0, 1, 0.5, 0.75], "slot_ratio": [1, 1, 1.05, 1.05]}
+SHARES["lead_pp"] = [2, -2, 0, -1]
+for name, values in SHARES.items():
     GROWTH[list(column_names(name))] = [[value, value - 0.1, value + 0.1] for value in values]
 LOADS = pd.DataFrame(
     {"phase": phase, "arm": arm, "seed": 0, "step": step, "block": 0, "expert": expert, "share": share}
@@ -214,6 +216,9 @@ def test_lineages_count_births_and_name_phases_that_changed_nothing() -> None:
     whole, panel = titles("lineage", surgeries=BORN)
     assert panel == "7b.2 split: 2 born, 1 gone, 3 in the end; the busiest takes 50 % of the tokens"
     assert "7b.1, 7b.3, surgery and 7c.1 changed nothing" in whole
+    handover = BORN.assign(operation="handover", n_routed_after=14).head(1)  # 0 and 1 hand over to 2 and 3
+    left = LOADS[~((LOADS["step"] == 2) & (LOADS["expert"] == 0))]
+    assert "7b.2 split: 2 born, 2 gone, 2 in the end" in titles("lineage", surgeries=handover, loads=left)[1]
     (axes,) = draw("lineage", tables(surgeries=BORN), PARAMS).axes
     assert [label.get_text() for label in axes.get_yticklabels()] == ["0", "2", "1", "3"]  # children below parents
 
@@ -335,12 +340,35 @@ def test_titles_say_the_verdict_the_ranking_and_where_entropy_ends() -> None:
     ends = ["noise_acting: ends at 0.900, above the control", "split: ends at 0.800, the same as the control"]
     assert titles("entropy")[1:3] == [f"7b.1 {ends[0]}", f"7b.2 {ends[1]}"]
     assert "Q1: wide chosen at 71.0" in titles("leaderboard_q1")[0]
-    assert "59 of 60 experts kept, 1 born" in titles("expert_routing", routing=routing(experts=60, classes=100))[2]
+    assert (
+        "59 of 60 experts kept, 1 born" in routed(60)[2] and "4 of 4 experts kept, 56 born" in routed(60, birth=4)[-2]
+    )
+
+
+def routed(experts: int, **started: int) -> list[str]:
+    """The titles of the figure of routing with so many experts at the end; arms started with as many, or others."""
+    trials = tried().assign(n_routed_start=lambda table: table["arm"].map(started).fillna(experts))
+    return titles("expert_routing", trials=trials, routing=routing(experts, 100))
+
+
+def test_learning_curves_draw_ways_before_their_variants_and_name_no_others_marks() -> None:
+    arms = ["birth", "birth_early", "birth_late", "handover", "large", "reinit", "split", "upcycle"]
+    rows = pd.concat(
+        [decided().query("phase == 'p7c1' and arm == 'small'")]
+        + [decided().query("arm == 'birth'").assign(arm=arm, primary=arm == "birth") for arm in arms]
+    )
+    points = pd.concat([curves().query("arm == 'birth'").assign(arm=arm) for arm in arms])
+    done = {"birth_early": "clone", "upcycle": "upcycle"}
+    marks = pd.concat([SURGERIES.head(1).assign(phase="p7c1", arm=arm, operation=way) for arm, way in done.items()])
+    figure = draw("learning_curves", tables(decisions=rows, curves=points, surgeries=marks), PARAMS)
+    drawn = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]  # type: ignore[union-attr]
+    assert drawn == ["birth", "handover", "large", "reinit", "split", "upcycle"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["upcycle"]
 
 
 def test_the_page_is_well_formed_self_contained_and_escapes_what_people_wrote(tmp_path: Path) -> None:
     text = rendered(tmp_path)
-    assert "On MNIST-1D, 3 seeds per arm." in text
+    assert "On MNIST-1D, 3 seeds per arm. In brackets: 95" in text and "<p><strong>Does adding or" in text
     ids = [element.attrib["id"] for element in ElementTree.fromstring(text).iter() if "id" in element.attrib]
     assert len(ids) == len(set(ids))
     assert "Noise is &lt;b&gt;harmless" in text and "abc123" in text
@@ -353,11 +381,18 @@ def test_the_page_is_well_formed_self_contained_and_escapes_what_people_wrote(tm
 def test_the_documents_tell_the_answer_of_every_study_and_then_one_table() -> None:
     made = blocks({"mnist1d": tables(), "fashion_mnist": tables()}, PARAMS)
     first, points, other, _ = made["answer"].split("\n\n")
-    assert (first, other) == ("**MNIST-1D**, 3 seeds per arm:", "**Fashion-MNIST**, 3 seeds per arm:")
-    assert points.startswith("- Of ") and "by births (`birth`) at step 300" in points
+    assert first.startswith("**MNIST-1D**, 3 seeds per arm; pp is of test accuracy; in brackets stand 95 % intervals")
+    assert (
+        other.startswith("**Fashion-MNIST**, 3 seeds per arm")
+        and points.startswith("- **Does adding or")
+        and "by births (`birth`) at step 300" in points
+    )
     header, _, *rows = made["results"].splitlines()
     assert header.endswith("| word | as expected | Fashion-MNIST |") and len(rows) == 6
-    assert made["growth"].count("\n") == 5 and "| birth | 300 | 50 % [40, 60] | × 2 | 1.05" in made["growth"]
+    assert (
+        made["growth"].count("\n") == 5
+        and "| birth | 300 | 50 % [40, 60] | × 2 | 0.00 [−0.10, +0.10] | 1.05" in made["growth"]
+    )
 
 
 def test_a_study_without_surgeries_has_a_figure_and_a_page_too(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from phasegate.verdicts.attribution import attribution
 from phasegate.verdicts.decisions import decide
 from phasegate.verdicts.growth import growth, mean_rates
 from phasegate.verdicts.repair import repair
+from phasegate.verdicts.wording import measure
 from tests.small_study import ROOT
 from tests.test_decisions import NONE, tables_of, trials_of
 
@@ -108,37 +109,61 @@ def told(question: int, **changes: Any) -> str:
 
 def test_the_first_paragraph_says_which_arms_gain_and_what_does_the_harm() -> None:
     text = told(0)
-    assert text.startswith("Of 25 arms that rewire a converged model, none is shown to be better than the same model ")
+    question = "**Does adding or removing experts pay in a model that has converged?"
+    assert text.startswith(
+        f"{question} No arm shows a gain.** Of 25 arms that do, none is shown to be better than the "
+    )
     assert "trained on unchanged, and 7 are worse. " in text
     assert "by random labels as by routing entropy, removing does the harm, and adding, by splits, none" in text
     better = told(0, surgery__merge=3.0, p7b2__clone=2.0)
-    assert "model, 2 are better (`clone` of 7b.2 (+" in better and "none is shown" not in better
+    assert (
+        "2 of 25 arms gain.** Of 25 arms that do, 2 are better (`clone` of 7b.2 (+" in better
+        and "none is shown" not in better
+    )
     one = told(0, p7b2__prune=0.1, p7b2__grow=-3.0, surgery__merge=3.0)
     assert "1 is better (`merge` of surgery (+" in one
     assert "by random labels removing does the harm, and adding, by splits, none that is certain, but by routing" in one
     idle = [f"{phase}/{arm}" for phase, arms in PARAMS.arms().items() for arm in arms]
-    assert told(0, idle=idle).startswith("No arm rewired a converged model. ")
+    assert told(0, idle=idle).startswith(f"{question} No arm did.** ")
 
 
 @pytest.mark.parametrize(
-    ("effect", "said"),
+    ("effect", "short", "said"),
     [
-        (2.8, "gains +2.46 pp [+2.26, +2.66] (GO). Of the gap to 24 from the start, that way closes 73 % [67, 79] at"),
-        (-2.0, "loses: −2.34 pp [−2.54, −2.14] (NO-GO)."),
-        (0.34, "neither gains nor loses more than the margin: 0.00 pp [−0.20, +0.20] (NO-GO)."),
-        (0.6, "gains +0.26 pp [+0.06, +0.46] (GO)."),
+        (
+            2.8,
+            "Yes.",
+            "gains +2.46 pp [+2.26, +2.66] (GO). Of the gap to 24 from the start, that way closes 73 % [67, 79] at",
+        ),
+        (-2.0, "No, it costs.", "loses: −2.34 pp [−2.54, −2.14] (NO-GO)."),
+        (0.34, "No.", "neither gains nor loses more than the margin: 0.00 pp [−0.20, +0.20] (NO-GO)."),
+        (0.6, "Yes.", "gains +0.26 pp [+0.06, +0.46] (GO)."),
     ],
 )
-def test_growing_is_told_by_the_word_of_its_arm(effect: float, said: str) -> None:
+def test_growing_is_told_by_the_word_of_its_arm(effect: float, short: str, said: str) -> None:
     start = (
         "A model that starts with 4 experts and grows to 24 by births (`birth`) at step 300 of 1,500, which at first"
     )
     text = told(1, p7c1__birth=effect)
-    assert text.startswith(f"{start} changes no bit of the output, {said}")
+    question = f"**Does growing pay in a model that started too small? {short}**"
+    assert text.startswith(f"{question} {start} changes no bit of the output, {said}")
+
+
+@pytest.mark.parametrize(
+    ("effect", "said"),
+    [(1.6, "ahead of routed"), (2.46, "not certainly apart from routed"), (4.0, "behind routed")],
+)
+def test_the_answer_says_where_births_end_beside_routed_copies_and_many_experts(effect: float, said: str) -> None:
+    text = told(1, p7c1__upcycle=effect)
+    assert f" Grown at step 300, `birth` ends {said} copies (`upcycle`), " in text
+    assert " pp [−4.07, −3.56]; each has its own learning" in text and "and behind 24 experts from the start" in text
+    lead = story_tables(p7c1__upcycle=effect)["growth"].set_index("arm").loc["upcycle"]
+    assert f"(`upcycle`), {measure(lead, 'lead_pp', 2, True, 'pp')}, and" in text
 
 
 def test_without_an_assay_there_is_no_verdict_and_without_a_gap_no_share_of_it() -> None:
     text = told(1, p7c1__large=1.5)
+    assert "too small? Not decided.** " in text
     assert "(NO ASSAY: `large` is not certainly ahead of `small` by 2 pp, but +1.6" in text and "Of the gap" in text
     assert "Of the gap" not in told(1, p7c1__large=0.0)
     text = told(3, p7c3__removed=0.0)
@@ -150,19 +175,37 @@ def test_failed_and_idle_arms_are_told_as_such() -> None:
     assert "is compared in no seed: all 10 trials failed (NO-GO)." in told(1, failures=failures)
     assert ", though 1 of 10 trials failed (INCONCLUSIVE)." in told(1, failures=failures.head(1))
     text = told(2, idle=["p7c2/measured"], p7c2__measured=0.0)
-    assert "to grow (`measured`) never acts: 0.00 pp [0.00, 0.00] (INCONCLUSIVE); " in text
+    assert "arrive? It never acted.** " in text and "It grows in 0 of 10 seeds." in text
+    assert "to grow (`measured`) never acts: 0.00 pp [0.00, 0.00] (INCONCLUSIVE): " in text
 
 
 def test_arriving_and_repairing_have_the_numbers_of_their_tables() -> None:
     text = told(2)
-    assert text.startswith("When further classes join the first 5 at step 500, a controller that ")
-    assert "; growing when told gains +2.67 pp" in text
-    assert text.endswith(" is +5.00 pp [+5.00, +5.00] on old classes and +5.00 pp [+5.00, +5.00] on new classes.")
+    question = "**Does a controller that decides when to grow pay when classes arrive? Yes.**"
+    assert text.startswith(f"{question} When further classes join the first 5 at step 500, a controller that ")
+    assert "It grows in 10 of 10 seeds. Growing when told (`informed`) gains +2.67 pp" in text
+    assert "(GO): +5.00 pp [+5.00, +5.00] on old classes and +5.00 pp [+5.00, +5.00] on new classes." in text
     text = told(3)
     assert text.startswith(
-        "Where 4 of 12 experts are dead, ground truth (`oracle`) removes 100 % [100, 100] of them, and 0.00"
+        "**Does removing what ground truth finds pay where experts are dead? Yes.** Where 4 of 12 experts are dead, "
+        "ground truth (`oracle`) removes 100 % [100, 100] of them, and no living one; it gains"
     )
     assert text.endswith(" Where none is dead, it acts in 0 of 10 seeds (0 % [0, 31]).")
+
+
+@pytest.mark.parametrize(
+    ("lead", "said"),
+    [
+        ([-0.5, -0.99, -0.1], "is shown: −0.50 pp [−0.99, −0.10]"),
+        ([-0.8, -1.0, -0.6], "is not shown: −0.80 pp [−1.00, −0.60]"),
+        ([-1.5, -1.99, -1.01], "is refuted: −1.50 pp [−1.99, −1.01]"),
+    ],
+)
+def test_whether_the_controller_is_near_who_was_told_decides_no_verdict(lead: list[float], said: str) -> None:
+    table = STORY["arrival"].copy()
+    table.loc[(table["arm"] == "informed") & (table["classes"] == "all"), ["lead_pp", "lead_lo", "lead_hi"]] = lead
+    text = answer(STORY | {"arrival": table}, PARAMS)[2]
+    assert text.endswith(f"decides no verdict: to end less than 1 pp below that. It {said}.") and "(GO)" in text
 
 
 def test_the_first_table_shows_every_primary_arm_and_the_other_study_beside_it() -> None:

@@ -14,14 +14,10 @@ import yaml
 from dvc.repo import Repo
 
 from phasegate.base.errors import UserError
-<<<<<<< HEAD
-from phasegate.tools.repair import is_cut_off, repair
-from phasegate.training import device
-=======
 from phasegate.params import Params
 from phasegate.tools.repair import is_cut_off, repair
+from phasegate.training import device
 from stages import check as check_stage
->>>>>>> h-around
 from tests.small_study import ROOT, Checkout
 
 Break = Callable[[Checkout, Path], None]

@@ -65,8 +65,12 @@ def new_figure(
 
 def wrapped(title: str, width: int = 58) -> str:
     """Return a title on lines of at most `width` characters, never broken inside an interval."""
-    whole = re.sub(r"\[.*?\]", lambda match: match[0].replace(" ", "\N{NO-BREAK SPACE}"), title)
-    return fill(whole, width)
+    return fill(unbroken(title), width)
+
+
+def unbroken(text: str) -> str:
+    """Return a text in which no line breaks inside an interval."""
+    return re.sub(r"\[.*?\]", lambda match: match[0].replace(" ", "\N{NO-BREAK SPACE}"), text)
 
 
 def dot(axes: Axes, y: float, value: Sequence[float], style: DotStyle) -> None:

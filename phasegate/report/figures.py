@@ -20,7 +20,9 @@ class Entry(NamedTuple):
 
 
 FIGURES = {
-    "gap": Entry("first", "What growing gains, by the step of growth", growth_plots.gap),
+    "gap": Entry(
+        "first", "What growing gains, by the step of growth: means over seeds, with intervals", growth_plots.gap
+    ),
     "differences": Entry("first", "Difference of each arm from its control", verdict_plots.differences),
     "attribution": Entry("accounts", "What each ingredient of an arm does", verdict_plots.attribution),
     "learning_curves": Entry("training", "Learning curves and surgeries", training_plots.learning_curves),

@@ -61,8 +61,8 @@ def gap(tables: Tables, params: Params) -> Figure:
     for way, points in lines.items():
         axes.plot(*zip(*points, strict=True), color=STYLES.get(way, (drawing.BLACK, "h"))[0])
     furthest = max([row.step for row in grown], default=params.p7c.steps / 2)
-    axes.set(xlim=(0, 1.2 * furthest), xlabel=f"step of growth, of {params.p7c.steps:,}")
-    axes.set_ylabel("test accuracy minus that of the small model, pp")
+    axes.set(xlim=(0, 1.2 * furthest), xlabel=f"step of growth, of {params.p7c.steps:,} (side by side: the same step)")
+    axes.set_ylabel("test accuracy above the small model's, pp")
     if large.delta_lo > 0:
         scales = partial(_rescale, 100 / large.delta_pp), partial(_rescale, large.delta_pp / 100)
         closed = axes.secondary_yaxis("right", functions=scales)
@@ -77,9 +77,12 @@ def _rescale(factor: float, values: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _title(decisions: dict[str, Decision], tables: Tables) -> str:
-    """Return what share of the gap the primary arm closes, or that there is no gap to close."""
-    own = next(row for row in rows_of(tables["growth"]) if decisions[row.arm].primary)
+    """Return what shares of the gap the primary arm and the best one at its step close, or that there is no gap."""
+    rows = rows_of(tables["growth"])
+    own = next(row for row in rows if decisions[row.arm].primary)
     if not decisions[LARGE].delta_lo > 0:
         return "7c.1: many experts from the start are not certainly ahead of few, so there is no gap to close"
     closed = share(own, "gap_closed")
-    return f"7c.1: {own.arm} closes {closed or 'no known part'} of the gap between few experts and many"
+    text = f"7c.1: {own.arm} closes {closed or 'no known part'} of the gap between few experts and many"
+    best = max((row for row in rows if row.step == own.step and isfinite(row.gap_closed)), key=attrgetter("gap_closed"))
+    return text if best.arm == own.arm else f"{text}; {best.arm} at the same step {share(best, 'gap_closed')}"

@@ -11,7 +11,7 @@ from markupsafe import Markup
 from phasegate.params import Params
 from phasegate.params.names import DATA_SETS
 from phasegate.report import story
-from phasegate.report.drawing import Tables
+from phasegate.report.drawing import Tables, unbroken
 from phasegate.report.figures import FIGURES
 from phasegate.verdicts import attribution, signal_summary, surgery_summary, wording
 
@@ -26,13 +26,14 @@ def render(
     template = Template(text, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     page: str = template.render(
         data=DATA_SETS.get(data, data),
+        confidence=f"{100 * confidence:g}",
         seeds=int(decisions["n_seeds"].max()),
         phases=[
             {"label": wording.phase_label(row.phase), "verdict": row.verdict}
             | {"hypothesis": wording.stated(claims[row.phase]), "outcome": wording.outcome(row, decisions)}
             for row in wording.headline_rows(decisions)
         ],
-        answer=story.answer(tables, params),
+        answer=[unbroken(paragraph) for paragraph in story.answer(tables, params)],
         first=story.story_table({data: decisions}, params),
         growth=story.growth_cells(tables["growth"]),
         rates=story.rate_cells(tables["rates"]),

@@ -20,6 +20,19 @@ from phasegate.verdicts.wording import Cells, interval, listed, measure, number,
 Tables = Mapping[str, pd.DataFrame]
 CONVERGED = ("p7b1", "p7b2", "p7b3", "p7b4", "surgery")
 """The phases that begin with a converged model of which nothing is broken."""
+QUESTIONS = {
+    growth.PHASE: "Does growing pay in a model that started too small?",
+    arrival.PHASE: "Does a controller that decides when to grow pay when classes arrive?",
+    repair.PHASE: "Does removing what ground truth finds pay where experts are dead?",
+}
+ANSWERS = {  # by the word of a primary arm: what it says of a question whether something pays
+    words.BETTER: "Yes.",
+    words.WORSE: "No, it costs.",
+    words.EQUIVALENT: "No.",
+    words.NO_WORSE: "Not shown.",
+    words.UNDECIDED: "Not shown.",
+    words.NOTHING_DONE: "It never acted.",
+}
 GAINED = {  # by the word of a row; each goes on with the difference
     words.BETTER: "gains",
     words.WORSE: "loses:",
@@ -32,6 +45,10 @@ ACTOR = {  # who acts, in plain words
     "birth": "births (`birth`)",
     "measured": "a controller that measures whether to grow (`measured`)",
     "oracle": "ground truth (`oracle`)",
+}
+BESIDE = {  # arms of 7c.1 that the primary arm is compared with, in plain words
+    "upcycle": "routed copies (`upcycle`)",
+    "large": "{large} experts from the start (`large`)",
 }
 DONE = {
     "p7b1/noise_acting": "a head trained on random labels adds and removes experts",
@@ -54,25 +71,29 @@ DONE = {
 
 
 def answer(tables: Tables, params: Params) -> list[str]:
-    """Return what came out, a paragraph for each question."""
+    """Return what came out, a paragraph for each question: it and a short answer between `**`, then the numbers."""
     rows = {(row.phase, row.arm): row for row in decision_rows(tables["decisions"])}
     primary = {row.phase: row for row in rows.values() if row.primary}
-    told = [f"{_converged(rows.values())} {_breaking(tables['attribution'], params.decisions.confidence)}"]
-    told += [_growing(primary[growth.PHASE], tables, params)] if growth.PHASE in primary else []
-    told += [_arriving(primary[arrival.PHASE], rows, tables, params)] if arrival.PHASE in primary else []
-    return told + ([_repairing(primary[repair.PHASE], tables, params)] if repair.PHASE in primary else [])
+    paragraphs = [f"{_converged(rows.values())} {_breaking(tables['attribution'], params.decisions.confidence)}"]
+    tell = {growth.PHASE: _growing, arrival.PHASE: _arriving, repair.PHASE: _repairing}
+    for row in (primary[phase] for phase in QUESTIONS if phase in primary):
+        short = "Not decided." if row.verdict == words.NO_ASSAY else ANSWERS.get(row.word, "No trial finished.")
+        paragraphs.append(f"**{QUESTIONS[row.phase]} {short}** {tell[row.phase](row, tables, params)}")
+    return paragraphs
 
 
 def _converged(rows: Iterable[Decision]) -> str:
     """Say which arms that added or removed experts of a converged model are better or worse than no surgery."""
     rewired = [row for row in rows if row.phase in CONVERGED and row.operations > 0]
+    question = "Does adding or removing experts pay in a model that has converged?"
     if not rewired:
-        return "No arm rewired a converged model."
+        return f"**{question} No arm did.**"
     better, worse = ([row for row in rewired if row.word == word] for word in (words.BETTER, words.WORSE))
     named = [f"`{row.arm}` of {phase_label(row.phase)} ({measure(row, 'delta_pp', 2, True, 'pp')})" for row in better]
     gain = f"{len(better)} {_are(better)} better ({listed(named)})" if better else "none is shown to be better"
+    short = f"{len(better)} of {len(rewired)} arms gain." if better else "No arm shows a gain."
     return (
-        f"Of {len(rewired)} arms that rewire a converged model, {gain} than the same model trained on unchanged, and "
+        f"**{question} {short}** Of {len(rewired)} arms that do, {gain} than the same model trained on unchanged, and "
         f"{len(worse) or 'none'} {_are(worse)} worse."
     )
 
@@ -125,30 +146,56 @@ def _growing(row: Decision, tables: Tables, params: Params) -> str:
     done = wording.of_arm(tables["surgery_summary"], row.phase, row.arm)
     if len(done) and done["output_change_max"].max() == 0:
         exact = ", which at first changes no bit of the output,"
-    at = f" at step {own.step:.0f} of {number(steps, 0)}" if pd.notna(own.step) else ""
+    at, of = (f" at step {own.step:.0f}", f" of {number(steps, 0)}") if pd.notna(own.step) else ("", "")
     text = (
-        f"A model that starts with {small} experts and grows to {large} by {_actor(row)}{at}{exact} "
+        f"A model that starts with {small} experts and grows to {large} by {_actor(row)}{at}{of}{exact} "
         f"{gained(row)} {_verdict(row, params)}."
     )
-    if pd.isna(own.gap_closed):
-        return text
     by_step: dict[float, Any] = {}
     for each in table.values():
         if each.operator == own.operator and pd.notna(each.step) and pd.notna(each.gap_closed):
             by_step.setdefault(each.step, each)
     shares = [f"{share(by_step[step], 'gap_closed')} at step {step:.0f}" for step in sorted(by_step)]
-    return f"{text} Of the gap to {large} from the start, that way closes {listed(shares)}." if shares else text
+    if shares and pd.notna(own.gap_closed):
+        text += f" Of the gap to {large} from the start, that way closes {listed(shares)}."
+    leads = [
+        f"{_standing(table[arm])} {what.format(large=large)}, {measure(table[arm], 'lead_pp', 2, True, 'pp')}"
+        for arm, what in BESIDE.items()
+        if arm in table and arm != row.arm and pd.notna(table[arm].lead_pp)
+    ]
+    ends = f" Grown{at}, `{row.arm}` ends {', and '.join(leads)}; each has its own learning rate of experts."
+    return text + ends if leads else text
 
 
-def _arriving(row: Decision, rows: Mapping[tuple[str, str], Decision], tables: Tables, params: Params) -> str:
-    """Say whether a controller gains when classes arrive, and what being told is worth."""
+def _standing(row: Any) -> str:
+    """Return where the primary arm stands beside that of a row, by the interval of its lead."""
+    return "ahead of" if row.lead_lo > 0 else "behind" if row.lead_hi < 0 else "not certainly apart from"
+
+
+def _arriving(row: Decision, tables: Tables, params: Params) -> str:
+    """Say whether a controller gains when classes arrive, on old classes too, and where it stands beside being told."""
     start = f"When further classes join the first {params.p7c2.classes} at step {params.p7c2.at}, {_actor(row)}"
     text = f"{start} {gained(row)} {_verdict(row, params)}"
-    if told := rows.get((row.phase, "informed")):
-        text += f"; growing when told {gained(told)}"
-    table = wording.rows_of(tables["arrival"][tables["arrival"]["arm"] == row.arm])
-    parts = [f"{measure(each, 'delta_pp', 2, True, 'pp')} on {each.classes} classes" for each in table if each.n_seeds]
-    return f"{text}. The difference of `{row.arm}` is {listed(parts)}." if parts else f"{text}."
+    table = {(each.arm, each.classes): each for each in rows_of(tables["arrival"])}
+    own = [table[row.arm, part] for part in ("old", "new") if (row.arm, part) in table]
+    parts = [f"{measure(each, 'delta_pp', 2, True, 'pp')} on {each.classes} classes" for each in own if each.n_seeds]
+    text += f": {listed(parts)}." if parts else "."
+    done = wording.of_arm(tables["surgeries"], row.phase, row.arm)["seed"].nunique()
+    text += f" It grows in {done} of {row.n_seeds} seeds." if row.n_seeds else ""
+    for told in decision_rows(wording.of_arm(tables["decisions"], row.phase, arrival.TOLD)):
+        text += f" Growing when told (`{told.arm}`) {gained(told)}."
+    if (near := table.get((arrival.TOLD, "all"))) and pd.notna(near.lead_pp):
+        text += (
+            f" A second half of the claim, written before the run, decides no verdict: to end less than "
+            f"{arrival.NEAR_PP:g} pp below that. It {_near(near)}: {measure(near, 'lead_pp', 2, True, 'pp')}."
+        )
+    return text
+
+
+def _near(row: Any) -> str:
+    """Return whether the primary arm is shown to be no worse than that of a row by `NEAR_PP`."""
+    bound = -arrival.NEAR_PP
+    return "is shown" if row.lead_lo > bound else "is refuted" if row.lead_hi < bound else "is not shown"
 
 
 def _repairing(row: Decision, tables: Tables, params: Params) -> str:
@@ -157,7 +204,8 @@ def _repairing(row: Decision, tables: Tables, params: Params) -> str:
     own, sham = counts.get(row.arm), counts.get(repair.SHAM)
     text = f"Where {params.p7c3.dead} of {params.p7a.n_routed} experts are dead, {_actor(row)} "
     if own and own.n_seeds:
-        text += f"removes {share(own, 'found')} of them, and {measure(own, 'false')} living ones a seed; it "
+        living = "no living one" if own.false_hi == 0 else f"{measure(own, 'false')} living ones a seed"
+        text += f"removes {share(own, 'found')} of them, and {living}; it "
     text += f"{gained(row)} {_verdict(row, params)}."
     if sham and sham.n_seeds:
         seeds = round(sham.acting * sham.n_seeds)
@@ -208,6 +256,7 @@ def growth_cells(table: pd.DataFrame) -> Cells:
     return [
         {"arm": row.arm, "grows at step": number(row.step, 0), "gap closed": share(row, "gap_closed")}
         | {"rate of experts": f"{wording.TIMES} {row.factor:g}" if pd.notna(row.factor) else ""}
+        | {"lead of the primary arm, pp": measure(row, "lead_pp", 2, True)}
         | {"slot-steps, relative to the control": measure(row, "slot_ratio"), "seeds": str(row.n_seeds)}
         for row in rows_of(table)
     ]
@@ -218,7 +267,8 @@ def arrival_cells(table: pd.DataFrame) -> Cells:
     return [
         {"arm": row.arm, "classes": row.classes, "accuracy, %": measure(row, "accuracy")}
         | {"difference, pp": measure(row, "delta_pp", 2, True)}
-        | {"worst seed, pp": number(row.worst_delta, signed=True), "seeds": str(row.n_seeds)}
+        | {"worst seed, pp": number(row.worst_delta, signed=True)}
+        | {"lead of the primary arm, pp": measure(row, "lead_pp", 2, True), "seeds": str(row.n_seeds)}
         for row in rows_of(table)
     ]
 

@@ -41,23 +41,25 @@ def learning_curves(tables: Tables, params: Params) -> Figure:
     heads = [row for row in rows if row.primary and row.phase in shown]
     columns = min(2, len(heads))
     figure, panels = new_figure(6.4 * columns, 3.7 * ceil(len(heads) / columns), len(heads), columns)
+    done = set[str]()
     for axes, head in zip(panels, heads, strict=True):
         if head.phase != START:
             control = of_arm(curves, *key_of(head.control))
             band(axes, control, "accuracy", CONTROL_STYLE, confidence, beside(head), 1.3)
-        every = [row.arm for row in rows if row.phase == head.phase and not row.is_control]
-        arms = every[: len(ARM_STYLES)]  # the primary arm comes first in the decisions
+        every = _variants_last([row.arm for row in rows if row.phase == head.phase and not row.is_control])
+        arms = every[: len(ARM_STYLES)]
         for arm, style in zip(arms, ARM_STYLES, strict=False):
             points = of_arm(curves, head.phase, arm)
             band(axes, points, "accuracy", style, confidence, arm, 2.2 if arm == head.arm else 1.3)
-        _mark_surgeries(axes, surgeries[surgeries["phase"] == head.phase], arms)
+        own = surgeries[(surgeries["phase"] == head.phase) & surgeries["arm"].isin(arms)]
+        _mark_surgeries(axes, own, arms)
+        done |= set(own["operation"])
         axes.set_title(wrapped(f"{phase_label(head.phase)} {wording.finding(head)}"))
         axes.set(xlabel="training step", ylabel="gate accuracy, %")
         more = len(every) - len(arms)
         title = f"and {more} more arm{'s' if more > 1 else ''}" if more else None
         axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1), title=title, title_fontsize=8)
-    if len(surgeries):
-        done = set(surgeries["operation"])
+    if done:
         names = [name for name in MARKERS if name in done] + sorted(done - set(MARKERS))
         look: dict[str, Any] = {"color": drawing.BLACK, "linestyle": "", "markersize": 5}
         marks = [Line2D([], [], marker=MARKERS.get(name, PLUGIN_MARKER), label=name, **look) for name in names]
@@ -76,7 +78,7 @@ def entropy(tables: Tables, params: Params) -> Figure:
         rows, control = of_arm(curves, head.phase, head.arm), of_arm(curves, *key_of(head.control))
         band(axes, control, "routing_entropy", CONTROL_STYLE, confidence, beside(head), 1.3)
         band(axes, rows, "routing_entropy", (drawing.BLUE, "--"), confidence, head.arm, 2)
-        axes.set(xlabel="training step", ylabel="routing entropy")
+        axes.set(xlabel="training step", ylabel="routing entropy (1: uniform)")
         ending = _compare_endings(rows, control, confidence) or wording.failed(head)
         axes.set_title(wrapped(f"{phase_label(head.phase)} {head.arm}: {ending}", 44))
         axes.legend(fontsize=8)
@@ -95,20 +97,20 @@ def lineage(tables: Tables, params: Params) -> Figure:
     for axes, head in zip(panels, operated, strict=True):
         shown, surgeries = of_arm(loads, head.phase, head.arm), of_arm(done, head.phase, head.arm)
         _draw_tree(axes, shown, surgeries, float(loads["share"].max()))
-        change = surgeries["n_routed_after"] - surgeries["n_routed_before"]
+        born = (surgeries["n_routed_after"] - surgeries["n_routed_before"]).clip(0).sum()
         final = shown[shown["step"] == shown["step"].max()]["share"]
-        counts = f"{change.clip(0).sum()} born, {-change.clip(upper=0).sum()} gone, {len(final)} in the end"
+        counts = f"{born} born, {len(_gone(shown, surgeries))} gone, {len(final)} in the end"
         busiest = f"the busiest takes {number(100 * final.max(), 0)} % of the tokens"
         axes.set_title(wrapped(f"{phase_label(head.phase)} {head.arm}: {counts}; {busiest}"))
     still = [phase_label(row.phase) for row in heads if row not in operated]
     rest = f"; {wording.listed(still)} changed nothing" if still else "" if heads else "; no primary arm finished it"
-    title = f"Lineages of the experts, as thick as their load (seed {seed}; blue: born, orange: removed){rest}"
+    title = f"Lineages of the experts, as thick as their load (seed {seed}; blue: born, orange: gone){rest}"
     figure.suptitle(wrapped(title, 110), x=0.01, ha="left")
     return figure
 
 
 def expert_routing(tables: Tables, params: Params) -> Figure:
-    """Draw the share of each class's tokens by expert, in the rows of 7a: removed ones stay grey, born ones follow."""
+    """Draw the share of each class's tokens by expert, in rows: removed ones stay grey, born ones follow."""
     routing = tables["routing"][tables["routing"]["block"] == BLOCK]
     shown = {
         (row.phase, row.arm): part.pivot_table(
@@ -117,23 +119,31 @@ def expert_routing(tables: Tables, params: Params) -> Figure:
         for row in decision_rows(tables["decisions"])
         if row.primary and len(part := of_arm(routing, row.phase, row.arm))
     }
-    old = shown[START, BASELINE].index
-    height = 1.4 + min(8, 0.2 * max(len(old.union(counts.index)) for counts in shown.values()))
-    columns = min(2, len(shown))
-    figure, panels = new_figure(5 * columns, height * ceil(len(shown) / columns), len(shown), columns)
+    began = tables["trials"].drop_duplicates(["phase", "arm"]).set_index(["phase", "arm"])["n_routed_start"]
+    olds: dict[Any, pd.Index[Any]] = {key: pd.Index(range(int(began[key]))) for key in shown}
+    height = 1.4 + min(8, 0.2 * max(len(olds[key].union(counts.index)) for key, counts in shown.items()))
+    columns = min(3, len(shown))
+    figure, panels = new_figure(4.2 * columns, height * ceil(len(shown) / columns), len(shown), columns)
     most = max(float(_shares(counts).to_numpy().max()) for counts in shown.values())
     for axes, ((phase, arm), counts) in zip(panels, shown.items(), strict=True):
+        old = olds[phase, arm]
         mesh = _draw_heatmap(axes, _shares(counts).reindex(old.union(counts.index)), old, most)
         kept, born = len(old.intersection(counts.index)), len(counts.index.difference(old))
         what = f"{len(old)} experts" if phase == START else f"{kept} of {len(old)} experts kept, {born} born"
-        axes.set_title(f"{phase_label(phase)} {arm}: {what},\nthe busiest takes {_busiest(counts):.0f} % of all tokens")
+        busiest = f"the busiest takes {_busiest(counts):.0f} % of all tokens"
+        axes.set_title(wrapped(f"{phase_label(phase)} {arm}: {what}, {busiest}", 44))
     figure.colorbar(mesh, ax=panels, label="share of the class's tokens, %", shrink=0.6, aspect=25)
     after = [_busiest(counts) for (phase, _), counts in shown.items() if phase != START]
-    then = f", and {min(after):.0f} to {max(after):.0f} % at the end of the phases after it" if after else ""
+    then = f", and {min(after):.0f} to {max(after):.0f} % at the end of the other phases" if after else ""
     title = f"The busiest expert takes {_busiest(shown[START, BASELINE]):.0f} % of all tokens in 7a{then}"
     key = f"(seed {routing['seed'].iloc[0]}, block {BLOCK}; grey: removed, +: born)"
     figure.suptitle(f"{title}\n{key}", x=0.01, ha="left")
     return figure
+
+
+def _variants_last(arms: list[str]) -> list[str]:
+    """Return the arms of a phase, the primary first, with variants such as `birth_early` behind all others."""
+    return arms[:1] + sorted(arms[1:], key=lambda arm: any(arm.startswith(f"{other}_") for other in arms))
 
 
 def _mark_surgeries(axes: Axes, surgeries: pd.DataFrame, arms: list[str]) -> None:
@@ -164,6 +174,13 @@ def _compare_endings(rows: pd.DataFrame, control: pd.DataFrame, confidence: floa
     return f"ends at {number(ends[0].mean(), 3)}, {verdict} the control"
 
 
+def _gone(loads: pd.DataFrame, surgeries: pd.DataFrame) -> set[int]:
+    """Return the experts that are not there in the end: removed by an operation, or retired by a handover."""
+    shrinking = surgeries[surgeries["n_routed_after"] < surgeries["n_routed_before"]]
+    last = loads[loads["step"] == loads["step"].max()]
+    return set(shrinking["expert"]) | set(loads["expert"]) - set(last["expert"])
+
+
 def _draw_tree(axes: Axes, loads: pd.DataFrame, surgeries: pd.DataFrame, most: float) -> None:
     """Draw the lineage of one arm."""
     grown = surgeries["n_routed_after"] > surgeries["n_routed_before"]
@@ -172,7 +189,7 @@ def _draw_tree(axes: Axes, loads: pd.DataFrame, surgeries: pd.DataFrame, most: f
         for row in rows_of(surgeries[grown])
         for further in range(row.n_routed_after - row.n_routed_before)
     }
-    removed = set(surgeries[~grown]["expert"])
+    removed = _gone(loads, surgeries)
     experts = {expert: rows_of(rows) for expert, rows in loads.groupby("expert")}
     parents = {expert: birth.parent for expert, birth in births.items() if birth.parent in experts}
     place = {expert: y for y, expert in enumerate(_descendants(None, experts, parents))}

@@ -83,7 +83,8 @@ def answers(studies: Mapping[str, Tables], params: Params) -> Iterator[str]:
     """Write the answer of every study as a Markdown list, a point for each question, below its data set."""
     for name, tables in studies.items():
         seeds = int(tables["decisions"]["n_seeds"].max())
-        yield f"**{DATA_SETS[name]}**, {seeds} seed{'s' * (seeds != 1)} per arm:"
+        how = f"in brackets stand {100 * params.decisions.confidence:g} % intervals, and verdicts"
+        yield f"**{DATA_SETS[name]}**, {seeds} seed{'s' * (seeds != 1)} per arm; pp is of test accuracy; {how}:"
         yield "\n".join(f"- {wording.escaped(paragraph)}" for paragraph in story.answer(tables, params))
 
 

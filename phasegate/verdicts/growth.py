@@ -8,16 +8,23 @@ import pandas as pd
 from phasegate.params.phases import Claim
 from phasegate.records.tables import DECIMALS
 from phasegate.verdicts.decisions import key_of, paired_arms
-from phasegate.verdicts.statistics import column_names, interval_columns, mean_interval, ratio_interval
+from phasegate.verdicts.statistics import (
+    column_names,
+    interval_columns,
+    mean_interval,
+    paired_difference,
+    ratio_interval,
+)
 from phasegate.verdicts.wording import of_arm
 
 PHASE, LARGE = "p7c1", "large"  # the phase, and the arm that has all experts from the start
 COLUMNS = ["arm", "operator", "step", "factor", "n_seeds"]
-COLUMNS += [*column_names("gap_closed"), *column_names("slot_ratio")]
+COLUMNS += [*column_names("gap_closed"), *column_names("lead_pp"), *column_names("slot_ratio")]
 """operator: the way to have experts, by which the rate was chosen. step: of the growth; blank if the arm never grows.
 factor: the chosen rate of expert matrices, relative to all others'. gap_closed: (arm - small) / (large - small) of mean
-test accuracy; blank, without bounds, where `large` is not certainly ahead of `small`. slot_ratio: the expert slots that
-a token ran, over all steps, relative to `small`'s."""
+test accuracy; blank, without bounds, where `large` is not certainly ahead of `small`. lead_pp: the test accuracy of the
+primary arm minus this arm's, paired by the seeds that both finished. slot_ratio: the expert slots that a token ran,
+over all steps, relative to `small`'s."""
 RATES = ["operator", "factor", "n_seeds", "chosen", *column_names("accuracy")]
 
 
@@ -29,6 +36,7 @@ def growth(tables: Mapping[str, pd.DataFrame], claims: Mapping[str, Claim], conf
     """
     claim, arms = claims[PHASE], paired_arms(tables["trials"], tables["failures"])
     small, large = arms[key_of(claim.control)]["accuracy"], arms[PHASE, LARGE]["accuracy"]
+    primary = arms[PHASE, claim.primary]["accuracy"]
     few = _slot_steps(of_arm(tables["curves"], *key_of(claim.control)))
     chosen, rows = tables["rates"][tables["rates"]["chosen"]].groupby("operator")["factor"].first(), []
     for arm in claim.arms:
@@ -42,6 +50,9 @@ def growth(tables: Mapping[str, pd.DataFrame], claims: Mapping[str, Claim], conf
             slots = _slot_steps(of_arm(tables["curves"], PHASE, arm))
             ratio = (slots / few).reindex(done.index).dropna()
             row |= interval_columns("slot_ratio", ratio, confidence) if len(ratio) else {}
+        both = pd.DataFrame({"primary": primary, "arm": arms[PHASE, arm]["accuracy"]}).dropna()
+        if len(both):
+            row |= interval_columns("lead_pp", paired_difference(both["primary"], both["arm"]), confidence)
         rows.append(row)
     return pd.DataFrame(rows, columns=COLUMNS)
 
