@@ -1,6 +1,6 @@
 """Read from the environment where and how to run. These settings must never change results.
 
-PHASEGATE_WORKERS   processes per stage (default: one per core)
+PHASEGATE_WORKERS   processes per stage (default: one per core); on a GPU at most as many as it has GiB free
 PHASEGATE_DEVICE    auto | cpu | cuda (default: auto, a GPU where there is one)
 PHASEGATE_PROGRESS  0 for no progress bars
 PHASEGATE_BACKEND   loky | ray: trials in processes here (the default), or on the Ray cluster of RAY_ADDRESS

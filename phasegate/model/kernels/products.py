@@ -8,13 +8,14 @@ from typing import Any
 import numba
 from numba import types
 
-from phasegate.model.kernels.tile import FLOATS, ROWS, WIDTH, at, narrow_tile, transpose, wide_tile
+from phasegate.model.kernels.tile import FLOATS, ROWS, WIDTH, at, fetch, narrow_tile, transpose, wide_tile
 
 OPTIONS: dict[str, Any] = {"nopython": True, "error_model": "numpy"}
 INTS, INT, DOUBLE = types.CPointer(types.int64), types.int64, types.float64
 inner = numba.jit(**OPTIONS)
 DEEP, TALL = 384, 384  # rows of b and of a that a pass holds in the caches
 SPAN = 2 * WIDTH
+LINE = 16  # floats
 ENTRIES: dict[str, tuple[Any, Any]] = {}
 
 
@@ -71,10 +72,18 @@ def run_tile(rows, columns, a, lda, ka, b, ldb, c, ldc, start, lds, k):
 
 @inner
 def matmul(a, lda, ka, b, ldb, kb, c, ldc, start, lds, m, n, k, panel):
+    """Compute a product; see `matmul_ahead`."""
+    matmul_ahead(a, lda, ka, b, ldb, kb, c, ldc, start, lds, m, n, k, panel, panel, 0)
+
+
+@inner
+def matmul_ahead(a, lda, ka, b, ldb, kb, c, ldc, start, lds, m, n, k, panel, ahead, lines):
     """Compute c (m, n) = start + a (m, k) @ b (k, n), each element a chain of fused multiply-adds in the order of k.
 
-    One stride of b is 1. `panel` holds DEEP * (SPAN + TALL) floats.
+    One stride of b is 1. `panel` holds DEEP * (SPAN + TALL) floats. Meanwhile the caches are asked for so many lines
+    that are needed next, a few with each tile: they can look for few at a time.
     """
+    asked = 0
     for p0 in range(0, max(k, 1), DEEP):
         depth = min(DEEP, k - p0)
         if p0:
@@ -83,6 +92,7 @@ def matmul(a, lda, ka, b, ldb, kb, c, ldc, start, lds, m, n, k, panel):
             height = min(TALL, m - i0)
             tiles = (height + ROWS - 1) // ROWS
             packs = kb != 1 or (ldb > SPAN and height >= 64)
+            share = lines // (tiles * (1 + (n - 1) // SPAN)) + 1 if lines else 0
             turns = lda == 1 and height * depth * ka > 1 << 20
             if turns:
                 pack_left(at(a, i0 * lda + p0 * ka), ka, at(panel, DEEP * SPAN), height, tiles, depth)
@@ -93,6 +103,10 @@ def matmul(a, lda, ka, b, ldb, kb, c, ldc, start, lds, m, n, k, panel):
                     pack(right, ldb, kb, panel, depth, columns)
                     right, step = panel, SPAN
                 for t in range(tiles):
+                    until = min(lines, asked + share)
+                    for line in range(asked, until):
+                        fetch(ahead, line * LINE)
+                    asked = until
                     top = height * t // tiles
                     rows, i = height * (t + 1) // tiles - top, i0 + top
                     left, down, along = at(a, i * lda + p0 * ka), lda, ka

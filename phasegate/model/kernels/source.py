@@ -10,9 +10,9 @@ import numpy as np
 from numba import types
 
 from phasegate.model.kernels.compiled import target
-from phasegate.model.kernels.products import DOUBLE, ENTRIES, INT, INTS, entry, inner, matmul
+from phasegate.model.kernels.products import DOUBLE, ENTRIES, INT, INTS, LINE, entry, inner, matmul, matmul_ahead
 from phasegate.model.kernels.sorting import count_strange
-from phasegate.model.kernels.tile import FLOATS, at, bits_of, dot, fetch, float_of, floats_at, fma
+from phasegate.model.kernels.tile import FLOATS, at, bits_of, dot, float_of, floats_at, fma
 
 
 def compile_all() -> tuple[dict[str, tuple[str, list[str]]], bytes]:
@@ -56,12 +56,9 @@ def mix(y, place, gates, step, out, n, top_k, width):
 
 
 @inner
-def prefetch(w_in, w_out, e, n_experts, size):
-    """Ask the caches for an expert's weights, unless there are few experts, which stay there, or large ones."""
-    if e < n_experts and n_experts * size > 1 << 18 and size <= 1 << 14:
-        for j in range(e * size, (e + 1) * size, 16):
-            fetch(w_in, j)
-            fetch(w_out, j)
+def lines_ahead(e, n_experts, size):
+    """Count the lines of the next expert's weights to fetch ahead: none of few experts, which stay in the caches."""
+    return size // LINE if e + 1 < n_experts and n_experts * size > 1 << 18 and size <= 1 << 14 else 0
 
 
 @entry(*[FLOATS] * 4, *[INTS] * 3, *[FLOATS] * 6, *[INT] * 5)
@@ -81,12 +78,13 @@ def mixture(
             source, to = at(x, slot[begin + r] // top_k * width), at(some, r * width)
             for j in range(width):
                 to[j] = source[j]
-        first, second = at(w_in, e * width * inside), at(w_out, e * width * inside)
-        prefetch(w_in, w_out, e + 1, n_experts, width * inside)
-        matmul(some, width, 1, first, inside, 1, active, inside, zeros, 0, m, inside, width, panel)
+        size = width * inside
+        first, second = at(w_in, e * size), at(w_out, e * size)
+        third, fourth, lines = at(first, size), at(second, size), lines_ahead(e, n_experts, size)
+        matmul_ahead(some, width, 1, first, inside, 1, active, inside, zeros, 0, m, inside, width, panel, third, lines)
         for j in range(m * inside):
             active[j] = active[j] if active[j] > 0 else np.float32(0)
-        matmul(active, inside, 1, second, width, 1, made, width, zeros, 0, m, width, inside, panel)
+        matmul_ahead(active, inside, 1, second, width, 1, made, width, zeros, 0, m, width, inside, panel, fourth, lines)
         begin = ends[e]
     mix(y, place, gates, 1, out, n, top_k, width)
 
@@ -100,8 +98,8 @@ def mixture_gradient(
     begin = 0
     for e in range(n_experts):
         m, size = ends[e] - begin, width * inside
-        prefetch(w_in, w_out, e + 1, n_experts, size)
-        prefetch(d_w_in, d_w_out, e + 1, n_experts, size)
+        lines, first, second = lines_ahead(e, n_experts, size), at(w_in, e * size), at(w_out, e * size)
+        d_first, d_second = at(d_w_in, e * size), at(d_w_out, e * size)
         for r in range(m):
             s = slot[begin + r]
             source, to = at(slope, s // top_k * width), at(some, r * width)
@@ -110,13 +108,25 @@ def mixture_gradient(
             for j in range(width):
                 to[j] = gate * source[j]
         active = at(hidden, begin * inside)
-        matmul(active, 1, inside, some, width, 1, at(d_w_out, e * size), width, zeros, 0, inside, width, m, panel)
-        matmul(some, width, 1, at(w_out, e * size), 1, width, d_hidden, inside, zeros, 0, m, inside, width, panel)
+        matmul_ahead(
+            active, 1, inside, some, width, 1, d_second, width, zeros, 0, inside, width, m, panel,
+            at(second, size), lines,
+        )  # fmt: skip
+        matmul_ahead(
+            some, width, 1, second, 1, width, d_hidden, inside, zeros, 0, m, inside, width, panel,
+            at(d_first, size), lines,
+        )  # fmt: skip
         for j in range(m * inside):
             d_hidden[j] = d_hidden[j] if active[j] > 0 else np.float32(0)
         given, back = at(rows, begin * width), at(d_rows, begin * width)
-        matmul(given, 1, width, d_hidden, inside, 1, at(d_w_in, e * size), inside, zeros, 0, width, inside, m, panel)
-        matmul(d_hidden, inside, 1, at(w_in, e * size), 1, inside, back, width, zeros, 0, m, width, inside, panel)
+        matmul_ahead(
+            given, 1, width, d_hidden, inside, 1, d_first, inside, zeros, 0, width, inside, m, panel,
+            at(first, size), lines,
+        )  # fmt: skip
+        matmul_ahead(
+            d_hidden, inside, 1, first, 1, inside, back, width, zeros, 0, m, width, inside, panel,
+            at(d_second, size), lines,
+        )  # fmt: skip
         begin = ends[e]
     mix(d_rows, place, one, 0, d_x, n, top_k, width)
 
