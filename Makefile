@@ -7,7 +7,7 @@ VENV := .venv
 READY := $(VENV)/.ready
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 # What a terminal or a file can't show is written as an escape, by DVC too.
-export PYTHONIOENCODING := $(firstword $(subst :, ,$(PYTHONIOENCODING))):backslashreplace
+export PYTHONIOENCODING := $(patsubst x%,%,$(firstword $(subst :, ,x$(PYTHONIOENCODING)))):backslashreplace
 
 WRITABLE = @test -w . || { echo "$(CURDIR) can't be written" >&2; exit 2; }
 

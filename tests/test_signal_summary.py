@@ -81,10 +81,12 @@ def test_chance_findings_are_corrected_for_the_number_of_signals() -> None:
 
 def test_the_second_truth_has_a_chance_and_bounds_of_its_own() -> None:
     dead = signals.signal_findings(SUMMARY, decisions(), ACTED, 0.95)[3]
-    better, rest = dead.removesuffix(".").split("; not shown to be for ")
-    assert better.endswith("ROC curve better than chance (0.50) for usage frequency 1.00 [1.00, 1.00]")
-    named = "random labels 0.50 [0.50, 0.50], zero hits 0.50 [0.50, 0.50], measured change 0.00 [0.00, 0.00]"
-    assert rest == named
+    better, worse, rest = dead.removesuffix(".").split("; ")
+    assert better.endswith("ROC curve, above chance (0.50) for usage frequency 1.00 [1.00, 1.00]")
+    assert worse == "below it for measured change 0.00 [0.00, 0.00]"
+    assert rest == "not shown to differ from it for random labels 0.50 [0.50, 0.50], zero hits 0.50 [0.50, 0.50]"
+    mute = signal_summary(GIVEN.query("signal == 'gradmax'"), 0.95)
+    assert signals.signal_findings(mute, decisions(), ACTED, 0.95)[3].endswith("curve, which no signal has.")
     areas = np.tile([0.9, 1.0], 50)
     noisy = signal_summary(GIVEN.assign(auc_dead=areas[: len(GIVEN)]), 0.95).set_index("signal")
     assert noisy["auc_dead_hi"]["zero_hits"] < 1 and beats_chance(next(noisy.itertuples()), "auc_dead", 0.95)
@@ -130,7 +132,7 @@ def test_an_arm_with_failed_trials_says_so() -> None:
 def test_the_titles_count_the_signals_that_beat_chance() -> None:
     first, _, grow, dead = signals.correlation_finding(SUMMARY, 0.95).split("; ")
     assert first == "1 of 3 signals predict better than chance what a removal does immediately, usage frequency best"
-    assert dead == "1 of 3 tell killed experts from living ones"
+    assert dead == "1 of 3 score killed experts below living ones"
     assert grow == "0 of 3 signals predict better than chance what a split does after training"
     title = signals.regret_title(SUMMARY, 0.95)
     assert "1 of 3 signals choose better than chance; usage frequency costs least" in title

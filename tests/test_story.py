@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 
 from phasegate.params import load_params
+from phasegate.report.growth_plots import gap
 from phasegate.report.story import answer, story_cells, story_table
 from phasegate.verdicts.arrival import arrival
 from phasegate.verdicts.attribution import attribution
@@ -176,7 +177,18 @@ def test_failed_and_idle_arms_are_told_as_such() -> None:
     assert ", though 1 of 10 trials failed (INCONCLUSIVE)." in told(1, failures=failures.head(1))
     text = told(2, idle=["p7c2/measured"], p7c2__measured=0.0)
     assert "arrive? It never acted.** " in text and "It grows in 0 of 10 seeds." in text
-    assert "to grow (`measured`) never acts: 0.00 pp [0.00, 0.00] (INCONCLUSIVE): " in text
+    assert "to grow (`measured`) never acts: 0.00 pp [0.00, 0.00] (INCONCLUSIVE). " in text
+    failures = pd.DataFrame({"phase": "p7c2", "arm": "stay", "seed": range(3)}).assign(step=7, reason="it is nan")
+    assert "It grows in 10 of 10 seeds." in told(2, failures=failures)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_an_arm_that_never_grew_closes_no_gap_and_ends_nowhere(fails: bool) -> None:
+    failures = pd.DataFrame({"phase": "p7c1", "arm": "birth", "seed": range(10)}).assign(step=7, reason="it is nan")
+    tables = story_tables(failures=failures) if fails else story_tables(idle=["p7c1/birth"], p7c1__birth=0.0)
+    text = answer(tables, PARAMS)[1]
+    assert "Grown" not in text and (fails or "Of the gap" not in text)
+    assert "birth closes" in gap(tables, PARAMS).get_suptitle()
 
 
 def test_arriving_and_repairing_have_the_numbers_of_their_tables() -> None:
@@ -184,7 +196,7 @@ def test_arriving_and_repairing_have_the_numbers_of_their_tables() -> None:
     question = "**Does a controller that decides when to grow pay when classes arrive? Yes.**"
     assert text.startswith(f"{question} When further classes join the first 5 at step 500, a controller that ")
     assert "It grows in 10 of 10 seeds. Growing when told (`informed`) gains +2.67 pp" in text
-    assert "(GO): +5.00 pp [+5.00, +5.00] on old classes and +5.00 pp [+5.00, +5.00] on new classes." in text
+    assert "(GO). The difference is +5.00 pp [+5.00, +5.00] on old classes and +5.00 pp [+5.00, +5.00] on new" in text
     text = told(3)
     assert text.startswith(
         "**Does removing what ground truth finds pay where experts are dead? Yes.** Where 4 of 12 experts are dead, "
@@ -205,7 +217,8 @@ def test_whether_the_controller_is_near_who_was_told_decides_no_verdict(lead: li
     table = STORY["arrival"].copy()
     table.loc[(table["arm"] == "informed") & (table["classes"] == "all"), ["lead_pp", "lead_lo", "lead_hi"]] = lead
     text = answer(STORY | {"arrival": table}, PARAMS)[2]
-    assert text.endswith(f"decides no verdict: to end less than 1 pp below that. It {said}.") and "(GO)" in text
+    claimed = "The claim had a second half, which decides no verdict: `measured` ends less than 1 pp below `informed`."
+    assert text.endswith(f"{claimed} This {said}.") and "(GO)" in text
 
 
 def test_the_first_table_shows_every_primary_arm_and_the_other_study_beside_it() -> None:

@@ -113,10 +113,12 @@ def test_whatever_the_locale_programs_and_stages_say_the_same(tmp_path: Path) ->
 
 def test_what_make_starts_escapes_what_the_terminal_cannot_show() -> None:
     rule = f"show:\n\t@{sys.executable} -c 'print(chr(0x2212))'"
-    done = subprocess.run(
-        ["make", "--eval", rule, "show"], cwd=ROOT, env=os.environ | ASCII, capture_output=True, text=True, check=False
-    )
-    assert done.stdout == "\\u2212\n", done.stderr
+    for encoding in ("ascii", "ascii:strict", ":strict"):
+        environment = os.environ | ASCII | {"PYTHONIOENCODING": encoding}
+        done = subprocess.run(
+            ["make", "--eval", rule, "show"], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.stdout == "\\u2212\n", done.stderr
 
 
 def test_what_acts_on_a_terminal_is_escaped_in_plans_and_errors(tmp_path: Path) -> None:

@@ -84,5 +84,6 @@ def _title(decisions: dict[str, Decision], tables: Tables) -> str:
         return "7c.1: many experts from the start are not certainly ahead of few, so there is no gap to close"
     closed = share(own, "gap_closed")
     text = f"7c.1: {own.arm} closes {closed or 'no known part'} of the gap between few experts and many"
-    best = max((row for row in rows if row.step == own.step and isfinite(row.gap_closed)), key=attrgetter("gap_closed"))
+    there = [row for row in rows if row.step == own.step and isfinite(row.gap_closed)]
+    best = max(there, key=attrgetter("gap_closed"), default=own)
     return text if best.arm == own.arm else f"{text}; {best.arm} at the same step {share(best, 'gap_closed')}"

@@ -151,6 +151,8 @@ def _growing(row: Decision, tables: Tables, params: Params) -> str:
         f"A model that starts with {small} experts and grows to {large} by {_actor(row)}{at}{of}{exact} "
         f"{gained(row)} {_verdict(row, params)}."
     )
+    if pd.isna(own.step):  # it never grew
+        return text
     by_step: dict[float, Any] = {}
     for each in table.values():
         if each.operator == own.operator and pd.notna(each.step) and pd.notna(each.gap_closed):
@@ -175,20 +177,20 @@ def _standing(row: Any) -> str:
 def _arriving(row: Decision, tables: Tables, params: Params) -> str:
     """Say whether a controller gains when classes arrive, on old classes too, and where it stands beside being told."""
     start = f"When further classes join the first {params.p7c2.classes} at step {params.p7c2.at}, {_actor(row)}"
-    text = f"{start} {gained(row)} {_verdict(row, params)}"
+    text = f"{start} {gained(row)} {_verdict(row, params)}."
     table = {(each.arm, each.classes): each for each in rows_of(tables["arrival"])}
     own = [table[row.arm, part] for part in ("old", "new") if (row.arm, part) in table]
     parts = [f"{measure(each, 'delta_pp', 2, True, 'pp')} on {each.classes} classes" for each in own if each.n_seeds]
-    text += f": {listed(parts)}." if parts else "."
-    done = wording.of_arm(tables["surgeries"], row.phase, row.arm)["seed"].nunique()
-    text += f" It grows in {done} of {row.n_seeds} seeds." if row.n_seeds else ""
+    text += f" The difference is {listed(parts)}." if parts else ""
+    seeds, acting = (set(wording.of_arm(tables[name], row.phase, row.arm)["seed"]) for name in ("trials", "surgeries"))
+    text += f" It grows in {len(seeds & acting)} of {number(len(seeds), 0)} seeds." if seeds else ""
     for told in decision_rows(wording.of_arm(tables["decisions"], row.phase, arrival.TOLD)):
         text += f" Growing when told (`{told.arm}`) {gained(told)}."
-    if (near := table.get((arrival.TOLD, "all"))) and pd.notna(near.lead_pp):
-        text += (
-            f" A second half of the claim, written before the run, decides no verdict: to end less than "
-            f"{arrival.NEAR_PP:g} pp below that. It {_near(near)}: {measure(near, 'lead_pp', 2, True, 'pp')}."
-        )
+    near = table.get((arrival.TOLD, "all"))
+    if near and row.arm != arrival.TOLD and pd.notna(near.lead_pp):
+        half = f"`{row.arm}` ends less than {arrival.NEAR_PP:g} pp below `{arrival.TOLD}`"
+        found = f"This {_near(near)}: {measure(near, 'lead_pp', 2, True, 'pp')}."
+        text += f" The claim had a second half, which decides no verdict: {half}. {found}"
     return text
 
 

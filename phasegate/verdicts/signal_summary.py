@@ -97,10 +97,14 @@ def _describe_kind(summary: pd.DataFrame, name: str, confidence: float) -> str:
 
 
 def _describe_dead(summary: pd.DataFrame, confidence: float) -> str:
-    better, rest = _divide(_rank(summary, DEAD), DEAD, confidence)
-    parts = [f"better than chance (0.50) for {_list(better, DEAD)}"] if better else []
-    parts += [f"not shown to be for {_list(rest, DEAD)}"] if rest else []
-    return f"Which experts are dead, where some were killed: area under the ROC curve {'; '.join(parts)}."
+    better, others = _divide(_rank(summary, DEAD), DEAD, confidence)
+    worse = [row for row in others if getattr(row, f"{DEAD}_hi") < CHANCE[DEAD]]
+    rest = [row for row in others if row not in worse]
+    parts = [f"above chance (0.50) for {_list(better, DEAD)}"] if better else []
+    parts += [f"below it for {_list(worse, DEAD)}"] if worse else []
+    parts += [f"not shown to differ from it for {_list(rest, DEAD)}"] if rest else []
+    found = "; ".join(parts) or "which no signal has"
+    return f"Which experts are dead, where some were killed: area under the ROC curve, {found}."
 
 
 def _describe_regret(summary: pd.DataFrame, confidence: float) -> str:
@@ -126,7 +130,7 @@ def correlation_finding(summary: pd.DataFrame, confidence: float) -> str:
         parts.append(f"{len(better)} of {len(rows)} signals predict better than chance what {what}{best}")
     rows = _rank(summary[summary["signal"] != MEASURED], DEAD)
     better, _ = _divide(rows, DEAD, confidence)
-    return "; ".join([*parts, f"{len(better)} of {len(rows)} tell killed experts from living ones"])
+    return "; ".join([*parts, f"{len(better)} of {len(rows)} score killed experts below living ones"])
 
 
 def regret_title(summary: pd.DataFrame, confidence: float) -> str:
