@@ -25,7 +25,7 @@ from phasegate.verdicts import attribution, signal_summary, surgery_summary, wor
 DOCUMENTS = ("README.md", "docs/study.md", "docs/architecture.md")
 SPEED = ("case", "threads", "ours", "limit's time / ours", "best peer's time / ours")
 NEEDED = (
-    *("decisions", "attribution", "surgery_summary", "signal_summary", "surgeries", "failures"),
+    *("decisions", "attribution", "surgery_summary", "signal_summary", "surgeries", "failures", "trials"),
     *("growth", "arrival", "repair"),
 )
 Tables = Mapping[str, pd.DataFrame]
