@@ -21,9 +21,6 @@ def has_avx2() -> bool:
 
 def _listed(key: str) -> str:
     """Return what Linux says of the first core; "" elsewhere."""
-    found = (
-        re.search(rf"^{key}\s*: (.+)", LISTED.read_text(encoding="utf-8", errors="replace"), re.MULTILINE)
-        if LISTED.exists()
-        else None
-    )
+    text = LISTED.read_text(encoding="utf-8", errors="replace") if LISTED.exists() else ""
+    found = re.search(rf"^{key}\s*: (.+)", text, re.MULTILINE)
     return found[1] if found else ""

@@ -3,6 +3,7 @@
 import os
 import subprocess
 from pathlib import Path
+from typing import Any
 
 from phasegate.base.errors import UserError
 from phasegate.base.files import read_bounded
@@ -13,15 +14,8 @@ UTF8 = {"PYTHONUTF8": "1", "PYTHONIOENCODING": "utf-8"}  # DVC's output, whateve
 def output(*words: str, folder: Path = Path()) -> str:
     """Return what a command prints; raise UserError if there is no such command, or with its words if it fails."""
     try:
-        done = subprocess.run(
-            words,
-            cwd=folder,
-            env=os.environ | UTF8,
-            capture_output=True,
-            encoding="utf-8",
-            errors="replace",
-            check=False,
-        )
+        caught: dict[str, Any] = {"capture_output": True, "encoding": "utf-8", "errors": "replace", "check": False}
+        done: subprocess.CompletedProcess[str] = subprocess.run(words, cwd=folder, env=os.environ | UTF8, **caught)
     except FileNotFoundError:
         raise UserError(f"there is no command {words[0]}: activate .venv, or use make") from None
     if done.returncode:

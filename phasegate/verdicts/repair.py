@@ -1,13 +1,13 @@
 """Count for the arms of 7c.3 which of the experts that were killed they remove, and which living ones."""
 
 from collections.abc import Mapping
-from math import inf, isfinite
+from math import inf
 from typing import Any
 
 import pandas as pd
 
 from phasegate.params.phases import Claim
-from phasegate.verdicts.statistics import column_names, interval_columns, share_interval
+from phasegate.verdicts.statistics import bounded_columns, column_names, share_interval
 from phasegate.verdicts.wording import of_arm
 
 PHASE, SHAM = "p7c3", "sham"  # the phase, and the arm in which no expert is killed
@@ -42,9 +42,8 @@ def repair(
             measures = {"false": (false, inf), "false_share": (false / living, 1.0), "operations": (operations, inf)}
             if arm != SHAM:
                 measures["found"] = count(removals[was_dead]) / killed, 1.0
-            for name, (values, most) in measures.items():  # a single seed has no interval, and keeps its infinities
-                columns = interval_columns(name, values, confidence)
-                row |= {key: min(max(value, 0.0), most) if isfinite(value) else value for key, value in columns.items()}
+            for name, (values, most) in measures.items():
+                row |= bounded_columns(name, values, confidence, most)
             acting = share_interval(int((operations > 0).sum()), len(trials), confidence)
             row |= dict(zip(column_names("acting"), acting, strict=True))
         rows.append(row)

@@ -7,13 +7,19 @@ Regrets are in nats.
 
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from phasegate.params.names import MEASURED
 from phasegate.verdicts import wording
 from phasegate.verdicts.decisions import BETTER, NOTHING_DONE, WORSE, Decision, decision_rows
-from phasegate.verdicts.statistics import column_names, holm, interval_columns, margin_p_value, paired_difference
+from phasegate.verdicts.statistics import (
+    bounded_columns,
+    column_names,
+    holm,
+    interval_columns,
+    margin_p_value,
+    paired_difference,
+)
 from phasegate.verdicts.wording import measure, number, rows_of
 
 PHASE = "p7b4"
@@ -41,8 +47,9 @@ def signal_summary(signals: pd.DataFrame, confidence: float) -> pd.DataFrame:
         row: dict[str, Any] = {"signal": signal, "n_seeds": len(runs)}
         for name, chance in CHANCE.items():
             if runs[name].notna().all():
-                row |= interval_columns(name, runs[name], confidence)
-                row |= {f"p_{name}": margin_p_value(runs[name], -chance)}
+                given = name, runs[name], confidence
+                row |= bounded_columns(*given, 1.0) if name == DEAD else interval_columns(*given)
+                row[f"p_{name}"] = margin_p_value(runs[name], -chance)
         for gone, name in zip(GONE, REGRETS, strict=True):
             regret, at_random = runs[name], runs[f"chance_{gone}"]
             row[f"chance_{gone}"] = at_random.mean()
@@ -52,8 +59,6 @@ def signal_summary(signals: pd.DataFrame, confidence: float) -> pd.DataFrame:
                 row |= interval_columns(f"saved_{gone}", less, confidence)
         rows.append(row)
     table = pd.DataFrame(rows, columns=COLUMNS)
-    bounds = list(column_names(DEAD)[1:])  # without what is impossible; those of a single seed are infinite
-    table[bounds] = table[bounds].where(np.isinf(table[bounds].astype(float)), table[bounds].clip(0, 1))
     for column in [f"p_{name}" for name in (*CHANCE, *REGRETS)]:
         known = table[column].notna()
         table.loc[known, column] = holm(table.loc[known, column])

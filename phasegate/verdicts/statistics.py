@@ -8,7 +8,7 @@ Student's t supposes normal differences. If they are skewed by 1, more than most
 one side in 5 to 6 % of studies instead of 2.5 %, and on both together in 6 to 7 % instead of 5 %.
 """
 
-from math import inf, nan, sqrt
+from math import inf, isfinite, nan, sqrt
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -61,6 +61,12 @@ def share_interval(count: int, total: int, confidence: float) -> tuple[float, fl
 def interval_columns(name: str, values: ArrayLike, confidence: float, further_error: float = 0.0) -> dict[str, float]:
     """Return the interval of `values` as three columns of a table; `delta_pp` has the bounds `delta_lo`, `delta_hi`."""
     return dict(zip(column_names(name), mean_interval(values, confidence, further_error), strict=True))
+
+
+def bounded_columns(name: str, values: ArrayLike, confidence: float, most: float) -> dict[str, float]:
+    """Return `interval_columns` of values from 0 to `most`; bounds end there, but those of one seed stay infinite."""
+    columns = interval_columns(name, values, confidence)
+    return {key: min(max(value, 0.0), most) if isfinite(value) else value for key, value in columns.items()}
 
 
 def column_names(name: str) -> tuple[str, str, str]:
