@@ -112,18 +112,18 @@ def test_the_first_paragraph_says_which_arms_gain_and_what_does_the_harm() -> No
     text = told(0)
     question = "**Does adding or removing experts pay in a model that has converged?"
     assert text.startswith(
-        f"{question} No arm shows a gain.** Of 25 arms that do, none is shown to be better than the "
+        f"{question} No arm shows a gain.** Of 25 arms that add or remove experts, none is shown to be better than the "
     )
     assert "trained on unchanged, and 7 are worse. " in text
-    assert "by random labels as by routing entropy, removing does the harm, and adding, by splits, none" in text
+    assert "by random labels or by routing entropy, removing does the harm, and adding, by splits, none" in text
     better = told(0, surgery__merge=3.0, p7b2__clone=2.0)
     assert (
-        "2 of 25 arms gain.** Of 25 arms that do, 2 are better (`clone` of 7b.2 (+" in better
+        "2 of 25 arms gain.** Of 25 arms that add or remove experts, 2 are better (`clone` of 7b.2 (+" in better
         and "none is shown" not in better
     )
     one = told(0, p7b2__prune=0.1, p7b2__grow=-3.0, surgery__merge=3.0)
     assert "1 is better (`merge` of surgery (+" in one
-    assert "by random labels removing does the harm, and adding, by splits, none that is certain, but by routing" in one
+    assert "by random labels, removing does the harm, and adding, by splits, none that is certain; by routing" in one
     idle = [f"{phase}/{arm}" for phase, arms in PARAMS.arms().items() for arm in arms]
     assert told(0, idle=idle).startswith(f"{question} No arm did.** ")
 
@@ -134,7 +134,7 @@ def test_the_first_paragraph_says_which_arms_gain_and_what_does_the_harm() -> No
         (
             2.8,
             "Yes.",
-            "gains +2.46 pp [+2.26, +2.66] (GO). Of the gap to 24 from the start, that way closes 73 % [67, 79] at",
+            "gains +2.46 pp [+2.26, +2.66] (GO). Of the gap to 24 experts from the start, it closes 73 % [67, 79] if",
         ),
         (-2.0, "No, it costs.", "loses: −2.34 pp [−2.54, −2.14] (NO-GO)."),
         (0.34, "No.", "neither gains nor loses more than the margin: 0.00 pp [−0.20, +0.20] (NO-GO)."),
@@ -157,7 +157,7 @@ def test_growing_is_told_by_the_word_of_its_arm(effect: float, short: str, said:
 def test_the_answer_says_where_births_end_beside_routed_copies_and_many_experts(effect: float, said: str) -> None:
     text = told(1, p7c1__upcycle=effect)
     assert f" Grown at step 300, `birth` ends {said} copies (`upcycle`), " in text
-    assert " pp [−4.07, −3.56]; each has its own learning" in text and "and behind 24 experts from the start" in text
+    assert " pp [−4.07, −3.56]; each with a learning rate" in text and "and behind 24 experts from the start" in text
     lead = story_tables(p7c1__upcycle=effect)["growth"].set_index("arm").loc["upcycle"]
     assert f"(`upcycle`), {measure(lead, 'lead_pp', 2, True, 'pp')}, and" in text
 
@@ -196,13 +196,14 @@ def test_arriving_and_repairing_have_the_numbers_of_their_tables() -> None:
     question = "**Does a controller that decides when to grow pay when classes arrive? Yes.**"
     assert text.startswith(f"{question} When further classes join the first 5 at step 500, a controller that ")
     assert "It grows in 10 of 10 seeds. Growing when told (`informed`) gains +2.67 pp" in text
-    assert "(GO). The difference is +5.00 pp [+5.00, +5.00] on old classes and +5.00 pp [+5.00, +5.00] on new" in text
+    assert "(GO). Its difference is +5.00 pp [+5.00, +5.00] on old classes and +5.00 pp [+5.00, +5.00] on new" in text
     text = told(3)
     assert text.startswith(
-        "**Does removing what ground truth finds pay where experts are dead? Yes.** Where 4 of 12 experts are dead, "
-        "ground truth (`oracle`) removes 100 % [100, 100] of them, and no living one; it gains"
+        "**Does removing what ground truth finds pay where experts are dead? Yes.** Where 4 of 12 experts are dead "
+        "(with weights of zero), a controller that measures what each removal costs (`oracle`) removes 100 % "
+        "[100, 100] of them, and no living one; it gains"
     )
-    assert text.endswith(" Where none is dead, it acts in 0 of 10 seeds (0 % [0, 31]).")
+    assert text.endswith(" Where none is dead, it still removes experts in 0 of 10 seeds (0 % [0, 31]).")
 
 
 @pytest.mark.parametrize(

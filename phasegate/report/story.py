@@ -44,7 +44,7 @@ GAINED = {  # by the word of a row; each goes on with the difference
 ACTOR = {  # who acts, in plain words
     "birth": "births (`birth`)",
     "measured": "a controller that measures whether to grow (`measured`)",
-    "oracle": "ground truth (`oracle`)",
+    "oracle": "a controller that measures what each removal costs (`oracle`)",
 }
 BESIDE = {  # arms of 7c.1 that the primary arm is compared with, in plain words
     "upcycle": "routed copies (`upcycle`)",
@@ -56,7 +56,7 @@ DONE = {
     "p7b1/prune": "random labels only remove",
     "p7b2/split": "routing entropy adds and removes experts",
     "p7b3/task_gates": "further tasks, with gates of their own",
-    "p7b4/counterfactual_head": "ground truth, predicted, adds and removes experts",
+    "p7b4/counterfactual_head": "a head that predicts ground truth adds and removes experts",
     "surgery/split": "the busiest experts are split",
     "p7c1/large": "started with {large} experts, not {small}",
     "p7c1/birth": "started with {small}, grown to {large} by births at step {at}",
@@ -64,7 +64,7 @@ DONE = {
     "p7c1/split": "grown by splits at step {at}",
     "p7c2/measured": "classes arrive: a controller grows once measuring shows a gain",
     "p7c2/informed": "classes arrive: grown when told",
-    "p7c3/removed": "{dead} experts are dead: all of them removed by who knows",
+    "p7c3/removed": "{dead} experts are dead: these, and no others, are removed",
     "p7c3/oracle": "{dead} experts are dead: ground truth removes what it finds",
 }
 """What was done, in plain words, in the arms that the first table shows; primary arms are always shown."""
@@ -93,8 +93,8 @@ def _converged(rows: Iterable[Decision]) -> str:
     gain = f"{len(better)} {_are(better)} better ({listed(named)})" if better else "none is shown to be better"
     short = f"{len(better)} of {len(rewired)} arms gain." if better else "No arm shows a gain."
     return (
-        f"**{question} {short}** Of {len(rewired)} arms that do, {gain} than the same model trained on unchanged, and "
-        f"{len(worse) or 'none'} {_are(worse)} worse."
+        f"**{question} {short}** Of {len(rewired)} arms that add or remove experts, {gain} than the same model trained "
+        f"on unchanged, and {len(worse) or 'none'} {_are(worse)} worse."
     )
 
 
@@ -110,10 +110,10 @@ def _breaking(attribution: pd.DataFrame, confidence: float) -> str:
         if {ADDING, REMOVING} <= set(attribution[attribution["account"] == account]["part"])
     }
     if len(set(found.values())) == 1:
-        by = " as by ".join(SIGNALS[account] for account in found)
-        return f"Where experts are added, or trained ones removed, by {by}, {next(iter(found.values()))}."
-    parts = [f"by {SIGNALS[account]} {said}" for account, said in found.items()]
-    return f"Where experts are added, or trained ones removed, {', but '.join(parts)}."
+        by = " or by ".join(SIGNALS[account] for account in found)
+        return f"Where experts are chosen by {by}, {next(iter(found.values()))}."
+    parts = [f"by {SIGNALS[account]}, {said}" for account, said in found.items()]
+    return f"Where experts are chosen {'; '.join(parts)}."
 
 
 def _actor(row: Decision) -> str:
@@ -157,15 +157,15 @@ def _growing(row: Decision, tables: Tables, params: Params) -> str:
     for each in table.values():
         if each.operator == own.operator and pd.notna(each.step) and pd.notna(each.gap_closed):
             by_step.setdefault(each.step, each)
-    shares = [f"{share(by_step[step], 'gap_closed')} at step {step:.0f}" for step in sorted(by_step)]
+    shares = [f"{share(by_step[step], 'gap_closed')} if it grows at step {step:.0f}" for step in sorted(by_step)]
     if shares and pd.notna(own.gap_closed):
-        text += f" Of the gap to {large} from the start, that way closes {listed(shares)}."
+        text += f" Of the gap to {large} experts from the start, it closes {listed(shares)}."
     leads = [
         f"{_standing(table[arm])} {what.format(large=large)}, {measure(table[arm], 'lead_pp', 2, True, 'pp')}"
         for arm, what in BESIDE.items()
         if arm in table and arm != row.arm and pd.notna(table[arm].lead_pp)
     ]
-    ends = f" Grown{at}, `{row.arm}` ends {', and '.join(leads)}; each has its own learning rate of experts."
+    ends = f" Grown{at}, `{row.arm}` ends {', and '.join(leads)}; each with a learning rate chosen in other seeds."
     return text + ends if leads else text
 
 
@@ -181,7 +181,7 @@ def _arriving(row: Decision, tables: Tables, params: Params) -> str:
     table = {(each.arm, each.classes): each for each in rows_of(tables["arrival"])}
     own = [table[row.arm, part] for part in ("old", "new") if (row.arm, part) in table]
     parts = [f"{measure(each, 'delta_pp', 2, True, 'pp')} on {each.classes} classes" for each in own if each.n_seeds]
-    text += f" The difference is {listed(parts)}." if parts else ""
+    text += f" Its difference is {listed(parts)}." if parts else ""
     seeds, acting = (set(wording.of_arm(tables[name], row.phase, row.arm)["seed"]) for name in ("trials", "surgeries"))
     text += f" It grows in {len(seeds & acting)} of {number(len(seeds), 0)} seeds." if seeds else ""
     for told in decision_rows(wording.of_arm(tables["decisions"], row.phase, arrival.TOLD)):
@@ -204,14 +204,14 @@ def _repairing(row: Decision, tables: Tables, params: Params) -> str:
     """Say how many dead experts ground truth finds, how many living ones it removes, and what it does where none is."""
     counts = {each.arm: each for each in rows_of(tables["repair"])}
     own, sham = counts.get(row.arm), counts.get(repair.SHAM)
-    text = f"Where {params.p7c3.dead} of {params.p7a.n_routed} experts are dead, {_actor(row)} "
+    text = f"Where {params.p7c3.dead} of {params.p7a.n_routed} experts are dead (with weights of zero), {_actor(row)} "
     if own and own.n_seeds:
         living = "no living one" if own.false_hi == 0 else f"{measure(own, 'false')} living ones a seed"
         text += f"removes {share(own, 'found')} of them, and {living}; it "
     text += f"{gained(row)} {_verdict(row, params)}."
     if sham and sham.n_seeds:
-        seeds = round(sham.acting * sham.n_seeds)
-        text += f" Where none is dead, it acts in {seeds} of {sham.n_seeds} seeds ({share(sham, 'acting')})."
+        seeds, of = round(sham.acting * sham.n_seeds), f"{sham.n_seeds} seeds ({share(sham, 'acting')})"
+        text += f" Where none is dead, it still removes experts in {seeds} of {of}."
     return text
 
 
