@@ -112,7 +112,7 @@ def test_the_first_paragraph_says_which_arms_gain_and_what_does_the_harm() -> No
     text = told(0)
     question = "**Does adding or removing experts pay in a model that has converged?"
     assert text.startswith(
-        f"{question} No arm shows a gain.** Of 25 arms that add or remove experts, none is shown to be better than the "
+        f"{question} No arm that does shows a gain.** Of 25 arms that add or remove experts, none is shown to be better than the "
     )
     assert "trained on unchanged, and 7 are worse. " in text
     assert "by random labels or by routing entropy, removing does the harm, and adding, by splits, none" in text
@@ -157,7 +157,7 @@ def test_growing_is_told_by_the_word_of_its_arm(effect: float, short: str, said:
 def test_the_answer_says_where_births_end_beside_routed_copies_and_many_experts(effect: float, said: str) -> None:
     text = told(1, p7c1__upcycle=effect)
     assert f" Grown at step 300, `birth` ends {said} copies (`upcycle`), " in text
-    assert " pp [−4.07, −3.56]; each with a learning rate" in text and "and behind 24 experts from the start" in text
+    assert " pp [−4.07, −3.56]; all learning rates were" in text and "and behind 24 experts from the start" in text
     lead = story_tables(p7c1__upcycle=effect)["growth"].set_index("arm").loc["upcycle"]
     assert f"(`upcycle`), {measure(lead, 'lead_pp', 2, True, 'pp')}, and" in text
 
@@ -199,7 +199,7 @@ def test_arriving_and_repairing_have_the_numbers_of_their_tables() -> None:
     assert "(GO). Its difference is +5.00 pp [+5.00, +5.00] on old classes and +5.00 pp [+5.00, +5.00] on new" in text
     text = told(3)
     assert text.startswith(
-        "**Does removing what ground truth finds pay where experts are dead? Yes.** Where 4 of 12 experts are dead "
+        "**Does finding and removing dead experts pay? Yes.** Where 4 of 12 experts are dead "
         "(with weights of zero), a controller that measures what each removal costs (`oracle`) removes 100 % "
         "[100, 100] of them, and no living one; it gains"
     )

@@ -23,7 +23,7 @@ CONVERGED = ("p7b1", "p7b2", "p7b3", "p7b4", "surgery")
 QUESTIONS = {
     growth.PHASE: "Does growing pay in a model that started too small?",
     arrival.PHASE: "Does a controller that decides when to grow pay when classes arrive?",
-    repair.PHASE: "Does removing what ground truth finds pay where experts are dead?",
+    repair.PHASE: "Does finding and removing dead experts pay?",
 }
 ANSWERS = {  # by the word of a primary arm: what it says of a question whether something pays
     words.BETTER: "Yes.",
@@ -91,7 +91,7 @@ def _converged(rows: Iterable[Decision]) -> str:
     better, worse = ([row for row in rewired if row.word == word] for word in (words.BETTER, words.WORSE))
     named = [f"`{row.arm}` of {phase_label(row.phase)} ({measure(row, 'delta_pp', 2, True, 'pp')})" for row in better]
     gain = f"{len(better)} {_are(better)} better ({listed(named)})" if better else "none is shown to be better"
-    short = f"{len(better)} of {len(rewired)} arms gain." if better else "No arm shows a gain."
+    short = f"{len(better)} of {len(rewired)} arms gain." if better else "No arm that does shows a gain."
     return (
         f"**{question} {short}** Of {len(rewired)} arms that add or remove experts, {gain} than the same model trained "
         f"on unchanged, and {len(worse) or 'none'} {_are(worse)} worse."
@@ -165,7 +165,7 @@ def _growing(row: Decision, tables: Tables, params: Params) -> str:
         for arm, what in BESIDE.items()
         if arm in table and arm != row.arm and pd.notna(table[arm].lead_pp)
     ]
-    ends = f" Grown{at}, `{row.arm}` ends {', and '.join(leads)}; each with a learning rate chosen in other seeds."
+    ends = f" Grown{at}, `{row.arm}` ends {', and '.join(leads)}; all learning rates were chosen in other seeds."
     return text + ends if leads else text
 
 
