@@ -112,7 +112,7 @@ def test_the_first_paragraph_says_which_arms_gain_and_what_does_the_harm() -> No
     text = told(0)
     question = "**Does adding or removing experts pay in a model that has converged?"
     assert text.startswith(
-        f"{question} No arm that does shows a gain.** Of 25 arms that add or remove experts, none is shown to be better than the "
+        f"{question} No arm that does shows a gain.** Of 25 arms that add or remove experts, none is shown to be "
     )
     assert "trained on unchanged, and 7 are worse. " in text
     assert "by random labels or by routing entropy, removing does the harm, and adding, by splits, none" in text
