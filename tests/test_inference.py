@@ -18,6 +18,7 @@ from phasegate.data_sets.prepare import channel_moments, standardise
 from phasegate.model.classifier import Model, ModelSpec, Network
 from phasegate.model.references import Reference, ReferenceSpec
 from phasegate.model.routing_statistics import expert_signals
+from phasegate.params import load_params
 from phasegate.params.fields import override
 from phasegate.records.prepared import Split, save
 from phasegate.surgery.operations import ExpertManager
@@ -33,6 +34,7 @@ from tests.tiny_data import TRAINING
 
 RAW = np.random.default_rng(0).integers(0, 256, (60, 1, 8), dtype=np.uint8)
 MOMENTS = channel_moments(RAW)
+SEED = f"seed-{load_params(ROOT / 'params.yaml').seeds.first}"  # as docs/models.md names it
 
 
 def grown(input_shape: tuple[int, ...], n_gates: int, **changes: Any) -> Model:
@@ -65,7 +67,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save(folder / "data/prepared", splits, name="bytes", class_names=names, tasks=tasks, mean=mean, std=std)
     gate = Examples(torch.from_numpy(split.x), torch.from_numpy(split.y))
     for name, n_gates in (("p7b2/split", 1), ("p7b3/task_gates", 3)):
-        save_model(folder / "models" / name / "seed-100", grown((1, 8), n_gates), gate)
+        save_model(folder / "models" / name / SEED, grown((1, 8), n_gates), gate)
     return folder
 
 
@@ -79,7 +81,7 @@ def test_a_loaded_model_gives_the_bits_of_the_trained_one(baselines: Path, prepa
 
 
 def test_raw_inputs_are_standardised_to_the_bits_of_the_stage_prepare(study: Path) -> None:
-    folder = study / "models/p7b2/split/seed-100"
+    folder = study / "models/p7b2/split" / SEED
     found, given = phasegate.load(folder), phasegate.load(folder, study / "data/prepared/dataset.json")
     unaware = phasegate.load(folder, dataset=None)
     raw, standardised = torch.from_numpy(RAW), torch.from_numpy(standardise(RAW, *MOMENTS))
@@ -89,7 +91,7 @@ def test_raw_inputs_are_standardised_to_the_bits_of_the_stage_prepare(study: Pat
 
 
 def test_the_units_of_inputs_are_never_guessed(study: Path, prepared: Path, tmp_path: Path) -> None:
-    folder = shutil.copytree(study / "models/p7b3/task_gates/seed-100", tmp_path / "copied")
+    folder = shutil.copytree(study / "models/p7b3/task_gates" / SEED, tmp_path / "copied")
     with pytest.raises(UserError, match=r"no data/prepared/dataset.json .* or None if inputs are standardised"):
         phasegate.load(folder)
     with pytest.raises(UserError, match="nowhere"):
@@ -105,7 +107,7 @@ def test_the_units_of_inputs_are_never_guessed(study: Path, prepared: Path, tmp_
 
 
 def test_further_tasks_have_their_own_heads_and_gates(study: Path) -> None:
-    model = phasegate.load(study / "models/p7b3/task_gates/seed-100", dataset=None)
+    model = phasegate.load(study / "models/p7b3/task_gates" / SEED, dataset=None)
     x = torch.randn(EVALUATION_BATCH + 50, 1, 8)
     for task in range(3):
         outputs = predict(model.model, x, task + 1)
@@ -116,7 +118,7 @@ def test_further_tasks_have_their_own_heads_and_gates(study: Path) -> None:
 
 
 def test_routing_statistics_are_those_that_controllers_read(study: Path) -> None:
-    model = phasegate.load(study / "models/p7b2/split/seed-100", dataset=None)
+    model = phasegate.load(study / "models/p7b2/split" / SEED, dataset=None)
     x = torch.randn(EVALUATION_BATCH + 50, 1, 8)
     tables = model.routing(x).groupby("block")
     for (_, rows), moe, routing in zip(tables, model.model.layers, model.model(x).routings, strict=True):
@@ -130,7 +132,7 @@ def test_routing_statistics_are_those_that_controllers_read(study: Path) -> None
 
 
 def test_damaged_checkpoints_and_missing_devices_are_refused(study: Path, tmp_path: Path) -> None:
-    folder = shutil.copytree(study / "models/p7b2/split/seed-100", tmp_path / "damaged")
+    folder = shutil.copytree(study / "models/p7b2/split" / SEED, tmp_path / "damaged")
     weights, record = folder / checkpoint.WEIGHTS, folder / checkpoint.RECORD
     with pytest.raises(UserError, match="device is 'abacus', which can't be used here"):
         phasegate.load(folder, None, "abacus")
@@ -156,7 +158,7 @@ def test_a_device_without_float64_is_refused_in_one_sentence(study: Path, monkey
 
     monkeypatch.setattr(torch, "empty", empty)
     with pytest.raises(UserError, match=r"^device is 'mps', which can't be used here: Cannot convert a MPS Tensor"):
-        phasegate.load(study / "models/p7b2/split/seed-100", device="mps")
+        phasegate.load(study / "models/p7b2/split" / SEED, device="mps")
 
 
 @pytest.mark.parametrize(
@@ -170,7 +172,7 @@ def test_moments_that_make_inputs_infinite_are_refused(
     content = json.loads((study / "data/prepared/dataset.json").read_text()) | {name: [value]}
     path.write_text(json.dumps(content).replace(f'"{name}": [{value}]', f'"{name}": [{text or value}]'))
     with pytest.raises(UserError, match=r"dataset.json is missing or damaged") as refusal:
-        phasegate.load(study / "models/p7b2/split/seed-100", path)
+        phasegate.load(study / "models/p7b2/split" / SEED, path)
     assert "\n" not in str(refusal.value) and (text or f"{name} {value}" in str(refusal.value))
 
 
@@ -185,7 +187,7 @@ def test_moments_that_make_inputs_infinite_are_refused(
     ],
 )
 def test_inputs_that_do_not_fit_are_refused(study: Path, x: Tensor, sentence: str) -> None:
-    model = phasegate.load(study / "models/p7b2/split/seed-100")
+    model = phasegate.load(study / "models/p7b2/split" / SEED)
     for use in (model.forward, model.predict, model.routing):
         with pytest.raises(UserError, match=sentence):
             use(x)
