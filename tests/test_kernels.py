@@ -96,6 +96,26 @@ def test_other_shapes_and_types_go_to_torch_which_says_what_is_wrong() -> None:
             product(*bad)
     with FakeTensorMode() as mode:  # whose tensors have no memory
         assert product(mode.from_tensor(a), mode.from_tensor(b)).shape == (3, 5)
+    nothing, learnt, slope = torch._efficientzerotensor(3, 8), a.clone().requires_grad_(), torch.ones(3, 5)
+    assert torch.equal(product(nothing, b), torch.zeros(3, 5))
+    whole = product(learnt, b)
+    assert torch.equal(torch.autograd.grad(whole, learnt, nothing[:, :5], retain_graph=True)[0], torch.zeros(3, 8))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert type(product(a, b)) is not Tensor
+        with pytest.raises(TypeError, match=r"^a gradient can't be traced alone"):
+            torch.autograd.grad(whole, learnt, slope)
+
+
+def test_the_default_type_and_device_are_not_those_of_kernels() -> None:
+    code = (
+        "import phasegate, torch; torch.set_default_dtype(torch.bfloat16); torch.set_default_device('meta');"
+        "from phasegate.model.kernels.functions import product; from phasegate.training.adamw import AdamW;"
+        "kind = {'dtype': torch.float32, 'device': 'cpu'}; a = torch.ones(2, 70_001, requires_grad=True, **kind);"
+        "product(a.T, torch.ones(2, 70_001, **kind)[:, :9]).sum().backward(); product(a[:, :2], a).sum().backward();"
+        "optimizer = AdamW([a], 0.1); optimizer.step(); print(optimizer.state[a]['step'].item())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "1.0\n"
 
 
 def test_a_gradient_that_nobody_needs_is_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,11 +151,8 @@ def digest() -> str:
 
 
 def child(**environment: str) -> str:
-    words = [
-        sys.executable,
-        "-c",
-        "import torch; torch.set_num_threads(1); from tests.test_kernels import *; print(digest())",
-    ]
+    code = "import torch; torch.set_num_threads(1); from tests.test_kernels import *; print(digest())"
+    words = [sys.executable, "-c", code]
     done = subprocess.run(words, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, check=True)
     assert done.stderr == ""
     return done.stdout.strip()
@@ -165,10 +182,13 @@ def test_the_balancing_loss_and_its_gradient_are_the_formulas(
 def test_a_loss_of_families_that_are_not_there_is_refused(wrong: int) -> None:
     logits, chosen = torch.randn(1, 4, 3), torch.zeros(1, 4, 2, dtype=torch.int64)
     chosen[0, 3, 1] = wrong
-    with pytest.raises(IndexError, match=r"^1 indices of families are out of range: there are 3 families$"):
+    with pytest.raises(IndexError, match=r"^1 index of families out of range: there are 3 families$"):
         load_balance(Routing(logits, logits, chosen, chosen, chosen))
     with pytest.raises(RuntimeError, match="dtype"):
         load_balance(Routing(logits, logits, chosen.short(), chosen, chosen))
+    flat, deep = chosen[..., 0], chosen[..., :1]
+    found = [load_balance(Routing(logits, logits, families, flat, flat)) for families in (flat, deep)]
+    torch.testing.assert_close(*found)
 
 
 def networks() -> Iterator[tuple[str, Network]]:
@@ -257,6 +277,15 @@ def test_an_optimizer_does_not_step_on_parameters_that_have_become_others() -> N
         layer.to(dtype)(torch.ones(2, 40, dtype=dtype)).sum().backward()
         with pytest.raises(TypeError, match=f"^a parameter is now {dtype} on cpu: make a new optimizer$"):
             optimizer.step()
+    layer = nn.Linear(4, 3)
+    optimizer = AdamW(layer.parameters(), 0.01)
+    layer(torch.ones(2, 4)).sum().backward()
+    optimizer.step()
+    layer.weight.data = torch.zeros(300, 4)
+    for _ in ("gradient and moments", "moments"):  # that are still of the old size
+        with pytest.raises(TypeError, match=r"^a parameter of shape \(3, 4\) is now \(300, 4\): make a new optimizer$"):
+            optimizer.step()
+        layer.weight.grad = torch.ones(300, 4)
 
 
 @given(st.integers(1, 100), st.data(), st.sampled_from([float("nan"), float("inf"), -float("inf")]))
@@ -331,13 +360,10 @@ def test_kernels_live_in_memory_where_nothing_can_be_written(
 
 
 def test_two_processes_may_compile_together(tmp_path: Path) -> None:
-    code = f"""
-from pathlib import Path
-from phasegate.model.kernels import compiled
-compiled.PLACE = Path({str(tmp_path)!r})
-compiled.kernels()
-print('done')
-"""
+    code = (
+        "from pathlib import Path; from phasegate.model.kernels import compiled;"
+        f"compiled.PLACE = Path({str(tmp_path)!r}); compiled.kernels(); print('done')"
+    )
     environment = {name: value for name, value in os.environ.items() if name != "NUMBA_CACHE_DIR"}
     words = [sys.executable, "-c", code]
     both = [

@@ -40,12 +40,8 @@ def test_library_and_tests_stay_small(folder: str, most: int) -> None:
 
 def test_texts_name_their_encoding() -> None:
     rule = ["ruff", "check", "--isolated", "--preview", "--select", "PLW1514"]
-    assert (
-        subprocess.run(
-            [*rule, "phasegate", "stages", "bench", "plugins"], cwd=ROOT, env={"PATH": PATH}, check=False
-        ).returncode
-        == 0
-    )
+    words = [*rule, "phasegate", "stages", "bench", "plugins"]
+    assert subprocess.run(words, cwd=ROOT, env={"PATH": PATH}, check=False).returncode == 0
 
 
 def test_names_of_tests_have_under_80_characters() -> None:

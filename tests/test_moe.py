@@ -225,6 +225,26 @@ def test_a_kernel_reads_no_weights_of_another_type_shape_or_layout(name: str) ->
         torch.testing.assert_close(changed(lambda old: old.double()), wanted, check_dtype=False)
 
 
+def test_a_kernel_reads_no_tables_of_another_type_or_shape() -> None:
+    moe, x = grown(0, 3), torch.randn(1, 30, 8)
+    wanted, root, child = moe(x)[0], moe._root, moe._child
+    for moe._root, moe._child in ((root[:, None], child), (root, child.flatten()), (root, child.T.contiguous().T)):
+        torch.testing.assert_close(moe(x)[0], wanted)
+    for moe._root, moe._child in ((root.int(), child.int()), (root, child[:2]), (root, child.to("meta"))):
+        with pytest.raises((IndexError, NotImplementedError, RuntimeError)):
+            moe(x)
+
+
+def test_a_layer_that_takes_another_state_routes_as_that() -> None:
+    (moe, other), x = (grown(seed, 3) for seed in (0, 1)), torch.randn(1, 30, 8)
+    other.set_birth(Birth(2, 10, True))
+    moe.load_state_dict(other.state_dict())
+    assert moe.under_way == Birth(2, 10, True) and torch.equal(moe._child, other._child)
+    assert torch.equal(moe(x)[0], other(x)[0])
+    with pytest.raises(ValueError, match=r"^path: node 0 does not join two trees"):
+        moe.load_state_dict({**other.state_dict(), "path": torch.ones_like(other.path)})
+
+
 @pytest.mark.parametrize("tokens", [torch.float32, torch.float64, torch.bfloat16, torch.int64])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_a_layer_of_any_type_takes_tokens_of_its_own_alone(dtype: torch.dtype, tokens: torch.dtype) -> None:
@@ -247,7 +267,7 @@ def test_experts_that_are_not_there_are_refused_and_indices_have_any_type() -> N
     for wrong in (4, -1, 2**40):
         chosen[0, 8, 2] = wrong
         for use in (moe.outputs, lambda x, chosen: experts.mix(x, weights, chosen, moe.w_in, moe.w_out)):
-            with pytest.raises(IndexError, match=r"^1 indices of experts are out of range: there are 4 experts$"):
+            with pytest.raises(IndexError, match=r"^1 index of experts out of range: there are 4 experts$"):
                 use(x, chosen)
     with pytest.raises(RuntimeError):
         experts.mix(x, weights, chosen[:, :5].clamp(0, 3), moe.w_in, moe.w_out)

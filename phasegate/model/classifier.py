@@ -104,9 +104,9 @@ class Model(Network):
             h, routing = block(h)
             routings.append(routing)
         if length > 1:
-            h = h.view(len(h), -1, length, h.shape[-1]).mean(2)
+            h = h.view(h.shape[0], -1, length, h.shape[-1]).mean(2)
         features = self.norm(h)
-        n_gates = len(features)
+        n_gates = features.shape[0]
         logits = tuple(head(features[min(task, n_gates - 1)]) for task, head in enumerate(self.heads[:n_tasks]))
         return Output(logits, features, tuple(routings))
 

@@ -35,13 +35,15 @@ def route(x: Tensor, router: Tensor, bias: Tensor, hyperplanes: Hyperplanes, top
     hyperplanes learn if they need a gradient: see `_descend`. ValueError unless there are `top_k` families to choose,
     and for tokens that are not (G, N, D).
     """
-    (n_gates, n_families, width), (weight, offset, root, _) = router.shape, hyperplanes
+    (n_gates, n_families, width), (weight, offset, root, child) = router.shape, hyperplanes
     if not 1 <= top_k <= n_families:
         raise ValueError(f"top_k is {top_k}: it must lie between 1 and the {n_families} families that may be chosen")
-    if x.dim() != 3 or (len(x), x.shape[2]) != (n_gates, width):
+    if x.dim() != 3 or x.shape[::2] != (n_gates, width):
         raise ValueError(f"tokens have shape {tuple(x.shape)}: it must be ({n_gates}, N, {width}) for these routers")
-    fit = bias.shape == (n_gates, n_families) and weight.shape[1:] == (width,) and len(offset) == len(weight)
-    if fit and len(root) == n_families and suit(x, router, bias, weight, offset):
+    n_nodes, fit = weight.shape[0], bias.shape == (n_gates, n_families) and root.shape == (n_families,)
+    fit = fit and weight.shape == (n_nodes, width) and offset.shape == (n_nodes,)
+    fit = fit and child.shape[1:] == (2,) and child.shape[0] > n_nodes
+    if fit and suit(x, router, bias, weight, offset, indices=(root, child)):
         return Routed(*Route.apply(x, router, bias, *hyperplanes, top_k))  # type: ignore[no-untyped-call]
     logits = x @ router.transpose(1, 2)
     families = (logits.detach() + bias[:, None]).argsort(dim=-1, descending=True, stable=True)[..., :top_k]
@@ -56,13 +58,13 @@ def mix(x: Tensor, weights: Tensor, experts: Tensor, w_in: Tensor, w_out: Tensor
 
     Weights (E, D, H) and (E, H, D). Returns the sums (G, N, D) and how many slots ran each expert (E,).
     """
-    if weights.shape == experts.shape and suit(weights) and _suit(x, experts, w_in, w_out):
+    if weights.shape == experts.shape and _suit(x, experts, w_in, w_out, weights):
         mixed: tuple[Tensor, Tensor] = Mix.apply(x, weights, experts, w_in, w_out)  # type: ignore[no-untyped-call]
         return mixed
     outputs = run(x.flatten(0, 1), experts.flatten(0, 1), w_in, w_out)
     y = (outputs * weights.flatten(0, 1).unsqueeze(-1)).sum(1)
     ones = torch.ones_like(experts).flatten()  # an export can't trace `bincount`
-    counts = ones.new_zeros(len(w_in)).scatter_add(0, experts.flatten(), ones)
+    counts = ones.new_zeros(w_in.shape[0]).scatter_add(0, experts.flatten(), ones)
     return y.view_as(x), counts
 
 
@@ -73,7 +75,7 @@ def _descend(
 
     The factor is r / stop_gradient(r). r is the product of sigmoid(signed margin) along the path.
     """
-    slots, n_nodes, log_r = root.take(families), len(weight), x.new_zeros(families.shape)
+    slots, n_nodes, log_r = root.take(families), weight.shape[0], x.new_zeros(families.shape)
     margins = x @ weight.T + offset
     if not weight.requires_grad:
         margins = margins.detach()
@@ -91,15 +93,15 @@ def run(x: Tensor, experts: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
         return run_experts(x, experts, w_in, w_out)
     order = experts.flatten().argsort(stable=True)
     ones = torch.ones_like(order)
-    counts = ones.new_zeros(len(w_in)).scatter_add(0, experts.flatten(), ones).tolist()
+    counts = ones.new_zeros(w_in.shape[0]).scatter_add(0, experts.flatten(), ones).tolist()
     groups = torch.split(x[order // experts.shape[1]], counts)
     y = torch.cat([(rows @ first).relu() @ last for rows, first, last in zip(groups, w_in, w_out, strict=True)])
     place = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
     return y[place].view(*experts.shape, x.shape[1])
 
 
-def _suit(x: Tensor, experts: Tensor, w_in: Tensor, w_out: Tensor) -> bool:
+def _suit(x: Tensor, experts: Tensor, w_in: Tensor, w_out: Tensor, *others: Tensor) -> bool:
     """Tell whether the kernels run experts (..., K) on tokens x (..., D)."""
     n_experts, width, inside = w_in.shape
     fit = w_out.shape == (n_experts, inside, width) and x.shape == (*experts.shape[:-1], width) and experts.shape[-1]
-    return bool(fit) and experts.dtype == torch.int64 and experts.device == x.device and suit(x, w_in, w_out)
+    return bool(fit) and suit(x, w_in, w_out, *others, indices=(experts,))

@@ -11,7 +11,7 @@ G gates (routers over the same experts; one, except under multi-task training).
 
 import math
 from collections.abc import Mapping
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -165,14 +165,19 @@ class MoE(nn.Module):
         self._child = torch.tensor(child, device=device)
         self.set_birth(Birth(*self.birth.tolist()) if self.birth.any() else None)
 
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        super()._load_from_state_dict(*arguments)
+        if not arguments[-1]:  # else torch reports what did not fit
+            self.refresh()
+
     def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
         """Route tokens x (G, N, D), gate g's tokens by router g, and return the mixture (G, N, D).
 
         Selection compares scores, not probabilities. So it does not depend on the other families.
         """
-        n_gates = len(x)
+        n_gates = x.shape[0]
         router, bias = cast(Tensor, self.router), self.selection_bias
-        if n_gates < len(router):
+        if n_gates < router.shape[0]:
             router, bias = router[:n_gates], bias[:n_gates]
         hyperplanes = (self.node_weight, self.node_offset, self._root, self._child)
         if self.under_way:

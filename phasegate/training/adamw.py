@@ -39,9 +39,13 @@ class AdamW(Optimizer):
                 state = self.state[parameter]
                 if not state:
                     blank = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-                    state |= {"step": torch.zeros(()), **blank}
-                gradients.append(parameter.grad.contiguous())
-                tensors = (parameter, gradients[-1], state["exp_avg"], state["exp_avg_sq"], state["step"])
-                addresses.extend([*[tensor.data_ptr() for tensor in tensors], parameter.numel()])
+                    state |= {"step": parameter.new_zeros(()), **blank}
+                gradients.append(slope := parameter.grad.contiguous())
+                first, second, size = state["exp_avg"], state["exp_avg_sq"], parameter.numel()
+                if not slope.numel() == first.numel() == second.numel() == size:
+                    had = tuple((first if slope.numel() == size else slope).shape)
+                    raise TypeError(f"a parameter of shape {had} is now {tuple(parameter.shape)}: make a new optimizer")
+                tensors = (parameter, slope, first, second, state["step"])
+                addresses.extend([*[tensor.data_ptr() for tensor in tensors], size])
                 rates.extend(numbers)
         kernels().adamw(addresses.buffer_info()[0], rates.buffer_info()[0], len(gradients))

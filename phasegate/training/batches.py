@@ -22,7 +22,7 @@ class Examples:
     y: Tensor
 
     def __len__(self) -> int:
-        return len(self.y)
+        return self.y.shape[0]
 
 
 @lru_cache(maxsize=1)
@@ -74,9 +74,9 @@ def augment(x: Tensor, shift: int, noise: float, draws: torch.Generator) -> Tens
     """Shift each example (B, channels, ...) circularly by up to `shift` per axis, then add Gaussian noise."""
     for axis in range(2, x.dim()) if shift else ():
         size = x.shape[axis]
-        by = torch.randint(-shift, shift + 1, (len(x), 1), generator=draws)
+        by = torch.randint(-shift, shift + 1, (x.shape[0], 1), generator=draws)
         index = (torch.arange(size) + by) % size  # (B, size)
-        shape = [len(x), *(size if dim == axis else 1 for dim in range(1, x.dim()))]
+        shape = [x.shape[0], *(size if dim == axis else 1 for dim in range(1, x.dim()))]
         x = x.gather(axis, index.view(shape).expand_as(x).to(x.device))
     if noise:
         x = x + noise * torch.randn(x.shape, generator=draws).to(x.device)

@@ -153,14 +153,9 @@ def fill(model: Network, state: dict[str, Tensor], source: str, optimizer: Optim
         moe.resize_like(parts.get(f"blocks.{block}.moe", {}))
     _check_fit(model.state_dict(), state, source)
     there = device if device.type != "meta" else torch.device("cpu")
-    for owner, tensors in parts.items():  # torch's `load_state_dict` looks at every tensor for every module
-        for name, tensor in tensors.items():
-            old, new = getattr(modules[owner], name), tensor.to(there, copy=True)
-            setattr(
-                modules[owner], name, nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
-            )
-    for moe in model.layers:
-        moe.refresh()
+    for owner, tensors in parts.items():  # of a whole model it would look at every tensor for every module
+        copies = {name: tensor.to(there, copy=True) for name, tensor in tensors.items()}
+        modules[owner].load_state_dict(copies, strict=False, assign=True)
     replaced = dict(zip(map(id, before), model.parameters(), strict=True))
     for group in optimizer.param_groups if optimizer else ():
         group["params"] = [replaced.get(id(parameter), parameter) for parameter in group["params"]]

@@ -40,7 +40,7 @@ def workers() -> int:
 def find_failure(name: torch.device | str) -> str:
     """Return why a device can't compute, float64 included; "" if it can."""
     try:
-        torch.empty(1, dtype=torch.float64, device=name).zero_().item()
+        torch.empty(1, dtype=torch.float64, device=name).zero_().cpu()
     except (RuntimeError, AssertionError, TypeError) as error:
         return one_line(error)
     return ""

@@ -19,8 +19,8 @@ def load_balance(routing: Routing) -> Tensor:
 
     It is summed over gates, so that no gate's router is pressed less because there are others.
     """
-    fit = routing.families.dtype == torch.int64 and routing.families.shape[:2] == routing.logits.shape[:2]
-    if fit and suit(routing.logits):
+    fit = routing.families.dim() == 3 and routing.families.shape[:2] == routing.logits.shape[:2]
+    if fit and suit(routing.logits, indices=(routing.families,)):
         loss: Tensor = Balance.apply(routing.logits, routing.families)  # type: ignore[no-untyped-call]
         return loss
     families, tokens = routing.logits.shape[-1], routing.logits.shape[1]
@@ -35,7 +35,7 @@ def router_z(routing: Routing) -> Tensor:
 def shares(routing: Routing) -> Tensor:
     """Return the share of the token slots that each family got, (G, F)."""
     chosen = routing.families.flatten(1)
-    slots = routing.logits.new_zeros(len(chosen), routing.logits.shape[-1])
+    slots = routing.logits.new_zeros(chosen.shape[0], routing.logits.shape[-1])
     return slots.scatter_add(1, chosen, torch.ones_like(chosen, dtype=slots.dtype)) / chosen.shape[1]
 
 
@@ -46,7 +46,7 @@ def nudge_selection(model: Network, output: Output) -> None:
         for moe, routing in zip(model.layers, output.routings, strict=True):
             share = shares(routing)
             excess = share - 1 / share.shape[-1]
-            moe.selection_bias[: len(share)] -= model.architecture.balance_bias * excess.sign()
+            moe.selection_bias[: share.shape[0]] -= model.architecture.balance_bias * excess.sign()
 
 
 def main_loss(model: Network, output: Output, y: Tensor, label_smoothing: float) -> Tensor:

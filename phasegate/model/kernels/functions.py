@@ -1,8 +1,9 @@
 """Make the kernels differentiable functions of float32 tensors on the CPU.
 
-Each can be differentiated once. Elsewhere, for other types, and while torch compiles or exports a program, plain torch
-stands in for them: `suit` tells which. A kernel trusts its addresses and numbers, so nothing reaches one before every
-shape and type is known to fit; what does not fit goes to plain torch, which says what is wrong.
+Each can be differentiated once. Elsewhere, for other types, and while torch compiles a program or a mode of torch's
+watches every operation, plain torch stands in for them: `suit` tells which. A kernel trusts its addresses and numbers,
+so nothing reaches one before every shape and type is known to fit; what does not fit goes to plain torch, which says
+what is wrong.
 """
 
 import threading
@@ -14,13 +15,14 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch._C import _len_torch_dispatch_stack as count_modes
 from torch.autograd.function import once_differentiable
 
 from phasegate.model.kernels.compiled import Kernel, kernels
 
-ONE = torch.ones(1)
 PANEL = 1 << 18  # floats that products need to work on
-FLOAT, STRIDED = torch.float32, torch.strided
+FLOAT, INT, STRIDED = torch.float32, torch.int64, torch.strided
+ONE = torch.ones(1, dtype=FLOAT, device="cpu")  # whatever the default type and device are
 PLAIN = (Tensor, torch.nn.Parameter)  # a subclass may have no memory, as where torch traces shapes alone
 T = TypeVar("T")
 
@@ -28,37 +30,48 @@ T = TypeVar("T")
 class _Workspace(threading.local):
     """Hold memory that kernels work on, for each thread: fresh pages at every call would cost more than the work."""
 
-    floats = torch.empty(0)
-    blank = torch.zeros(1 << 16)
+    floats, blank = ONE.new_empty(0), ONE.new_zeros(1 << 16)
 
     def addresses(self, *sizes: int) -> list[int]:
         """Return addresses of a panel and of so many floats each, valid until the next call in this thread."""
         ends = list(accumulate((PANEL, *sizes)))
-        if len(self.floats) < ends[-1]:
-            self.floats = torch.empty(ends[-1])
+        if self.floats.shape[0] < ends[-1]:
+            self.floats = ONE.new_empty(ends[-1])
         return [self.floats.data_ptr() + 4 * place for place in (0, *ends[:-1])]
 
     def zeros(self, columns: int) -> Tensor:
         """Return zeros from which the elements of so many columns may start; nobody writes to them."""
-        if len(self.blank) < columns:
-            self.blank = torch.zeros(columns)
+        if self.blank.shape[0] < columns:
+            self.blank = ONE.new_zeros(columns)
         return self.blank
 
 
 workspace = _Workspace()
 
 
-def suit(*tensors: Tensor) -> bool:
-    """Tell whether the kernels run for some tensors: float32 numbers in this machine's memory, as they lie there."""
-    for x in tensors:
-        if type(x) not in PLAIN or x.dtype is not FLOAT or not x.is_cpu or x.layout is not STRIDED or x.is_neg():
-            return False
-    return not torch.compiler.is_compiling()
+def suit(*tensors: Tensor, indices: tuple[Tensor, ...] = ()) -> bool:
+    """Tell whether the kernels run for tensors of float32 and `indices` of int64, as they lie in this machine's memory.
+
+    Not while torch traces: then what is made may have no memory. Nor have efficient zeros any.
+    """
+    if torch.compiler.is_compiling() or count_modes():
+        return False
+    for dtype, some in ((FLOAT, tensors), (INT, indices)):
+        for x in some:
+            if type(x) not in PLAIN or x.dtype is not dtype or not x.is_cpu or x.layout is not STRIDED or x.is_neg():
+                return False
+            if not x.data_ptr() and x.numel():
+                return False
+    return True
 
 
 def _dense(x: Tensor) -> Tensor:
     """Return a gradient whose memory holds its numbers in order: no view of a part, of a transpose or of negatives."""
-    return x.resolve_neg().contiguous()
+    if x.is_neg() or x._is_zerotensor():
+        x = x.clone()
+    if count_modes() and type(x.new_empty(0)) is not Tensor:
+        raise TypeError("a gradient can't be traced alone: trace the computation that it belongs to, too")
+    return x.contiguous()
 
 
 def without_autocast(function: Callable[..., T]) -> Callable[..., T]:
@@ -100,7 +113,7 @@ def multiply(a: Tensor, b: Tensor, start: Tensor | None = None) -> Tensor:
 @without_autocast
 def product(a: Tensor, b: Tensor, start: Tensor | None = None) -> Tensor:
     """Return start + a @ b for a (..., K), b (K, N) and start (N,); each element is a chain in the order of k."""
-    fits = suit(a, b) and a.dim() > 1 and b.dim() == 2 and a.shape[-1] == len(b)
+    fits = suit(a, b) and a.dim() > 1 and b.dim() == 2 and a.shape[-1] == b.shape[0]
     if not (fits and (start is None or (suit(start) and start.shape == b.shape[1:]))):
         return a @ b if start is None else a @ b + start
     c: Tensor = Product.apply(a.flatten(0, -2), b, start)  # type: ignore[no-untyped-call]
@@ -122,7 +135,7 @@ class Product(torch.autograd.Function):
         d_a = multiply(slope, b.T) if needs_a else None
         if needs_b:  # laid out as b is
             d_b = multiply(a.T, slope) if b.stride(1) == 1 else multiply(slope.T, a).T
-        d_start = multiply(slope.new_ones(1, len(slope)), slope)[0] if needs_start else None
+        d_start = multiply(slope.new_ones(1, slope.shape[0]), slope)[0] if needs_start else None
         return d_a, d_b if needs_b else None, d_start
 
 
@@ -130,7 +143,7 @@ def all_finite(tensors: Iterable[Tensor]) -> bool:
     """Tell whether every number of some tensors is finite."""
     addresses, found = array("q"), array("q", [-1])
     for tensor in tensors:
-        if not (suit(tensor) and tensor.is_contiguous()):  # the sign of a negative view decides nothing
+        if not (suit(tensor) and tensor.is_contiguous()):
             if not tensor.isfinite().all():
                 return False
         else:
@@ -175,7 +188,8 @@ def _mix(
 def _refuse_strange(found: int, what: str, count: int) -> None:
     """Raise IndexError if some indices, which are too large or too small, were found."""
     if found:
-        raise IndexError(f"{found} indices of {what} are out of range: there are {count} {what}")
+        indices = "1 index" if found == 1 else f"{found} indices"
+        raise IndexError(f"{indices} of {what} out of range: there are {count} {what}")
 
 
 def _sorting(order: Tensor, slots: int) -> tuple[int, int, int]:
@@ -200,18 +214,14 @@ class Mix(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, slope: Tensor, *_: None) -> tuple[Tensor | None, ...]:
         x, weights, w_in, w_out, rows, hidden, order = ctx.saved_tensors
-        (n_experts, width, inside), top_k, slots, slope = (
-            w_in.shape,
-            weights.shape[-1],
-            weights.numel(),
-            _dense(slope),
-        )
+        (n_experts, width, inside), top_k, slots = w_in.shape, weights.shape[-1], weights.numel()
         d_x, d_weights, d_w_in, d_w_out = map(torch.empty_like, (x, weights, w_in, w_out))
         panel, some, d_hidden, d_rows = workspace.addresses(slots * width, slots * inside, slots * width)
         _run(
-            kernels().mixture_gradient, slope, weights, w_in, w_out, rows, hidden, rows.data_ptr() + 4 * slots * width,
-            *_sorting(order, slots), d_x, d_weights, d_w_in, d_w_out, some, d_hidden, d_rows, ONE,
-            workspace.zeros(max(width, inside)), panel, slots // top_k, top_k, n_experts, width, inside,
+            kernels().mixture_gradient, _dense(slope), weights, w_in, w_out, rows, hidden,
+            rows.data_ptr() + 4 * slots * width, *_sorting(order, slots), d_x, d_weights, d_w_in, d_w_out, some,
+            d_hidden, d_rows, ONE, workspace.zeros(max(width, inside)), panel, slots // top_k, top_k, n_experts, width,
+            inside,
         )  # fmt: skip
         return d_x, d_weights, None, d_w_in, d_w_out
 
@@ -224,7 +234,7 @@ class Route(torch.autograd.Function):
         ctx: Any, x: Tensor, router: Tensor, bias: Tensor, node_weight: Tensor, node_offset: Tensor, root: Tensor,
         child: Tensor, top_k: int,
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        (n_gates, n, width), n_families, n_nodes = x.shape, router.shape[1], len(node_weight)
+        (n_gates, n, width), n_families, n_nodes = x.shape, router.shape[1], node_weight.shape[0]
         given = (x, router, bias, node_weight, node_offset, root, child)
         x, router, bias, node_weight, node_offset, root, child = map(Tensor.contiguous, given)
         logits, gates = x.new_empty(n_gates, n, n_families), x.new_empty(n_gates, n, top_k)
@@ -245,28 +255,28 @@ class Route(torch.autograd.Function):
         ctx: Any, d_logits: Tensor | None, d_gates: Tensor | None, d_weights: Tensor | None, *_: None
     ) -> tuple[Tensor | None, ...]:
         x, router, node_weight, root, child, logits, gates, families, margins = ctx.saved_tensors
-        (n_gates, n, width), n_families, top_k = x.shape, router.shape[1], gates.shape[2]
+        (n_gates, n, width), n_families, top_k, n_nodes = x.shape, router.shape[1], gates.shape[2], node_weight.shape[0]
         d_logits, d_gates = _own(d_logits, logits), _own(d_gates, gates)
         d_weights = torch.zeros_like(gates) if d_weights is None else _dense(d_weights)
         d_x, d_router, (panel,) = torch.zeros_like(x), torch.empty_like(router), workspace.addresses()
-        teaches = ctx.needs_input_grad[3] and len(node_weight) > 0
+        teaches = ctx.needs_input_grad[3] and n_nodes > 0
         d_margins = torch.zeros_like(margins) if teaches else margins
         _run(
             kernels().route_gradient, x, router, logits, families, gates, d_gates, d_weights, margins, root, child,
             d_logits, d_margins, d_x, d_router, workspace.zeros(width), panel,
-            n_gates, n, n_families, width, top_k, len(node_weight) * teaches,
+            n_gates, n, n_families, width, top_k, n_nodes * teaches,
         )  # fmt: skip
         d_node = d_offset = None
         if teaches:
             d_x += multiply(d_margins, node_weight).view_as(d_x)
             d_node = multiply(d_margins.T, x.flatten(0, 1))
-            d_offset = multiply(d_margins.new_ones(1, len(d_margins)), d_margins)[0]
+            d_offset = multiply(d_margins.new_ones(1, n_gates * n), d_margins)[0]
         return d_x, d_router, None, d_node, d_offset, None, None, None
 
 
 def _own(slope: Tensor | None, like: Tensor) -> Tensor:
     """Return a copy of a gradient that may be changed; zeros where there is none."""
-    return torch.zeros_like(like) if slope is None else torch.empty_like(like).copy_(slope)
+    return torch.zeros_like(like) if slope is None else _dense(slope).clone()
 
 
 class Balance(torch.autograd.Function):

@@ -31,10 +31,8 @@ def compile_all() -> tuple[dict[str, tuple[str, list[str]]], bytes]:
     for function in whole.functions:
         if function.name not in wanted and not function.is_declaration:
             function.linkage = "internal"  # numba's wrappers for Python, which call what is not there without numba
-    passes, builder = (
-        llvm.create_new_module_pass_manager(),
-        llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options()),
-    )
+    passes = llvm.create_new_module_pass_manager()
+    builder = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options())
     passes.add_global_dead_code_eliminate_pass()
     passes.run(whole, builder)
     return functions, machine.emit_object(whole)
@@ -68,12 +66,8 @@ def mixture(
     """Gather the tokens of each expert, run it on them, and sum what each token gets."""
     begin = 0
     for e in range(n_experts):
-        m, some, active, made = (
-            ends[e] - begin,
-            at(rows, begin * width),
-            at(hidden, begin * inside),
-            at(y, begin * width),
-        )
+        m, some = ends[e] - begin, at(rows, begin * width)
+        active, made = at(hidden, begin * inside), at(y, begin * width)
         for r in range(m):
             source, to = at(x, slot[begin + r] // top_k * width), at(some, r * width)
             for j in range(width):
@@ -87,6 +81,13 @@ def mixture(
         matmul_ahead(active, inside, 1, second, width, 1, made, width, zeros, 0, m, width, inside, panel, fourth, lines)
         begin = ends[e]
     mix(y, place, gates, 1, out, n, top_k, width)
+
+
+@inner
+def product_gradient(a, b, slope, d_a, d_b, zeros, m, k, n, panel, ahead, lines):
+    """Take the gradient of a (m, k) @ b (k, n); ask for the weights that follow b, then for what follows `ahead`."""
+    matmul_ahead(a, 1, k, slope, n, 1, d_b, n, zeros, 0, k, n, m, panel, at(b, k * n), lines)
+    matmul_ahead(slope, n, 1, b, 1, n, d_a, k, zeros, 0, m, k, n, panel, at(ahead, k * n), lines)
 
 
 @entry(*[FLOATS] * 7, *[INTS] * 3, *[FLOATS] * 10, *[INT] * 5)
@@ -107,26 +108,11 @@ def mixture_gradient(
             gate = gates[s]
             for j in range(width):
                 to[j] = gate * source[j]
-        active = at(hidden, begin * inside)
-        matmul_ahead(
-            active, 1, inside, some, width, 1, d_second, width, zeros, 0, inside, width, m, panel,
-            at(second, size), lines,
-        )  # fmt: skip
-        matmul_ahead(
-            some, width, 1, second, 1, width, d_hidden, inside, zeros, 0, m, inside, width, panel,
-            at(d_first, size), lines,
-        )  # fmt: skip
+        active, given, back = at(hidden, begin * inside), at(rows, begin * width), at(d_rows, begin * width)
+        product_gradient(active, second, some, d_hidden, d_second, zeros, m, inside, width, panel, d_first, lines)
         for j in range(m * inside):
             d_hidden[j] = d_hidden[j] if active[j] > 0 else np.float32(0)
-        given, back = at(rows, begin * width), at(d_rows, begin * width)
-        matmul_ahead(
-            given, 1, width, d_hidden, inside, 1, d_first, inside, zeros, 0, width, inside, m, panel,
-            at(first, size), lines,
-        )  # fmt: skip
-        matmul_ahead(
-            d_hidden, inside, 1, first, 1, inside, back, width, zeros, 0, m, width, inside, panel,
-            at(d_second, size), lines,
-        )  # fmt: skip
+        product_gradient(given, first, d_hidden, back, d_first, zeros, m, width, inside, panel, d_second, lines)
         begin = ends[e]
     mix(d_rows, place, one, 0, d_x, n, top_k, width)
 
@@ -300,13 +286,8 @@ def adamw(table, rates, n_tensors):
         value, slope = floats_at(table[6 * t]), floats_at(table[6 * t + 1])
         first, second, step = floats_at(table[6 * t + 2]), floats_at(table[6 * t + 3]), floats_at(table[6 * t + 4])
         step[0] += np.float32(1)
-        lr, beta1, beta2, eps, decay = (
-            rates[5 * t],
-            rates[5 * t + 1],
-            rates[5 * t + 2],
-            rates[5 * t + 3],
-            rates[5 * t + 4],
-        )
+        r = 5 * t
+        lr, beta1, beta2, eps, decay = rates[r], rates[r + 1], rates[r + 2], rates[r + 3], rates[r + 4]
         bias1, bias2 = 1 - power(beta1, np.int64(step[0])), 1 - power(beta2, np.int64(step[0]))
         shrink, rate, root = np.float32(1 - lr * decay), np.float32(lr / bias1), np.float32(1 / math.sqrt(bias2))
         kept1, kept2, new1, new2 = np.float32(beta1), np.float32(beta2), np.float32(1 - beta1), np.float32(1 - beta2)
