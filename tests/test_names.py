@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from phasegate.base.errors import UserError
 from phasegate.params import Params, load_params
 from phasegate.params.fields import GOOD_NAME, parse
-from phasegate.params.names import RESERVED
 from phasegate.params.reading import load_yaml
 from phasegate.records.tables import NAMES, read_table, write_table
 from tests.damage import put
@@ -53,15 +52,14 @@ def test_a_name_that_means_something_else_is_refused_wherever_people_choose_one(
         ) or "means something else" in refusal("decisions.phases.p7b2.arms", [name])
 
 
-def test_the_studys_own_names_are_refused_and_listed() -> None:
-    params = load_params(ROOT / "params.yaml")
-    claims = params.decisions.phases.values()
-    controls = {name.partition("/")[2] for claim in claims for name in (claim.control, *claim.controls.values())}
-    stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
-    assert {*stages, *controls, *params.arms()["p7a"], "primary", "sham", "own"} <= {*RESERVED}
-    for name in RESERVED:
+def test_a_name_that_means_another_arm_beside_ones_own_is_refused_and_no_other() -> None:
+    meant = {"baseline": "p7a/baseline", "continue": "p7a/continue", "stay": "p7c2/stay", "leave": "p7c3/leave"}
+    for name, what in (meant | {"primary": "the arm that decides a phase"}).items():
         said = refusal("plugins.arms", {"mine": {"signal": "a"}, name: {"signal": "a"}})
-        assert said == f"plugins: arms has {name!r}, a name of the study's own: {', '.join(RESERVED)} are taken"
+        assert said == f"plugins: arms has {name!r}, which means {what}: take another name"
+    stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+    others = {*stages, "small", "sham", "own", "base"}
+    assert parse(Params, VALUES | {"plugins": VALUES["plugins"] | {"arms": dict.fromkeys(others, {"signal": "a"})}})
 
 
 def test_a_reference_and_a_candidate_of_one_table_have_different_names() -> None:

@@ -273,8 +273,8 @@ class Plugins(Stated):
     arms: dict[Name, PluginArm]
 
     def check_together(self) -> None:
-        if taken := self.arms.keys() & {*RESERVED}:
-            raise ValueError(f"arms has {min(taken)!r}, a name of the study's own: {', '.join(RESERVED)} are taken")
+        if taken := self.arms.keys() & RESERVED.keys():
+            raise ValueError(f"arms has {(name := min(taken))!r}, which means {RESERVED[name]}: take another name")
 
 
 class Headline(Section):

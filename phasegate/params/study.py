@@ -125,8 +125,7 @@ class Params(Section):
         """Return the claim of each phase that has arms."""
         if not (arms := tuple(self.plugins.arms)):
             return self.decisions.phases
-        among = {"p7b": names.CONTINUED, "p7c2": "p7c2/stay", "p7c3": "p7c3/leave"}
-        controls = {name: among[arm.phase] for name, arm in self.plugins.arms.items()}
+        controls = {name: names.COMPARED[arm.phase] for name, arm in self.plugins.arms.items()}
         stated = self.plugins.model_dump(exclude={"arms"})
         claim = phases.Claim(arms=arms, primary=arms[0], controls=controls, **stated)
         return self.decisions.phases | {names.PLUGINS: claim}
