@@ -27,11 +27,7 @@ def test_the_committed_parameters_are_right() -> None:
     ("key", "value", "sentence"),
     [
         ("seeds.count", 0, "seeds.count is 0: input should be greater than or equal to 1"),
-        (
-            "seeds.count",
-            1,
-            "seeds.count is 1: 7b.4's control head learns from the other seeds, so it must be at least 2",
-        ),
+        ("seeds.count", 1, "seeds.count is 1: 7b.4's control head learns from other seeds, so it must be at least 2"),
         ("seeds.first", True, "seeds.first is True: input should be a valid integer"),
         ("training.lr", float("nan"), "training.lr is nan"),
         ("data.name", "npz", "path is data/none, but data set npz is read from a file: give its path"),

@@ -51,9 +51,9 @@ def refuse_too_large(params: Params, input_shape: tuple[int, ...] = (1, 1), clas
     weights[f"p7c.small + p7c.large = {most}"] = model_weights(model, most, input_shape, classes)
     for key, count in weights.items():
         if (needed := 4 * COPIES * count) > (available := memory()):  # float32
+            said = f"needs {needed / GIB:,.1f} GiB for weights, gradients and moments"
             raise UserError(
-                f"{key}: a single trial of this model needs {needed / GIB:,.1f} GiB for weights, gradients and "
-                f"moments, and this machine has {available / GIB:,.1f} GiB"
+                f"{key}: a single trial of this model {said}, and this machine has {available / GIB:,.1f} GiB"
             )
 
 

@@ -27,9 +27,7 @@ class Data(Section):
 
     def check_together(self) -> None:
         if (self.name in OF_FILES) == (self.path == NO_FILE):
-            needs = (
-                "is read from a file: give its path" if self.name in OF_FILES else f"needs none: set it to {NO_FILE}"
-            )
+            needs = "is read from a file: give its path" if self.path == NO_FILE else f"needs none: set it to {NO_FILE}"
             raise ValueError(f"path is {self.path}, but data set {self.name} {needs}")
 
     @property

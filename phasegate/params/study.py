@@ -48,9 +48,7 @@ class Params(Section):
                 f"p7a.n_routed is {self.p7a.n_routed}, but no candidate of q2 has that many experts: give it one"
             )
         if self.seeds.count < 2:
-            raise ValueError(
-                "seeds.count is 1: 7b.4's control head learns from the other seeds, so it must be at least 2"
-            )
+            raise ValueError("seeds.count is 1: 7b.4's control head learns from other seeds, so it must be at least 2")
         self._check_times()
         for key, model in self.architectures().items():
             if model.n_routed == self.p7a.n_routed == model.top_k:
