@@ -65,7 +65,9 @@ def test_the_committed_parameters_are_right() -> None:
         ("p7c1.late", 299, "p7c1: at is 300: it must be at most late = 299"),
         ("p7c1.late", 1201, "p7c1.late is 1201: it must be at most p7c.steps - p7c.settle = 1200"),
         ("p7c2.at", 1201, "p7c2.at is 1201: it must be at most p7c.steps - p7c.settle = 1200"),
-        ("p7c2.recovery_steps", 301, "p7c2.recovery_steps is 301: it must be at most p7c.settle = 300"),
+        ("p7c.settle", 0, "p7c.settle is 0: input should be greater than or equal to 1"),
+        ("training.warmup", 1400, "training.warmup + 101 is 1501: it must be at most p7c.steps = 1500, else the"),
+        ("q1.candidates.fast.warmup", 1400, "q1.candidates.fast.warmup + 101 is 1501: it must be at most p7c.steps"),
         ("p7c.rates", [1, 2, 1.0000001], "p7c: rates has 1 twice: rates must differ in their first six digits"),
         ("p7c3.dead", 7, "p7c3.dead + p7b.min_experts is 13: it must be at most p7a.n_routed = 12"),
         ("p7c.small", 24, "p7c: small is 24: it must be below large = 24"),
@@ -159,7 +161,6 @@ def test_a_file_other_than_the_studys_own_is_named(tmp_path: Path, monkeypatch: 
 def test_a_course_too_short_for_a_birth_is_refused() -> None:
     values = yaml.safe_load(PATH.read_text())
     values["p7c"] |= {"steps": 700, "settle": 1}
-    values["p7c2"]["recovery_steps"] = 1
     parse(Params, values)
     values["p7c1"]["at"] = 600
     with pytest.raises(UserError, match=r"^p7c1.at \+ 101 is 701: it must be at most p7c.steps = 700$"):

@@ -106,7 +106,7 @@ class Growing(Section):
     top_k: Size
     expert_width: Size
     act_every: Count
-    settle: Index
+    settle: Count
     eval_every: Count
     seeds: fields.Seeds  # of the trials that choose rates
     rates: Annotated[tuple[Positive, ...], Field(min_length=1)]  # of expert matrices, once a model may have grown

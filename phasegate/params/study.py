@@ -41,8 +41,10 @@ class Params(Section):
 
     def check_together(self) -> None:
         self.check_headline(self.headline)
-        for name, changes in self.q1.candidates.items():
-            override(self.training, changes, f"q1.candidates.{name}")
+        more, why = phases.BIRTH_STEPS + 1, ", else the shortest trials of 7c only warm up"
+        for name, training in self.q1.variants(self.training, "q1").items():
+            key = "training" if name == BASE else f"q1.candidates.{name}"
+            check_at_most(f"{key}.warmup + {more}", training.warmup + more, "p7c.steps", self.p7c.steps, why)
         if self.p7a.n_routed not in {model.n_routed for model in self.architectures().values()}:
             raise ValueError(
                 f"p7a.n_routed is {self.p7a.n_routed}, but no candidate of q2 has that many experts: give it one"
@@ -98,7 +100,6 @@ class Params(Section):
             (f"{survey} + p7b4.recovery_steps", measured, "p7b.steps", schedule.steps),
             ("p7c1.late", self.p7c1.late, last, growing.steps - growing.settle),
             ("p7c2.at", self.p7c2.at, last, growing.steps - growing.settle),
-            ("p7c2.recovery_steps", self.p7c2.recovery_steps, "p7c.settle", growing.settle),
             (f"p7c1.at + {phases.BIRTH_STEPS + 1}", self.p7c1.at + phases.BIRTH_STEPS + 1, "p7c.steps", growing.steps),
             ("p7c3.dead + p7b.min_experts", self.p7c3.dead + schedule.min_experts, "p7a.n_routed", start),
         ):
@@ -111,8 +112,8 @@ class Params(Section):
 
     def architectures(self) -> dict[str, Architecture]:
         """Return the architectures of Q2, by the key they stand under: the base and every candidate."""
-        changed = {f"q2.candidates.{name}": changes for name, changes in self.q2.candidates.items()}
-        return {"model": self.model} | {key: override(self.model, changes, key) for key, changes in changed.items()}
+        models = self.q2.variants(self.model, "q2").items()
+        return {"model" if name == BASE else f"q2.candidates.{name}": model for name, model in models}
 
     def growing_model(self, n_routed: int) -> Architecture:
         """Return the architecture of 7c.1 and 7c.2 with so many experts."""
