@@ -47,10 +47,12 @@ def test_the_committed_parameters_are_right() -> None:
         ("decisions.phases.p7b2.assay.better", "continue", "p7b2.assay.better is 'continue': string should match"),
         ("decisions.margin", -0.1, "decisions.margin is -0.1: input should be greater than or equal to 0"),
         ("decisions.phases.p7b2.hypothesis", " \n\x1c", "decisions.phases.p7b2.hypothesis: it is blank: state it"),
+        ("plugins.hypothesis", "\u200d\u2060\xa0", "plugins.hypothesis: it is blank: state it before the phase runs"),
         ("plugins.hypothesis", "", "plugins.hypothesis: it is blank: state it before the phase runs"),
-        ("plugins.hypothesis", "a\x1b[2J", "hypothesis: 'a\\x1b[2J' has characters that can't be printed"),
-        ("plugins.hypothesis", "a\x85b", "hypothesis: 'a\\x85b' has characters that can't be printed"),
-        ("plugins.hypothesis", "a\u202eb\x9b", "hypothesis: 'a\\u202eb\\x9b' has characters that can't be printed"),
+        ("plugins.hypothesis", "a\x1b[2J", "hypothesis: 'a\\x1b[2J' has the control character \\x1b: leave it out"),
+        ("plugins.hypothesis", "a\x85b", "hypothesis: 'a\\x85b' has the control character \\x85: leave it out"),
+        ("plugins.hypothesis", "a\u202eb\x9b", "hypothesis: 'a\\u202eb\\x9b' has the control character \\u202e"),
+        ("plugins.hypothesis", "a\ud800", "hypothesis: 'a\\ud800' has the control character \\ud800: leave it out"),
         ("p7b.cooldown", 200, "p7b.cooldown is 200: it must be at most p7b.act_every * surgery.operations / 2 = 160"),
         ("surgery.operations", 3, "surgery.operations is 3: input should be a multiple of 2"),
         ("surgery.operations", 12, "is 12: it must be at most (p7b.steps - p7b.settle) / p7b.act_every = 11"),
@@ -156,6 +158,13 @@ def test_a_file_other_than_the_studys_own_is_named(tmp_path: Path, monkeypatch: 
         Path(path).write_text("data: {}")
         with pytest.raises(UserError, match=f"^{sentence}"):
             load_params(Path(path))
+
+
+def test_a_hypothesis_may_have_no_break_spaces_and_joined_emoji() -> None:
+    values = yaml.safe_load(PATH.read_text())
+    for text in ("Croître coûte\xa0:\u202f2\xa0%.", "It \N{WOMAN}\u200d\N{PERSONAL COMPUTER} grows."):
+        put(values, "decisions.phases.p7b2.hypothesis", text)
+        assert parse(Params, values).decisions.phases["p7b2"].hypothesis == text
 
 
 def test_a_course_too_short_for_a_birth_is_refused() -> None:
