@@ -4,14 +4,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from phasegate.base import memory
 from phasegate.base.errors import UserError
-from phasegate.model.classifier import ModelSpec, Network
+from phasegate.model.classifier import Model, ModelSpec, Network
 from phasegate.model.references import ReferenceSpec, build
 from phasegate.params import Params, check, load_params
 from phasegate.params.fields import Seeds, parse
+from phasegate.training.batches import AT_ONCE
 from stages import check as check_stage
 from tests.damage import BOMBS, put
 from tests.small_study import ROOT
@@ -35,7 +37,7 @@ def test_the_committed_parameters_are_right() -> None:
         ("data.layout", "channel_last", "data.layout is 'channel_last': did you mean channels_last?"),
         ("training.warmup", 3000, "warmup is 3000: it must be less than steps = 3000"),
         ("model.top_k", 13, "top_k is 13: it must be at most n_routed = 12"),
-        ("p7a.n_routed", 13, "p7a.n_routed is 13, but no candidate of q2 has that many experts"),
+        ("p7a.n_routed", 13, "p7a.n_routed is 13, but no candidate of q2 has that many: add one"),
         ("p7b.settle", 600, "act_every + settle is 640: it must be at most steps = 600"),
         ("p7b.split_direction", "best", "p7b.split_direction is 'best'"),
         ("p7b.sibling_balance", -1, "p7b.sibling_balance is -1"),
@@ -195,6 +197,10 @@ def test_a_model_that_cannot_fit_into_memory_is_refused(monkeypatch: pytest.Monk
         larger = values | {"p7c": values["p7c"] | {"large": 60}}
         with pytest.raises(UserError, match=r"^p7c.small \+ p7c.large = 64: "):
             check.refuse_too_large(parse(Params, larger))
+    values["q1"]["candidates"]["fast"] |= {"batch": 10_000}
+    check.refuse_too_large(parse(Params, values), (3, 100, 100), 10, 1000)
+    with pytest.raises(UserError, match=r"^q1.candidates.fast.batch is 10000: a trial needs 44.7 GiB for batches and"):
+        check.refuse_too_large(parse(Params, values), (3, 100, 100), 10, 20_000)
     values["references"]["mnist1d"]["mlp"]["hidden"] = [65_536] * 3
     with pytest.raises(UserError, match=r"^references.mnist1d.mlp: a single trial of this model needs 128.0 GiB"):
         check.refuse_too_large(parse(Params, values))
@@ -216,6 +222,18 @@ def test_the_estimate_of_memory_counts_the_weights_of_every_model(shape: tuple[i
             real = build(ModelSpec(changed, shape, (10, 10)))
             counted = check.model_weights(changed, changed.n_routed, shape, 10)
             assert counted == pytest.approx(weights(real), rel=0.05)
+
+
+@pytest.mark.parametrize("stem", ["mlp", "conv"])
+def test_the_estimate_of_memory_counts_batches_and_activations(stem: str) -> None:
+    assert 2 * AT_ONCE == check.DRAWN
+    changed = load_params(PATH).model.model_copy(update={"stem": stem, "blocks": 2})
+    x, model, kept = torch.zeros(512, 3, 16, 16), Model(ModelSpec(changed, (3, 16, 16), (10,))), dict[int, int]()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.update({t.data_ptr(): t.numel()}) or t, lambda t: t):
+        model(x)
+    others = {tensor.data_ptr() for tensor in (x, *model.parameters())}
+    numbers = sum(count for place, count in kept.items() if place not in others)
+    assert 0.5 < 512 * check.activations(changed, (3, 16, 16)) / numbers < 2
 
 
 def weights(model: Network) -> int:

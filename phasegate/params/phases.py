@@ -126,9 +126,8 @@ class Growing(Section):
 
     def schedule(self, shared: Schedule) -> Schedule:
         """Return the schedule of the trials; what `Growing` does not say is as in `shared`."""
-        own = {"steps": self.steps, "lr_scale": 1.0, "act_every": self.act_every, "settle": self.settle}
-        own |= {"cooldown": 0, "eval_every": self.eval_every}
-        own |= {"min_experts": self.small, "max_experts": self.large}
+        own = {"steps": self.steps, "lr_scale": 1.0, "act_every": self.act_every, "settle": self.settle, "cooldown": 0}
+        own |= {"eval_every": self.eval_every, "min_experts": self.small, "max_experts": self.large}
         return shared.model_copy(update=own)
 
 
@@ -249,10 +248,8 @@ class PluginArm(Section):
         if self.grow == "handover" and self.phase != "p7c2":
             raise ValueError(f"grow is handover, but phase is {self.phase}: only in p7c2 are all experts replaced")
         if self.signal in (*SIGNALS, PREDICTED, MEASURED):
-            raise ValueError(
-                f"signal is {self.signal!r}, the name of a built-in signal, scored in the same tables: "
-                f"give the file {self.find('signal').path} another name"
-            )
+            said, path = f"signal is {self.signal!r}, the name of a built-in signal", self.find("signal").path
+            raise ValueError(f"{said}, scored in the same tables: give the file {path} another name")
 
     def find(self, key: str) -> Any:
         """Return what `signal`, `grow` or `prune` names: a built-in surgery as it is, or else a file of `plugins/`.

@@ -119,10 +119,8 @@ def check_memory(what: str, values: int, stored: int) -> None:
     It writes copies of copies, so each value is there three times as float32.
     """
     if (needed := stored + 12 * values) > (most := LARGEST * 3 // 2):
-        raise UserError(
-            f"{what} holds {values:,} values, and preparing them takes {needed:,} bytes:"
-            f" three quarters of this machine's memory are {most:,}"
-        )
+        said = f"{what} holds {values:,} values, and preparing them takes {needed:,} bytes"
+        raise UserError(f"{said}: three quarters of this machine's memory are {most:,}")
 
 
 def load_meta(folder: Path) -> Meta:
