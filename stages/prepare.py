@@ -17,7 +17,7 @@ def main(params: Params) -> None:
     for remark in prepare(data.name, PREPARED, data.source, *given):
         print(visible(remark))
     meta = load_meta(PREPARED)
-    refuse_too_large(params, meta.input_shape, meta.classes)
+    refuse_too_large(params, meta.input_shape, meta.classes, meta.splits["train"])
     if params.p7c2.classes >= meta.classes:
         raise UserError(
             f"p7c2.classes is {params.p7c2.classes}, and {data.name} has {meta.classes}: it must be lower, since the "

@@ -7,7 +7,7 @@ from phasegate.base.paths import MODELS, PREPARED
 from phasegate.model.classifier import ModelSpec
 from phasegate.params import Params
 from phasegate.pretraining.ranking import race
-from phasegate.pretraining.search import trainer, variants
+from phasegate.pretraining.search import trainer
 from phasegate.records.prepared import load_meta
 from phasegate.stage import run
 
@@ -16,7 +16,7 @@ def main(params: Params) -> None:
     """Search over training configurations on the base architecture."""
     meta = load_meta(PREPARED)
     spec = ModelSpec(params.model, meta.input_shape, (meta.classes,))
-    trainings = variants(params.training, params.q1, "q1.candidates")
+    trainings = params.q1.variants(params.training, "q1")
     candidates = {name: (spec, training) for name, training in trainings.items()}
     folder = MODELS / "q1"
     best = race([*candidates], {}, trainer("q1", candidates, params.q1, PREPARED, folder), params.q1)

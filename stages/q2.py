@@ -10,7 +10,7 @@ from phasegate.params.fields import load_section
 from phasegate.params.pretraining import BASE, Training
 from phasegate.params.reading import load_yaml
 from phasegate.pretraining.ranking import race
-from phasegate.pretraining.search import trainer, variants
+from phasegate.pretraining.search import trainer
 from phasegate.records.prepared import load_meta
 from phasegate.records.tables import read_table
 from phasegate.stage import run
@@ -23,7 +23,7 @@ def main(params: Params) -> None:
     """
     meta = load_meta(PREPARED)
     training = load_section(q1 := MODELS / "q1.yaml", "training", Training)
-    architectures = variants(params.model, params.q2, "q2.candidates")
+    architectures = params.q2.variants(params.model, "q2")
     candidates = {
         name: (ModelSpec(architecture, meta.input_shape, (meta.classes,)), training)
         for name, architecture in architectures.items()

@@ -191,6 +191,7 @@ def test_names_of_classes_come_from_the_file(tmp_path: Path, names: Any) -> None
         (r"class 2 is named '': .* one to 100 characters", {"class_names": np.array(["b", "a", " "])}),
         (r"class 0 is named '\\x1b\[2J': .* can be printed", {"class_names": np.array(["\x1b[2J", "a", "b"])}),
         (r"test has values beyond float32", {"x_train": TINY, "x_test": np.full((9, 2, 7), 1e38)}),
+        (r"^mean .*e-42 with std .*e-41: std must be at least 1.2e-38", {"x_train": TINY, "x_test": TINY[:9]}),
     ],
 )
 def test_unusable_arrays_are_refused(tmp_path: Path, message: str, changed: dict[str, Any]) -> None:

@@ -170,7 +170,7 @@ def test_moments_that_make_inputs_infinite_are_refused(
     study: Path, tmp_path: Path, name: str, value: float, text: str | None
 ) -> None:
     path = tmp_path / "dataset.json"
-    content = json.loads((study / "data/prepared/dataset.json").read_text()) | {name: [value]}
+    content = json.loads((study / "data/prepared/dataset.json").read_text()) | {"mean": [0.0]} | {name: [value]}
     path.write_text(json.dumps(content).replace(f'"{name}": [{value}]', f'"{name}": [{text or value}]'))
     with pytest.raises(UserError, match=r"dataset.json is missing or damaged") as refusal:
         phasegate.load(study / "models/p7b2/split" / SEED, path)

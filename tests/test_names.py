@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from phasegate.base.errors import UserError
 from phasegate.params import Params, load_params
 from phasegate.params.fields import GOOD_NAME, parse
-from phasegate.params.names import RESERVED
 from phasegate.params.reading import load_yaml
 from phasegate.records.tables import NAMES, read_table, write_table
 from tests.damage import put
@@ -53,15 +52,15 @@ def test_a_name_that_means_something_else_is_refused_wherever_people_choose_one(
         ) or "means something else" in refusal("decisions.phases.p7b2.arms", [name])
 
 
-def test_the_studys_own_names_are_refused_and_listed() -> None:
-    params = load_params(ROOT / "params.yaml")
-    claims = params.decisions.phases.values()
-    controls = {name.partition("/")[2] for claim in claims for name in (claim.control, *claim.controls.values())}
-    stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
-    assert {*stages, *controls, *params.arms()["p7a"], "primary", "sham", "own"} <= {*RESERVED}
-    for name in RESERVED:
+def test_a_name_that_means_another_arm_beside_ones_own_is_refused_and_no_other() -> None:
+    meant = {"baseline": "p7a/baseline", "continue": "p7a/continue", "stay": "p7c2/stay", "leave": "p7c3/leave"}
+    for name, what in (meant | {"primary": "the arm that decides a phase"}).items():
         said = refusal("plugins.arms", {"mine": {"signal": "a"}, name: {"signal": "a"}})
-        assert said == f"plugins: arms has {name!r}, a name of the study's own: {', '.join(RESERVED)} are taken"
+        assert said == f"plugins: arms has {name!r}, which means {what}: take another name"
+    stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+    others = {*stages, "small", "sham", "own", "base"}
+    arms = {name: {"signal": "a"} for name in others}
+    assert parse(Params, VALUES | {"plugins": VALUES["plugins"] | {"arms": arms}})
 
 
 def test_a_reference_and_a_candidate_of_one_table_have_different_names() -> None:
@@ -79,23 +78,11 @@ def test_names_survive_every_table(tmp_path: Path) -> None:
             assert read_table(tmp_path / "a.csv")[column].tolist() == rows
 
 
-READ_ALIKE = [
-    "1e-5",
-    "1e5",
-    "1E-8",
-    "1.5e3",
-    "+.5",
-    "-.5",
-    ".5",
-    "5.",
-    "1_000",
-    "0x10",
-    "0b11",
-    "1.0e-7",
-    "'010'",
-    "'yes'",
-]
-READ_TWICE = ["010", "-010", "08", "007", "0_1", "0o10", "1:30", "-1:30", "1:30:30", "1:30.5", "yes", "No", "ON", "off"]
+READ_ALIKE = ["1e-5", "1e5", "1E-8", "1.5e3", "+.5", "-.5", ".5", "5.", "1_000", "0x10", "0b11", "1.0e-7", "'010'"]
+READ_ALIKE += ["'yes'", "00", "-07", "0_7", "0:1", "!!str no", "!!str 2001-01-01"]
+READ_TWICE = ["010", "-010", "08", "-017", "0_10", "0o10", "1:30", "-1:30", "1:30:30", "1:30.5", "0:1.5"]
+READ_TWICE += ["yes", "No", "ON", "off"]
+SAME = ["1: 2\n0x1: 3", "1: 2\ntrue: 3", "null: 1\n~: 2", "seeds: {<<: {a: 1}, <<: {b: 2}}"]
 DATES = ["2001-01-01", "2001-01-01 10:00:00", "2001-13-45"]
 
 
@@ -119,10 +106,10 @@ def test_what_parsers_read_differently_is_refused_with_its_place(text: str, plac
     assert said.endswith(f"'{text}' in quotes if it is text")
 
 
-@pytest.mark.parametrize("text", ["seeds: 1\nseeds: 2", "seeds: {count: 1, count: 2}", "{seeds: 1, 'seeds': 2}"])
+@pytest.mark.parametrize("text", ["seeds: 1\nseeds: 2", "seeds: {count: 1, count: 2}", "{seeds: 1, 'seeds': 2}", *SAME])
 def test_a_repeated_key_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text(text)
-    with pytest.raises(UserError, match=r"line \d: (the file|seeds) has (seeds|count) twice: keep one$"):
+    with pytest.raises(UserError, match=r"line \d: (the file|seeds) has (seeds|count|0x1|true|~|<<) twice: keep one$"):
         load_yaml(tmp_path / "a.yaml")
 
 
@@ -130,13 +117,16 @@ def test_a_repeated_key_is_refused(text: str, tmp_path: Path) -> None:
 @example("+_1")
 @example("._1")
 @example("1.e5")
+@example("0:1")
 def test_no_number_is_read_in_two_ways(text: str) -> None:
     path = Path("/dev/null")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("phasegate.params.reading.read_bounded", lambda _: f"a: {text}\n".encode())
         try:
             ours = load_yaml(path)
-        except UserError:
+        except UserError as error:
+            if "read differently" in str(error):
+                assert repr(yaml.safe_load(f"a: {text}\n")) != repr(dict(parse_yaml(f"a: {text}\n", "a")))
             return
     assert repr(ours) == repr(parse_yaml(f"a: {text}\n", "a"))
 

@@ -4,14 +4,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from phasegate.base import memory
 from phasegate.base.errors import UserError
-from phasegate.model.classifier import ModelSpec, Network
+from phasegate.model.classifier import Model, ModelSpec, Network
 from phasegate.model.references import ReferenceSpec, build
 from phasegate.params import Params, check, load_params
 from phasegate.params.fields import Seeds, parse
+from phasegate.training.batches import AT_ONCE
 from stages import check as check_stage
 from tests.damage import BOMBS, put
 from tests.small_study import ROOT
@@ -27,11 +29,7 @@ def test_the_committed_parameters_are_right() -> None:
     ("key", "value", "sentence"),
     [
         ("seeds.count", 0, "seeds.count is 0: input should be greater than or equal to 1"),
-        (
-            "seeds.count",
-            1,
-            "seeds.count is 1: 7b.4's control head learns from the other seeds, so it must be at least 2",
-        ),
+        ("seeds.count", 1, "seeds.count is 1: 7b.4's control head learns from other seeds, so it must be at least 2"),
         ("seeds.first", True, "seeds.first is True: input should be a valid integer"),
         ("training.lr", float("nan"), "training.lr is nan"),
         ("data.name", "npz", "path is data/none, but data set npz is read from a file: give its path"),
@@ -39,7 +37,7 @@ def test_the_committed_parameters_are_right() -> None:
         ("data.layout", "channel_last", "data.layout is 'channel_last': did you mean channels_last?"),
         ("training.warmup", 3000, "warmup is 3000: it must be less than steps = 3000"),
         ("model.top_k", 13, "top_k is 13: it must be at most n_routed = 12"),
-        ("p7a.n_routed", 13, "p7a.n_routed is 13, but no candidate of q2 has that many experts"),
+        ("p7a.n_routed", 13, "p7a.n_routed is 13, but no candidate of q2 has that many: add one"),
         ("p7b.settle", 600, "act_every + settle is 640: it must be at most steps = 600"),
         ("p7b.split_direction", "best", "p7b.split_direction is 'best'"),
         ("p7b.sibling_balance", -1, "p7b.sibling_balance is -1"),
@@ -51,10 +49,12 @@ def test_the_committed_parameters_are_right() -> None:
         ("decisions.phases.p7b2.assay.better", "continue", "p7b2.assay.better is 'continue': string should match"),
         ("decisions.margin", -0.1, "decisions.margin is -0.1: input should be greater than or equal to 0"),
         ("decisions.phases.p7b2.hypothesis", " \n\x1c", "decisions.phases.p7b2.hypothesis: it is blank: state it"),
+        ("plugins.hypothesis", "\u200d\u2060\xa0", "plugins.hypothesis: it is blank: state it before the phase runs"),
         ("plugins.hypothesis", "", "plugins.hypothesis: it is blank: state it before the phase runs"),
-        ("plugins.hypothesis", "a\x1b[2J", "hypothesis: 'a\\x1b[2J' has characters that can't be printed"),
-        ("plugins.hypothesis", "a\x85b", "hypothesis: 'a\\x85b' has characters that can't be printed"),
-        ("plugins.hypothesis", "a\u202eb\x9b", "hypothesis: 'a\\u202eb\\x9b' has characters that can't be printed"),
+        ("plugins.hypothesis", "a\x1b[2J", "hypothesis: 'a\\x1b[2J' has the control character \\x1b: leave it out"),
+        ("plugins.hypothesis", "a\x85b", "hypothesis: 'a\\x85b' has the control character \\x85: leave it out"),
+        ("plugins.hypothesis", "a\u202eb\x9b", "hypothesis: 'a\\u202eb\\x9b' has the control character \\u202e"),
+        ("plugins.hypothesis", "a\ud800", "hypothesis: 'a\\ud800' has the control character \\ud800: leave it out"),
         ("p7b.cooldown", 200, "p7b.cooldown is 200: it must be at most p7b.act_every * surgery.operations / 2 = 160"),
         ("surgery.operations", 3, "surgery.operations is 3: input should be a multiple of 2"),
         ("surgery.operations", 12, "is 12: it must be at most (p7b.steps - p7b.settle) / p7b.act_every = 11"),
@@ -69,7 +69,9 @@ def test_the_committed_parameters_are_right() -> None:
         ("p7c1.late", 299, "p7c1: at is 300: it must be at most late = 299"),
         ("p7c1.late", 1201, "p7c1.late is 1201: it must be at most p7c.steps - p7c.settle = 1200"),
         ("p7c2.at", 1201, "p7c2.at is 1201: it must be at most p7c.steps - p7c.settle = 1200"),
-        ("p7c2.recovery_steps", 301, "p7c2.recovery_steps is 301: it must be at most p7c.settle = 300"),
+        ("p7c.settle", 0, "p7c.settle is 0: input should be greater than or equal to 1"),
+        ("training.warmup", 1400, "training.warmup + 101 is 1501: it must be at most p7c.steps = 1500, else the"),
+        ("q1.candidates.fast.warmup", 1400, "q1.candidates.fast.warmup + 101 is 1501: it must be at most p7c.steps"),
         ("p7c.rates", [1, 2, 1.0000001], "p7c: rates has 1 twice: rates must differ in their first six digits"),
         ("p7c3.dead", 7, "p7c3.dead + p7b.min_experts is 13: it must be at most p7a.n_routed = 12"),
         ("p7c.small", 24, "p7c: small is 24: it must be below large = 24"),
@@ -160,10 +162,16 @@ def test_a_file_other_than_the_studys_own_is_named(tmp_path: Path, monkeypatch: 
             load_params(Path(path))
 
 
+def test_a_hypothesis_may_have_no_break_spaces_and_joined_emoji() -> None:
+    values = yaml.safe_load(PATH.read_text())
+    for text in ("Croître coûte\xa0:\u202f2\xa0%.", "It \N{WOMAN}\u200d\N{PERSONAL COMPUTER} grows."):
+        put(values, "decisions.phases.p7b2.hypothesis", text)
+        assert parse(Params, values).decisions.phases["p7b2"].hypothesis == text
+
+
 def test_a_course_too_short_for_a_birth_is_refused() -> None:
     values = yaml.safe_load(PATH.read_text())
     values["p7c"] |= {"steps": 700, "settle": 1}
-    values["p7c2"]["recovery_steps"] = 1
     parse(Params, values)
     values["p7c1"]["at"] = 600
     with pytest.raises(UserError, match=r"^p7c1.at \+ 101 is 701: it must be at most p7c.steps = 700$"):
@@ -189,6 +197,10 @@ def test_a_model_that_cannot_fit_into_memory_is_refused(monkeypatch: pytest.Monk
         larger = values | {"p7c": values["p7c"] | {"large": 60}}
         with pytest.raises(UserError, match=r"^p7c.small \+ p7c.large = 64: "):
             check.refuse_too_large(parse(Params, larger))
+    values["q1"]["candidates"]["fast"] |= {"batch": 10_000}
+    check.refuse_too_large(parse(Params, values), (3, 100, 100), 10, 1000)
+    with pytest.raises(UserError, match=r"^q1.candidates.fast.batch is 10000: a trial needs 44.7 GiB for batches and"):
+        check.refuse_too_large(parse(Params, values), (3, 100, 100), 10, 20_000)
     values["references"]["mnist1d"]["mlp"]["hidden"] = [65_536] * 3
     with pytest.raises(UserError, match=r"^references.mnist1d.mlp: a single trial of this model needs 128.0 GiB"):
         check.refuse_too_large(parse(Params, values))
@@ -210,6 +222,18 @@ def test_the_estimate_of_memory_counts_the_weights_of_every_model(shape: tuple[i
             real = build(ModelSpec(changed, shape, (10, 10)))
             counted = check.model_weights(changed, changed.n_routed, shape, 10)
             assert counted == pytest.approx(weights(real), rel=0.05)
+
+
+@pytest.mark.parametrize("stem", ["mlp", "conv"])
+def test_the_estimate_of_memory_counts_batches_and_activations(stem: str) -> None:
+    assert 2 * AT_ONCE == check.DRAWN
+    changed = load_params(PATH).model.model_copy(update={"stem": stem, "blocks": 2})
+    x, model, kept = torch.zeros(512, 3, 16, 16), Model(ModelSpec(changed, (3, 16, 16), (10,))), dict[int, int]()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.update({t.data_ptr(): t.numel()}) or t, lambda t: t):
+        model(x)
+    others = {tensor.data_ptr() for tensor in (x, *model.parameters())}
+    numbers = sum(count for place, count in kept.items() if place not in others)
+    assert 0.5 < 512 * check.activations(changed, (3, 16, 16)) / numbers < 2
 
 
 def weights(model: Network) -> int:

@@ -96,6 +96,8 @@ def test_the_area_under_the_roc_curve_is_that_of_the_rank_test(given: list[tuple
     assert area_under_roc(scores, dead) == pytest.approx(expected)
     assert area_under_roc(-dead.astype(float), dead) == 1 and area_under_roc(dead.astype(float), dead) == 0
     assert area_under_roc(np.zeros(len(dead)), dead) == 0.5
+    for unknown in (np.inf, -np.inf, np.nan):
+        assert np.isnan(area_under_roc(np.append(scores, unknown), np.append(dead, True)))
 
 
 def test_a_signal_that_draws_tells_no_dead_expert_from_a_living_one() -> None:

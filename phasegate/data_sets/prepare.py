@@ -73,16 +73,12 @@ def split_validation(raw: Raw, validation: int, generator: np.random.Generator) 
         held_out = shuffled(raw.validation, generator)
     else:
         if not LEAST <= validation < len(train):
-            raise UserError(
-                f"validation is {validation}: it must be from {LEAST} to {len(train) - 1}, a part of train with two"
-                " examples for each of its halves, signal and gate"
-            )
+            what = "a part of train with two examples for each of its halves, signal and gate"
+            raise UserError(f"validation is {validation}: it must be from {LEAST} to {len(train) - 1}, {what}")
         held_out, train = _rows(train, slice(validation)), _rows(train, slice(validation, None))
         if lost := sorted(set(np.unique(raw.train.y)) - set(np.unique(train.y))):
-            raise UserError(
-                f"validation is {validation}: it must leave examples of class {lost[0]} in train, which has"
-                f" {(raw.train.y == lost[0]).sum()}: lower it, or take another data.split_seed"
-            )
+            left = f"it must leave examples of class {lost[0]} in train, which has {(raw.train.y == lost[0]).sum()}"
+            raise UserError(f"validation is {validation}: {left}: lower it, or take another data.split_seed")
     half = len(held_out) // 2
     return train, _rows(held_out, slice(half)), _rows(held_out, slice(half, None))
 

@@ -13,6 +13,7 @@ from phasegate.params.pretraining import Architecture, Reference
 from phasegate.params.study import Params, load_params
 
 COPIES = 4  # of every weight: itself, its gradient, and Adam's two moments
+DRAWN = 40  # batches that are drawn in advance or kept
 GIB = 1 << 30
 
 
@@ -25,10 +26,11 @@ def check(params: Params) -> None:
                 plugin.check(f"plugins.arms.{name}.{key}", SURGERIES.get(key, ()))
 
 
-def refuse_too_large(params: Params, input_shape: tuple[int, ...] = (1, 1), classes: int = 2) -> None:
+def refuse_too_large(params: Params, input_shape: tuple[int, ...] = (1, 1), classes: int = 2, train: int = 0) -> None:
     """Raise `UserError` if one trial of a model cannot fit into this machine's memory, if it runs here.
 
-    The stage `check` knows no data, so it counts the smallest that there could be; `prepare` knows shape and classes.
+    The stage `check` knows no data, so it counts the smallest that there could be, and no batches; `prepare` knows
+    shape, classes, and the number of `train` examples.
     """
     if os.environ.get("PHASEGATE_BACKEND") == "ray":
         return
@@ -50,11 +52,25 @@ def refuse_too_large(params: Params, input_shape: tuple[int, ...] = (1, 1), clas
     model = params.growing_model(most)
     weights[f"p7c.small + p7c.large = {most}"] = model_weights(model, most, input_shape, classes)
     for key, count in weights.items():
-        if (needed := 4 * COPIES * count) > (available := memory()):  # float32
-            raise UserError(
-                f"{key}: a single trial of this model needs {needed / GIB:,.1f} GiB for weights, gradients and "
-                f"moments, and this machine has {available / GIB:,.1f} GiB"
-            )
+        _check(f"{key}: a single trial of this model", COPIES * count, "weights, gradients and moments")
+    held = max(activations(model, input_shape) for model in params.architectures().values())
+    for key, training in params.trainings().items():
+        values = min(training.batch, train) * (DRAWN * prod(input_shape) + held)
+        _check(f"{key}.batch is {training.batch}: a trial", values, "batches and activations")
+
+
+def _check(what: str, values: int, purpose: str) -> None:
+    """Raise `UserError` if values of float32 do not fit into this machine's memory."""
+    if (needed := 4 * values / GIB) > (most := memory() / GIB):
+        raise UserError(f"{what} needs {needed:,.1f} GiB for {purpose}, and this machine has {most:,.1f} GiB")
+
+
+def activations(model: Architecture, input_shape: tuple[int, ...]) -> int:
+    """Count, roughly, what a step keeps of each example for the gradient: the results of the stem and of each block."""
+    halves, quarters = (prod(math.ceil(axis / part) for axis in input_shape[1:]) for part in (2, 4))
+    stem, tokens = (model.width * (halves + quarters), quarters) if model.stem == "conv" else (model.width, 1)
+    per_token = 3 * model.width + (model.top_k + model.n_shared) * (model.width + model.expert_width)
+    return stem + model.blocks * tokens * per_token
 
 
 def model_weights(model: Architecture, experts: int, input_shape: tuple[int, ...], classes: int) -> int:

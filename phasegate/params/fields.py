@@ -18,6 +18,8 @@ NAME = r"^[a-z][a-z0-9_]*$"
 GOOD_NAME = "a name has small letters, digits and _, begins with a letter, and has at most 100 characters"
 MEANING_ELSE = ("true", "false", "yes", "no", "on", "off", "null", "none", "nan", "inf", "infinity")
 """Names that parsers of YAML or of tables take for values."""
+UNREADABLE = re.compile(r"[\0-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""What controls terminals, ends lines, turns the direction of text (CVE-2021-42574) or is half a character."""
 
 
 def _refuse_other(value: object) -> object:
@@ -27,10 +29,10 @@ def _refuse_other(value: object) -> object:
 
 
 def _refuse_unreadable(value: str) -> str:
-    if not value.strip():
+    if not any(map(str.isprintable, "".join(value.split()))):
         raise ValueError("it is blank: state it before the phase runs")
-    if visible(value) != value:
-        raise ValueError(f"'{visible(value)[:80]}' has characters that can't be printed: leave them out")
+    if found := UNREADABLE.search(value):
+        raise ValueError(f"'{visible(value)[:80]}' has the control character {visible(found[0])}: leave it out")
     return value
 
 

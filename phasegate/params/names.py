@@ -24,12 +24,11 @@ EVALUATED = (REFERENCES, START, "control", *PHASES, PLUGINS)
 """The folders of `models/` whose checkpoints are evaluated."""
 PRIMARY = "primary"
 """Stands for the arm that decides a phase."""
-RESERVED = (
-    *(BASELINE, CONTROL, PRIMARY, "base", "small", "stay", "leave", "sham", "own", *EVALUATED),
-    *("check", "prepare", "q1", "q2", "early", "rates", "survey", "heads", "signals", "in_a_row"),
-    *("evaluate", "decide", "report", "headline"),
-)
-"""Names that no arm of one's own may have: of stages, of arms that others are compared with, and PRIMARY."""
+COMPARED = {"p7b": CONTINUED, "p7c2": "p7c2/stay", "p7c3": "p7c3/leave"}
+"""What an arm of one's own is compared with, by the phase where it acts."""
+RESERVED = {name.partition("/")[2]: name for name in (f"{START}/{BASELINE}", *COMPARED.values())}
+RESERVED |= {PRIMARY: "the arm that decides a phase"}
+"""Names that no arm of one's own may have, and what they mean beside it."""
 SIGNALS = ["random_labels", "routing_entropy", "usage_frequency", "zero_hits", "gate_times_norm", "weight_norm"]
 SIGNALS += ["taylor_saliency", "gradmax", "mean_norm", "mean_squared_norm", "aimer", "gradient_squared"]
 SIGNALS += ["frequency_times_spread"]

@@ -106,7 +106,7 @@ class Growing(Section):
     top_k: Size
     expert_width: Size
     act_every: Count
-    settle: Index
+    settle: Count
     eval_every: Count
     seeds: fields.Seeds  # of the trials that choose rates
     rates: Annotated[tuple[Positive, ...], Field(min_length=1)]  # of expert matrices, once a model may have grown
@@ -126,9 +126,8 @@ class Growing(Section):
 
     def schedule(self, shared: Schedule) -> Schedule:
         """Return the schedule of the trials; what `Growing` does not say is as in `shared`."""
-        own = {"steps": self.steps, "lr_scale": 1.0, "act_every": self.act_every, "settle": self.settle}
-        own |= {"cooldown": 0, "eval_every": self.eval_every}
-        own |= {"min_experts": self.small, "max_experts": self.large}
+        own = {"steps": self.steps, "lr_scale": 1.0, "act_every": self.act_every, "settle": self.settle, "cooldown": 0}
+        own |= {"eval_every": self.eval_every, "min_experts": self.small, "max_experts": self.large}
         return shared.model_copy(update=own)
 
 
@@ -249,10 +248,8 @@ class PluginArm(Section):
         if self.grow == "handover" and self.phase != "p7c2":
             raise ValueError(f"grow is handover, but phase is {self.phase}: only in p7c2 are all experts replaced")
         if self.signal in (*SIGNALS, PREDICTED, MEASURED):
-            raise ValueError(
-                f"signal is {self.signal!r}, the name of a built-in signal, scored in the same tables: "
-                f"give the file {self.find('signal').path} another name"
-            )
+            said, path = f"signal is {self.signal!r}, the name of a built-in signal", self.find("signal").path
+            raise ValueError(f"{said}, scored in the same tables: give the file {path} another name")
 
     def find(self, key: str) -> Any:
         """Return what `signal`, `grow` or `prune` names: a built-in surgery as it is, or else a file of `plugins/`.
@@ -273,8 +270,8 @@ class Plugins(Stated):
     arms: dict[Name, PluginArm]
 
     def check_together(self) -> None:
-        if taken := self.arms.keys() & {*RESERVED}:
-            raise ValueError(f"arms has {min(taken)!r}, a name of the study's own: {', '.join(RESERVED)} are taken")
+        if taken := self.arms.keys() & RESERVED.keys():
+            raise ValueError(f"arms has {(name := min(taken))!r}, which means {RESERVED[name]}: take another name")
 
 
 class Headline(Section):

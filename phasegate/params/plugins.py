@@ -58,10 +58,8 @@ class Plugin:
                 raise UserError(f"{self.path}, which {key} names, imports from {FOLDER}: it must be a file by itself")
             imported = LIBRARY / rest.replace(".", "/")
             if package == LIBRARY.name and not (imported.is_dir() or imported.with_suffix(".py").is_file()):
-                raise UserError(
-                    f"{self.path}, which {key} names, imports {module}, which does not exist: import what you need "
-                    "from phasegate.plugin"
-                )
+                said = f"imports {module}, which does not exist: import what you need from phasegate.plugin"
+                raise UserError(f"{self.path}, which {key} names, {said}")
 
     def function(self) -> Any:
         """Run the source anew, and return its function. Errors in it keep their traceback."""

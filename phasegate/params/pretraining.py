@@ -7,7 +7,7 @@ from pydantic import Field
 
 from phasegate.base.paths import RAW
 from phasegate.params import fields
-from phasegate.params.fields import Count, Fraction, Index, Name, NonNegative, Positive, Section, Size
+from phasegate.params.fields import Count, Fraction, Index, Name, NonNegative, Positive, Section, SectionT, Size
 from phasegate.params.names import DATA_SETS
 
 NO_FILE = "data/none"  # an empty file in git, the path of data sets that need none: DVC wants some path
@@ -27,9 +27,7 @@ class Data(Section):
 
     def check_together(self) -> None:
         if (self.name in OF_FILES) == (self.path == NO_FILE):
-            needs = (
-                "is read from a file: give its path" if self.name in OF_FILES else f"needs none: set it to {NO_FILE}"
-            )
+            needs = "is read from a file: give its path" if self.path == NO_FILE else f"needs none: set it to {NO_FILE}"
             raise ValueError(f"path is {self.path}, but data set {self.name} {needs}")
 
     @property
@@ -105,6 +103,11 @@ class Search(Section):
     def check_together(self) -> None:
         if BASE in self.candidates:
             raise ValueError(f"a candidate is named {BASE}: that is the base configuration itself, always a candidate")
+
+    def variants(self, base: SectionT, key: str) -> dict[str, SectionT]:
+        """Return the base configuration and each candidate's configuration, by name, of the search under `key`."""
+        named = self.candidates.items()
+        return {BASE: base} | {name: fields.override(base, new, f"{key}.candidates.{name}") for name, new in named}
 
 
 class Baseline(Section):

@@ -20,18 +20,24 @@ TAG = "tag:yaml.org,2002:"
 NUMBERS = r"[-+]?(?:[0-9][0-9_]*(?:\.[0-9_]*)?[eE][-+]?[0-9]+|\.[0-9][0-9_]*(?:[eE][-+][0-9]+)?)"
 """Numbers of YAML 1.2 that 1.1 takes for text: without a dot, a sign of the exponent or a digit before the dot."""
 UNLIKE = {  # what the versions read differently, and what to write
-    r"[-+]?0[0-9_]+|([-+]|[-+]?\.)_[0-9_]*([eE][-+][0-9]+)?": "write it without zeros or _ before it",
+    r"[-+]?0(?![0_]*[0-7]?_*$)[0-9_]+|([-+]|[-+]?\.)_[0-9_]*([eE][-+][0-9]+)?": "write it without zeros or _ before it",
     r"[-+]?0o[0-7_]+": "write a decimal number",
-    r"[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?": "write a decimal number",
+    r"[-+]?([1-9][0-9_]*(:[0-5]?[0-9])+|[0-9][0-9_]*(:[0-5]?[0-9])+\.[0-9_]*)": "write a decimal number",
     r"yes|Yes|YES|on|On|ON": "write true",
     r"no|No|NO|off|Off|OFF": "write false",
 }
 
 
 class _Loader(yaml.SafeLoader):
-    """Bound what PyYAML's safe loader merges into mappings (`<<`), which could take exponential time."""
+    """Bound what PyYAML's safe loader merges (`<<`), which could take exponential time, and mark values with a tag."""
 
     merged = 0
+
+    def compose_scalar_node(self, anchor: dict[Any, yaml.Node]) -> yaml.ScalarNode:
+        tag = self.peek_event().tag  # type: ignore[no-untyped-call]
+        node = super().compose_scalar_node(anchor)
+        node.style = node.style or tag  # which says what it is, as quotes do
+        return node
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
         super().flatten_mapping(node)
@@ -53,7 +59,7 @@ def load_yaml(path: Path) -> Any:
         loader = _Loader(content)
         if (node := loader.get_single_node()) is None:
             return None
-        found = next(_doubts(node), None)
+        found = next(_doubts(loader, node), None)
         values = None if found else loader.construct_document(node)
     except Exception as error:  # PyYAML's tags, dates and scanner raise exceptions of every kind
         raise UserError(f"{path} is not valid YAML: {one_line(error)}") from None
@@ -68,7 +74,7 @@ def load_yaml(path: Path) -> Any:
     return values
 
 
-def _doubts(node: yaml.Node) -> Iterator[tuple[int, str]]:
+def _doubts(loader: _Loader, node: yaml.Node) -> Iterator[tuple[int, str]]:
     """Yield what can be read in two ways, with its line: values that are not in quotes, and repeated keys."""
     waiting, seen = [(node, "")], set[int]()
     while waiting:
@@ -82,20 +88,22 @@ def _doubts(node: yaml.Node) -> Iterator[tuple[int, str]]:
         elif isinstance(node, yaml.SequenceNode):
             waiting += [(child, f"{name}.{place}".lstrip(".")) for place, child in enumerate(node.value)][::-1]
         elif isinstance(node, yaml.MappingNode):
-            keys, below = set[tuple[str, str]](), []
+            keys, below = set[Any](), []
             for key, child in node.value:
                 text = printable(str(key.value)[:80]) if isinstance(key, yaml.ScalarNode) else ""
-                if isinstance(key, yaml.ScalarNode) and key.tag != f"{TAG}merge":
-                    if (key.tag, key.value) in keys:
+                if isinstance(key, yaml.ScalarNode):
+                    as_text = key.tag == f"{TAG}merge" or _doubt(key)
+                    value = key.value if as_text else loader.construct_object(key)  # 0x1 is 1
+                    if value in keys:
                         yield key.start_mark.line + 1, f"{name or 'the file'} has {text} twice: keep one"
-                    keys.add((key.tag, key.value))
+                    keys.add(value)
                 below += [(key, f"a key of {name or 'the file'}"), (child, f"{name}.{text}".lstrip("."))]
             waiting += below[::-1]
 
 
 def _doubt(node: yaml.ScalarNode) -> str:
     """Say what is doubtful about a value, and what to write; nothing if nothing is."""
-    if node.style and node.tag == f"{TAG}str":  # in quotes
+    if node.style and node.tag == f"{TAG}str":  # in quotes, or tagged
         return ""
     text = printable(node.value[:80])
     quotes = f"'{text}' in quotes if it is text"

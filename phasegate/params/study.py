@@ -41,29 +41,22 @@ class Params(Section):
 
     def check_together(self) -> None:
         self.check_headline(self.headline)
-        for name, changes in self.q1.candidates.items():
-            override(self.training, changes, f"q1.candidates.{name}")
+        more, why = phases.BIRTH_STEPS + 1, ", else the shortest trials of 7c only warm up"
+        for key, training in self.trainings().items():
+            check_at_most(f"{key}.warmup + {more}", training.warmup + more, "p7c.steps", self.p7c.steps, why)
         if self.p7a.n_routed not in {model.n_routed for model in self.architectures().values()}:
-            raise ValueError(
-                f"p7a.n_routed is {self.p7a.n_routed}, but no candidate of q2 has that many experts: give it one"
-            )
+            raise ValueError(f"p7a.n_routed is {self.p7a.n_routed}, but no candidate of q2 has that many: add one")
         if self.seeds.count < 2:
-            raise ValueError(
-                "seeds.count is 1: 7b.4's control head learns from the other seeds, so it must be at least 2"
-            )
+            raise ValueError("seeds.count is 1: 7b.4's control head learns from other seeds, so it must be at least 2")
         self._check_times()
         for key, model in self.architectures().items():
             if model.n_routed == self.p7a.n_routed == model.top_k:
-                raise ValueError(
-                    f"{key} has top_k = n_routed = {model.top_k} = p7a.n_routed: no expert of such a baseline can be "
-                    "removed, and 7b.4's control head learns from removals"
-                )
+                why = "no expert of such a baseline can be removed, and 7b.4's control head learns from removals"
+                raise ValueError(f"{key} has top_k = n_routed = {model.top_k} = p7a.n_routed: {why}")
         for data, models in self.references.items():
             if shared := models.keys() & {BASE, *self.q1.candidates}:
-                raise ValueError(
-                    f"references.{data} has {min(shared)!r}, as q1 names a candidate, and both stand in one table: "
-                    "rename one"
-                )
+                both = "as q1 names a candidate, and both stand in one table"
+                raise ValueError(f"references.{data} has {min(shared)!r}, {both}: rename one")
         if "default" not in self.references:
             raise ValueError("references.default is missing: the models of data sets that have none of their own")
 
@@ -74,16 +67,13 @@ class Params(Section):
 
     def check_headline(self, headline: phases.Headline) -> None:
         """Raise `UserError` for a phase or an arm that is not in the study."""
-        arms = self.arms()
-        if headline.phase not in arms:
-            raise UserError(f"headline.phase is {headline.phase!r}: {suggestion(headline.phase, arms)}")
-        if not arms[headline.phase]:
+        phase, arm, arms = headline.phase, headline.arm, self.arms()
+        if phase not in arms:
+            raise UserError(f"headline.phase is {phase!r}: {suggestion(phase, arms)}")
+        if not arms[phase]:
             raise UserError(f"headline.phase is {names.PLUGINS}, but plugins.arms is empty")
-        known = (names.PRIMARY, *arms[headline.phase])
-        if headline.arm not in known:
-            raise UserError(
-                f"headline.arm is {headline.arm!r}, no arm of {headline.phase}: {suggestion(headline.arm, known)}"
-            )
+        if arm not in (known := (names.PRIMARY, *arms[phase])):
+            raise UserError(f"headline.arm is {arm!r}, no arm of {phase}: {suggestion(arm, known)}")
 
     def _check_times(self) -> None:
         """Check what surgery, controllers and surveys need of the schedule."""
@@ -100,21 +90,24 @@ class Params(Section):
             (f"{survey} + p7b4.recovery_steps", measured, "p7b.steps", schedule.steps),
             ("p7c1.late", self.p7c1.late, last, growing.steps - growing.settle),
             ("p7c2.at", self.p7c2.at, last, growing.steps - growing.settle),
-            ("p7c2.recovery_steps", self.p7c2.recovery_steps, "p7c.settle", growing.settle),
             (f"p7c1.at + {phases.BIRTH_STEPS + 1}", self.p7c1.at + phases.BIRTH_STEPS + 1, "p7c.steps", growing.steps),
             ("p7c3.dead + p7b.min_experts", self.p7c3.dead + schedule.min_experts, "p7a.n_routed", start),
         ):
             check_at_most(name, value, limit_name, limit)
         if truth.last_survey < schedule.last_decision:
-            raise ValueError(
-                f"{survey} is {truth.last_survey}, the step of the last survey: it must be at least "
-                f"{schedule.last_decision}, the step of the last decision of p7b, since heads know no later times"
-            )
+            least = f"{schedule.last_decision}, the step of the last decision of p7b, since heads know no later times"
+            said = f"{survey} is {truth.last_survey}, the step of the last survey"
+            raise ValueError(f"{said}: it must be at least {least}")
+
+    def trainings(self) -> dict[str, Training]:
+        """Return the training configurations of Q1, by the key they stand under: the base and every candidate."""
+        found = self.q1.variants(self.training, "q1").items()
+        return {"training" if name == BASE else f"q1.candidates.{name}": training for name, training in found}
 
     def architectures(self) -> dict[str, Architecture]:
         """Return the architectures of Q2, by the key they stand under: the base and every candidate."""
-        changed = {f"q2.candidates.{name}": changes for name, changes in self.q2.candidates.items()}
-        return {"model": self.model} | {key: override(self.model, changes, key) for key, changes in changed.items()}
+        models = self.q2.variants(self.model, "q2").items()
+        return {"model" if name == BASE else f"q2.candidates.{name}": model for name, model in models}
 
     def growing_model(self, n_routed: int) -> Architecture:
         """Return the architecture of 7c.1 and 7c.2 with so many experts."""
@@ -125,8 +118,7 @@ class Params(Section):
         """Return the claim of each phase that has arms."""
         if not (arms := tuple(self.plugins.arms)):
             return self.decisions.phases
-        among = {"p7b": names.CONTINUED, "p7c2": "p7c2/stay", "p7c3": "p7c3/leave"}
-        controls = {name: among[arm.phase] for name, arm in self.plugins.arms.items()}
+        controls = {name: names.COMPARED[arm.phase] for name, arm in self.plugins.arms.items()}
         stated = self.plugins.model_dump(exclude={"arms"})
         claim = phases.Claim(arms=arms, primary=arms[0], controls=controls, **stated)
         return self.decisions.phases | {names.PLUGINS: claim}

@@ -8,7 +8,7 @@ import pandas as pd
 
 from phasegate.model.classifier import Cost
 from phasegate.model.references import Spec
-from phasegate.params.fields import Scalar, SectionT, override
+from phasegate.params.fields import Scalar
 from phasegate.params.pretraining import BASE, Search, Training
 from phasegate.pretraining.pretrain import pretraining
 from phasegate.pretraining.ranking import Scores, n_failed
@@ -18,12 +18,6 @@ from phasegate.training import checkpoint
 from phasegate.trials.run import run_trials
 
 COLUMNS = ["candidate", "seed", "accuracy", *Cost.model_fields, "settings", "failure"]
-
-
-def variants(base: SectionT, search: Search, where: str) -> dict[str, SectionT]:
-    """Return the base configuration and each candidate's configuration, by name."""
-    changed = {name: override(base, changes, f"{where}.{name}") for name, changes in search.candidates.items()}
-    return {BASE: base, **changed}
 
 
 def trainer(

@@ -31,7 +31,7 @@ META, FIT, TEST = "dataset.json", "fit.safetensors", "test.safetensors"
 FILES = {FIT: ("train", "signal", "gate"), TEST: ("test", "published")}
 ARRAYS = {file: [f"{split}_{part}" for split in splits for part in "xy"] for file, splits in FILES.items()}
 LARGEST = memory() // 2  # bytes of arrays in a file: a file can claim any size
-LARGEST_INPUT = float(np.finfo(np.float32).max)
+FLOAT32 = np.finfo(np.float32)
 LARGEST_META = 1 << 24  # bytes of `dataset.json`, which has thousands
 
 
@@ -82,8 +82,9 @@ class Meta:
             if len(values) != length:
                 raise ValueError(f"{what} has {len(values)} values, not {length}")
         for mean, std in zip(self.mean, self.std, strict=True):
-            if not (std > 0 and abs(mean) <= std * LARGEST_INPUT):
-                raise UserError(f"mean {mean} with std {std}: a std is above 0, and 0 - mean is at most 3.4e38 of it")
+            if not (std >= FLOAT32.tiny and abs(mean) <= std * float(FLOAT32.max)):
+                limits = "std must be at least 1.2e-38, and mean at most 3.4e38 times it, to be computed in float32"
+                raise UserError(f"mean {mean} with std {std}: {limits}")  # for `save`: they may be of people's own data
 
     @property
     def classes(self) -> int:
@@ -118,10 +119,8 @@ def check_memory(what: str, values: int, stored: int) -> None:
     It writes copies of copies, so each value is there three times as float32.
     """
     if (needed := stored + 12 * values) > (most := LARGEST * 3 // 2):
-        raise UserError(
-            f"{what} holds {values:,} values, and preparing them takes {needed:,} bytes:"
-            f" three quarters of this machine's memory are {most:,}"
-        )
+        said = f"{what} holds {values:,} values, and preparing them takes {needed:,} bytes"
+        raise UserError(f"{said}: three quarters of this machine's memory are {most:,}")
 
 
 def load_meta(folder: Path) -> Meta:

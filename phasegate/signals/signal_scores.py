@@ -126,9 +126,9 @@ def rank_correlation(x: Array, y: Array) -> float:
 
 
 def area_under_roc(scores: Array, dead: Array) -> float:
-    """Return how often a dead expert scores below a living one, ties counting half; both (E,), neither kind missing."""
+    """Return how often dead experts score below living ones, both among (E,), ties counting half; NaN unless finite."""
     low, high = scores[dead][:, None], scores[~dead]
-    return float((low < high).mean() + (low == high).mean() / 2)
+    return float((low < high).mean() + (low == high).mean() / 2) if np.isfinite(scores).all() else float("nan")
 
 
 @torch.enable_grad()

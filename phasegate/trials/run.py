@@ -77,10 +77,8 @@ def _run_part(trials: list[Trial], output: Path, failures: dict[str, Failure], k
             used.check(_found(missing[name]))
             store.keep(kept[name], files)
     except BrokenProcessPool:
-        raise UserError(
-            f"a worker of {label} was killed, perhaps because memory ran out: `dvc repro` resumes, and "
-            "PHASEGATE_WORKERS=1 needs the least memory"
-        ) from None
+        hint = "`dvc repro` resumes, and PHASEGATE_WORKERS=1 needs the least memory"
+        raise UserError(f"a worker of {label} was killed, perhaps because memory ran out: {hint}") from None
     for trial in trials:
         folder = output / trial.name
         if trial.name in failures:
