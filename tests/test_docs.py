@@ -133,7 +133,7 @@ def test_the_examples_of_signals_and_surgeries_run_as_written(
 def test_the_example_of_your_own_data_is_prepared(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    page = ROOT / "docs/data.md"
+    page, seen = ROOT / "docs/data.md", list[tuple[object, ...]]()
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data/raw").mkdir(parents=True)
     shutil.copy(ROOT / "params.yaml", tmp_path)
@@ -146,11 +146,13 @@ def test_the_example_of_your_own_data_is_prepared(
     assert meta.splits == {"train": 2000, "signal": 200, "gate": 200, "test": 500, "published": 0}
     assert meta.input_shape == (1, 8, 8) and meta.tasks == {"first": (1, 0, 0)}
     assert meta.class_names == ("ash", "beech", "oak") and "1 channel of 8 x 8" in capsys.readouterr().out
+    monkeypatch.setattr(prepare, "refuse_too_large", lambda _, *known: seen.append(known))
     apply_overrides(tmp_path / "params.yaml", ["p7c2.classes=3"])
     with pytest.raises(
         UserError, match=r"^p7c2.classes is 3, and npz has 3: it must be lower, since the other classes"
     ):
         prepare.main(load_params())
+    assert seen == [((1, 8, 8), 3, 2000)]
 
 
 def test_the_readme_names_the_margin_and_the_confidence_of_the_parameters() -> None:

@@ -101,10 +101,8 @@ def check(names: Iterable[str] | None = None) -> None:
     """Raise `UserError` if a file has changed since it was first used: one of `names`, or any."""
     for name in [*_states] if names is None else names:
         if _state(name) != _states[name] and not (_state(name) and _contents.get(name) == Path(name).read_bytes()):
-            raise UserError(
-                f"{os.path.relpath(name)} changed after it was read, so this result is not recorded: "
-                "`dvc repro` makes it anew"
-            )
+            said = "changed after it was read, so this result is not recorded: `dvc repro` makes it anew"
+            raise UserError(f"{os.path.relpath(name)} {said}")
 
 
 def check_trial() -> None:

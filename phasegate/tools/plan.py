@@ -39,11 +39,12 @@ def refuse_stale() -> None:
 
 
 def estimate(stage: str, known: dict[str, dict[str, timings.Taken]]) -> str:
-    """Tell how long a stage took: at least its trials, were all of them run by the workers that there are now."""
+    """Tell how long a stage takes: its trials, all run by the workers that there are now; without trials, as before."""
     if stage not in known:
         return "time unknown"
-    trained = sum(seconds for trial, (seconds, _) in known[stage].items() if trial)
-    return f"about {max(trained / settings.workers(), known[stage].get('', (0.0, ''))[0]):,.0f} s"
+    trials = [seconds for trial, (seconds, _) in known[stage].items() if trial]
+    seconds = max(sum(trials) / settings.workers(), *trials) if trials else known[stage][""][0]
+    return f"about {seconds:,.0f} s"
 
 
 if __name__ == "__main__":
