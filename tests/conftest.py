@@ -49,7 +49,9 @@ def small_study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "small-study"
     with FileLock(f"{folder}.lock"):
         if not (folder / "metrics.json").exists():
-            Checkout(folder, PHASEGATE_WORKERS="2").repro()
+            study = Checkout(folder)
+            study.command("env", "PHASEGATE_WORKERS=2", "dvc", "repro", "q1")
+            study.repro()
     return folder
 
 

@@ -72,8 +72,7 @@ def test_every_leaf_of_the_parameters_can_be_set_from_the_command_line(tmp_path:
     path = tmp_path / "params.yaml"
     shutil.copy(ROOT / "params.yaml", path)
     before = load_params(path)
-    for key, value in leaves(yaml.safe_load(path.read_text())):
-        apply_overrides(path, [f"{key}={json.dumps(value)}"])
+    apply_overrides(path, [f"{key}={json.dumps(value)}" for key, value in leaves(yaml.safe_load(path.read_text()))])
     assert load_params(path) == before
 
 
