@@ -1,6 +1,7 @@
 """The report says what the tables say, renders any study, and gives the same bytes for the same data."""
 
 import re
+from functools import cache
 from math import nan
 from pathlib import Path
 from typing import Any
@@ -40,14 +41,15 @@ def tried(seeds: int = 3) -> pd.DataFrame:
     return trials_of({key: 67 + delta + 0.1 * np.arange(seeds) * (delta != 0) for key, delta in DELTAS.items()})
 
 
+@cache
 def decided(seeds: int = 3) -> pd.DataFrame:
     """Decisions with a NO-GO (7b.1), a GO (7b.2) and an INCONCLUSIVE (7b.3), if there are three seeds."""
     trials = tried(seeds)
-    return decide(
-        tables_of(trials, idle=["merge"]), CLAIMS, rule_of(1.0, trials[trials["arm"] == "continue"]["accuracy"])
-    )
+    rule = rule_of(1.0, trials[trials["arm"] == "continue"]["accuracy"])
+    return decide(tables_of(trials, idle=["merge"]), CLAIMS, rule)
 
 
+@cache
 def board(seeds: int = 2) -> pd.DataFrame:
     """A leaderboard with three candidates and one reference."""
     runs, references = (searched(names, seeds=seeds) for names in ({"wide": 70, "deep": 68, "plain": 60}, {"cnn": 92}))
@@ -340,9 +342,8 @@ def test_titles_say_the_verdict_the_ranking_and_where_entropy_ends() -> None:
     ends = ["noise_acting: ends at 0.900, above the control", "split: ends at 0.800, the same as the control"]
     assert titles("entropy")[1:3] == [f"7b.1 {ends[0]}", f"7b.2 {ends[1]}"]
     assert "Q1: wide chosen at 71.0" in titles("leaderboard_q1")[0]
-    assert (
-        "59 of 60 experts kept, 1 born" in routed(60)[2] and "4 of 4 experts kept, 56 born" in routed(60, birth=4)[-2]
-    )
+    assert "59 of 60 experts kept, 1 born" in routed(60)[2]
+    assert "4 of 4 experts kept, 56 born" in routed(60, birth=4)[-2]
 
 
 def routed(experts: int, **started: int) -> list[str]:
@@ -382,17 +383,12 @@ def test_the_documents_tell_the_answer_of_every_study_and_then_one_table() -> No
     made = blocks({"mnist1d": tables(), "fashion_mnist": tables()}, PARAMS)
     first, points, other, _ = made["answer"].split("\n\n")
     assert first.startswith("**MNIST-1D**, 3 seeds per arm; pp is of test accuracy; in brackets stand 95 % intervals")
-    assert (
-        other.startswith("**Fashion-MNIST**, 3 seeds per arm")
-        and points.startswith("- **Does adding or")
-        and "by births (`birth`) at step 300" in points
-    )
+    assert other.startswith("**Fashion-MNIST**, 3 seeds per arm")
+    assert points.startswith("- **Does adding or") and "by births (`birth`) at step 300" in points
     header, _, *rows = made["results"].splitlines()
     assert header.endswith("| word | as expected | Fashion-MNIST |") and len(rows) == 6
-    assert (
-        made["growth"].count("\n") == 5
-        and "| birth | 300 | 50 % [40, 60] | × 2 | 0.00 [−0.10, +0.10] | 1.05" in made["growth"]
-    )
+    assert made["growth"].count("\n") == 5
+    assert "| birth | 300 | 50 % [40, 60] | × 2 | 0.00 [−0.10, +0.10] | 1.05" in made["growth"]
 
 
 def test_a_study_without_surgeries_has_a_figure_and_a_page_too(tmp_path: Path) -> None:
