@@ -170,10 +170,8 @@ def test_each_finding_agrees_with_its_row() -> None:
         rf"GO: split is BETTER than continue, \+2\.10 pp \[.*\], {re.escape(nll)}", wording.finding(rows["p7b2"])
     )
     near = rows["p7b2"]._replace(delta_pp=0.5, delta_lo=-0.2, delta_hi=0.8, word="EQUIVALENT", nll_delta=-0.0123)
-    assert (
-        wording.finding(near)
-        == f"GO: split is EQUIVALENT to continue, +0.50 pp [−0.20, +0.80], {nll.replace('0.000 ', '−0.012 ')}"
-    )
+    said = f"GO: split is EQUIVALENT to continue, +0.50 pp [−0.20, +0.80], {nll.replace('0.000 ', '−0.012 ')}"
+    assert wording.finding(near) == said
     assert wording.finding(rows["p7b3"]).startswith("INCONCLUSIVE: task_gates is WORSE than continue")
     idle = rows["surgery"]._replace(word="NOTHING DONE", verdict="INCONCLUSIVE")
     said = "INCONCLUSIVE: split never operated and equals continue in every seed (NOTHING DONE)"
@@ -271,9 +269,7 @@ def test_the_summary_of_surgeries_is_over_seeds_and_ends_at_the_decision() -> No
     clone = rows["surgery", "clone", "clone"]
     assert [clone[name] for name in ("surgeries", "output_change", "output_change_max")] == pytest.approx([3, 0.3, 0.4])
     assert (clone["n_seeds"], clone["seeds_operated"]) == (3, 2)
-    assert (
-        clone["accuracy_lost_lo"] < 2 and clone["accuracy_lost"] == 4.0 and clone["accuracy_lost_hi"] > 6
-    )  # of 2 and 6
+    assert clone["accuracy_lost_lo"] < 2 and clone["accuracy_lost"] == 4.0 and clone["accuracy_lost_hi"] > 6  # 2 and 6
     decision = decided().query("phase == 'surgery' and arm == 'clone'").to_dict("records")[0]
     assert all(clone[name] == decision[name] for name in ("delta_pp", "delta_lo", "delta_hi"))
     assert [clone[f"gate_delta_{name}"] for name in ("pp", "lo", "hi")] == [-1, -1, -1]
