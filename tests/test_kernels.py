@@ -381,7 +381,7 @@ def compile_beside_another(place: Path) -> str:
         return made
 
     os.environ.pop("NUMBA_CACHE_DIR", None)
-    compiled.PLACE, compiled._compile = place, compile_when_both_do
+    vars(compiled).update(PLACE=place, _compile=compile_when_both_do)
     load()
     return "done"
 

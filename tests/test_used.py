@@ -259,6 +259,6 @@ def test_dvc_records_nothing_of_a_stage_whose_files_change(small_study: Path, tm
     study.command(*run)
     assert recorded(study)["params"]["params.yaml"]["seeds"]["count"] == 3 and len(weights(study)) == 3
     path.write_bytes(was)
-    for words in (run, (*run, "--force")):
+    for words in (run, (*run, "--single-item", "--force")):
         study.command(*words)
         assert recorded(study) == before and weights(study) == good
