@@ -34,11 +34,11 @@ torch.set_num_threads(1)
 settings.register_profile("phasegate", deadline=None)  # a test may wait for a busy core
 settings.load_profile("phasegate")
 
-FIRST = ["test_pipeline.py", "test_used.py", "test_recipes.py", "test_reliability.py", "test_cifar.py"]
+FIRST = [f"test_{name}.py" for name in ("pipeline", "cifar", "surroundings", "used", "reliability", "recipes")]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run the slowest files first; the first file makes the study that the third copies."""
+    """Run the slowest files first; the first makes the study that the last three copy."""
     items.sort(key=lambda item: FIRST.index(item.path.name) if item.path.name in FIRST else len(FIRST))
 
 
@@ -49,7 +49,9 @@ def small_study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "small-study"
     with FileLock(f"{folder}.lock"):
         if not (folder / "metrics.json").exists():
-            Checkout(folder, PHASEGATE_WORKERS="2").repro()
+            study = Checkout(folder)
+            study.command("env", "PHASEGATE_WORKERS=2", "dvc", "repro", "q1")
+            study.repro()
     return folder
 
 

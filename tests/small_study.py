@@ -62,9 +62,9 @@ class Checkout:
         path = self.folder / "params.yaml"
         path.write_text(yaml.safe_dump(merge(yaml.safe_load(path.read_text()), changes), sort_keys=False))
 
-    def repro(self) -> set[str]:
-        """Run the pipeline; returns the stages that ran."""
-        return set(re.findall(r"Running stage '([^']+)'", self.command("dvc", "repro")))
+    def repro(self, *targets: str) -> set[str]:
+        """Run the pipeline, or these stages and what they need; returns the stages that ran."""
+        return set(re.findall(r"Running stage '([^']+)'", self.command("dvc", "repro", *targets)))
 
     def table(self, name: str) -> pd.DataFrame:
         return pd.read_csv(self.folder / f"reports/tables/{name}.csv")

@@ -3,7 +3,7 @@
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from phasegate.base.errors import UserError
@@ -87,6 +87,7 @@ def test_choosing_counts_what_it_spared() -> None:
     assert list(rows.loc[("p7b4", CHOOSING), ["added", "removed"]]) == [0, 0]
 
 
+@settings(max_examples=40)
 @given(st.lists(st.tuples(st.sampled_from(["split", "clone", "remove"]), st.integers(0, 1), st.integers(0, 99))))
 def test_whole_families_are_counted_as_a_layer_would(operations: list[tuple[str, int, int]]) -> None:
     layers: list[list[set[int]]] = [[{e} for e in range(3)] for _ in range(2)]  # families of experts

@@ -76,11 +76,8 @@ def trials(
     study = SurgeryStudy(operations=PLANNED, in_a_row=30)
     for phase in PHASES:
         stage = importlib.import_module(f"stages.{phase}")
-        room = override(
-            schedule,
-            {"surgery": {"min_experts": 3, "max_experts": 9}, "p7c3": {"min_experts": 3}}.get(phase, {}),
-            "p7b",
-        )
+        limits = {"surgery": {"min_experts": 3, "max_experts": 9}, "p7c3": {"min_experts": 3}}
+        room = override(schedule, limits.get(phase, {}), "p7b")
         with pytest.MonkeyPatch.context() as patch:
             for module in (stage, continuation):
                 for name, value in paths.items():

@@ -75,10 +75,8 @@ def test_random_labels_are_drawn_anew_whatever_the_signals_are() -> None:
 
 def test_usage_labels_follow_the_thresholds_in_even_shares() -> None:
     given = signals(5)._replace(load=torch.tensor([0.35, 0.25, 0.2, 0.15, 0.05]))
-    for above, below, expected in (
-        (1.5, 0.5, [GROW, KEEP, KEEP, KEEP, PRUNE]),
-        (1.2, 0.8, [GROW, GROW, KEEP, PRUNE, PRUNE]),
-    ):
+    wide, narrow = [GROW, KEEP, KEEP, KEEP, PRUNE], [GROW, GROW, KEEP, PRUNE, PRUNE]
+    for above, below, expected in ((1.5, 0.5, wide), (1.2, 0.8, narrow)):
         assert label(UsageLabels(grow_above=above, prune_below=below), given, draws()).tolist() == expected
 
 

@@ -39,11 +39,8 @@ def failures() -> pd.DataFrame:
     """The first seed of 7a and of all that starts from it, a trial of 7b.2, and an arm of 7b.1."""
     phases = {phase: arms for phase, arms in PARAMS.arms().items() if phase not in ("p7c1", "p7c2")}
     later = [(phase, arm) for phase, arms in phases.items() for arm in arms if arm != "baseline"]
-    rows = [
-        (names.START, "baseline", 0, 900, NAN),
-        *((*key, 0, 0, ENDED) for key in later),
-        ("p7b2", "split", 3, 17, NAN),
-    ]
+    rows = [(names.START, "baseline", 0, 900, NAN), ("p7b2", "split", 3, 17, NAN)]
+    rows += [(*key, 0, 0, ENDED) for key in later]
     rows += [("p7b1", "noise_acting", seed, 40 + seed, NAN) for seed in range(1, 10)]
     return pd.DataFrame(rows, columns=FAILURE_COLUMNS)
 

@@ -1,5 +1,6 @@
 """Names that people choose survive every table, or are refused first; so is what YAML reads in two ways."""
 
+import copy
 import shutil
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,7 @@ WORDS = ("null", "NA", "nan", "none", "true", "1e5", "007", "inf", "no", "N/A", 
 
 
 def refusal(key: str, value: Any) -> str:
-    values = yaml.safe_load((ROOT / "params.yaml").read_text())
-    put(values, key, value)
+    put(values := copy.deepcopy(VALUES), key, value)
     with pytest.raises(UserError) as error:
         parse(Params, values)
     assert "\n" not in str(error.value) and str(error.value).isprintable()

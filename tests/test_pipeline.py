@@ -72,8 +72,7 @@ def test_every_leaf_of_the_parameters_can_be_set_from_the_command_line(tmp_path:
     path = tmp_path / "params.yaml"
     shutil.copy(ROOT / "params.yaml", path)
     before = load_params(path)
-    for key, value in leaves(yaml.safe_load(path.read_text())):
-        apply_overrides(path, [f"{key}={json.dumps(value)}"])
+    apply_overrides(path, [f"{key}={json.dumps(value)}" for key, value in leaves(yaml.safe_load(path.read_text()))])
     assert load_params(path) == before
 
 
@@ -112,12 +111,12 @@ def test_a_signal_in_plugins_is_one_file_and_may_go_again(checkout: Checkout) ->
     loudest, quietest = (checkout.folder / f"plugins/{name}.py" for name in ("loudest", "quietest"))
     quietest.write_text(loudest.read_text().replace("loudness)", "-loudness)"))
     checkout.change({"plugins": {"arms": {name: {"signal": name} for name in ("quietest", "loudest")}}})
-    later = {"signals", "decide", "report", "headline"}
-    assert checkout.repro() == {"check", "plugins", "evaluate@plugins"} | later
+    concerned = {"check", "plugins", "evaluate@plugins", "signals", "decide", "headline"}  # and the page
+    assert checkout.repro("headline") == concerned
     rows = checkout.table("decisions").query("phase == 'plugins'")
     assert rows["arm"].tolist() == ["quietest", "loudest"] and rows["primary"].tolist() == [True, False]
     checkout.change({"plugins": {"arms": {}}})
-    assert checkout.repro() == {"check", "plugins", "evaluate@plugins"} | later
+    assert checkout.repro("headline") == concerned
     assert "plugins" not in set(checkout.table("decisions")["phase"])
     assert len(checkout.table("signals").groupby("signal")) == 15
 

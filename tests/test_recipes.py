@@ -15,12 +15,18 @@ import pytest
 from dvc.repo import Repo
 
 from phasegate.base.errors import UserError
+from phasegate.base.paths import TABLES
 from phasegate.data_sets.prepare import load_source
 from phasegate.data_sets.raw import Raw
 from phasegate.params import load_params
+from phasegate.params.names import START
+from phasegate.params.phases import Headline
 from phasegate.records.prepared import Split
+from phasegate.records.tables import read_table
+from phasegate.tools import experiments
 from phasegate.tools.command import output
 from phasegate.tools.plan import changed, refuse_stale
+from stages import headline
 from tests import chaos
 from tests.one_process import run_all
 from tests.small_study import ROOT, Checkout, content
@@ -120,15 +126,35 @@ def test_dvc_compares_phases_saved_as_experiments(checkout: Checkout) -> None:
     assert json.loads(checkout.command("dvc", "metrics", "diff", "--json", *pair))["metrics.json"] == metrics
 
 
+def test_every_phase_may_be_the_headline_and_is_saved_unless_some_are_named(
+    small_study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def save(name: str, choice: Headline) -> Any:
+        headline.main(params.model_copy(update={"headline": choice}))
+        return json.loads(Path("metrics.json").read_text())
+
+    shutil.copytree(small_study / TABLES, tmp_path / TABLES)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["experiments"])
+    for name, pretended in {"save": save, "output": lambda *_: "", "refuse_stale": lambda: None}.items():
+        monkeypatch.setattr(experiments, name, pretended)
+    params = load_params(small_study / "params.yaml")
+    experiments.main(params)
+    primary = read_table(TABLES / "decisions.csv").query("primary").to_dict("records")
+    for row, line in zip(primary, capsys.readouterr().out.splitlines(), strict=True):
+        assert re.fullmatch(rf"phase-{row['phase'].removeprefix('p')}: {row['arm']}, .*{row['accuracy']:.2f} %", line)
+    assert {row["phase"] for row in primary} == {START, *params.claims()}
+
+
 def test_the_recipes_work_one_after_the_other(checkout: Checkout, tmp_path: Path) -> None:
     checkout.command("git", "init", "-q", "--bare", str(tmp_path / "origin"))
     checkout.command("git", "remote", "add", "origin", str(tmp_path / "origin"))
-    run = checkout.command("dvc", "exp", "run", "--name", "gutsy-seat", "-S", "p7b2.entropy_weight=0.2")
+    run = checkout.command("dvc", "exp", "run", "--name", "gutsy-seat", "-S", "headline.phase=p7c1")
     assert "Ran experiment" in run
     outputs = {}
     for words in commands(ROOT / "docs/recipes.md"):
         if words == ["make", "phases"]:  # which would make an environment
-            words = [sys.executable, "-m", "phasegate.tools.experiments"]
+            words = [sys.executable, "-m", "phasegate.tools.experiments", "p7a", "p7b1", "p7b2", "p7b3"]
         elif "--queue" not in words and (words[0] == "make" or words[:3] in TRAINING):
             continue  # it would train for minutes; test_docs.py looks at what it sets
         words = [word.replace("/mnt/shared/phasegate", str(tmp_path / "remote")) for word in words]
@@ -191,7 +217,7 @@ def test_permuting_the_test_labels_changes_nothing_but_the_evaluation(
     monkeypatch.setattr("phasegate.data_sets.prepare.load_source", permuted)
     (tmp_path / "plugins").symlink_to(ROOT / "plugins")
     (tmp_path / "data/raw").mkdir(parents=True)
-    run_all(load_params(small_study / "params.yaml"), tmp_path, monkeypatch)
+    run_all(load_params(small_study / "params.yaml"), tmp_path, monkeypatch, without="report")
     assert content(tmp_path / "models") == content(small_study / "models")  # nor does it matter which process trains
     honest, other = (content(folder / "reports/tables")["signals.csv"] for folder in (small_study, tmp_path))
     assert honest == other

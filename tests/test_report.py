@@ -1,6 +1,7 @@
 """The report says what the tables say, renders any study, and gives the same bytes for the same data."""
 
 import re
+from functools import cache
 from math import nan
 from pathlib import Path
 from typing import Any
@@ -40,14 +41,15 @@ def tried(seeds: int = 3) -> pd.DataFrame:
     return trials_of({key: 67 + delta + 0.1 * np.arange(seeds) * (delta != 0) for key, delta in DELTAS.items()})
 
 
+@cache
 def decided(seeds: int = 3) -> pd.DataFrame:
     """Decisions with a NO-GO (7b.1), a GO (7b.2) and an INCONCLUSIVE (7b.3), if there are three seeds."""
     trials = tried(seeds)
-    return decide(
-        tables_of(trials, idle=["merge"]), CLAIMS, rule_of(1.0, trials[trials["arm"] == "continue"]["accuracy"])
-    )
+    rule = rule_of(1.0, trials[trials["arm"] == "continue"]["accuracy"])
+    return decide(tables_of(trials, idle=["merge"]), CLAIMS, rule)
 
 
+@cache
 def board(seeds: int = 2) -> pd.DataFrame:
     """A leaderboard with three candidates and one reference."""
     runs, references = (searched(names, seeds=seeds) for names in ({"wide": 70, "deep": 68, "plain": 60}, {"cnn": 92}))
@@ -168,10 +170,8 @@ def test_each_finding_agrees_with_its_row() -> None:
         rf"GO: split is BETTER than continue, \+2\.10 pp \[.*\], {re.escape(nll)}", wording.finding(rows["p7b2"])
     )
     near = rows["p7b2"]._replace(delta_pp=0.5, delta_lo=-0.2, delta_hi=0.8, word="EQUIVALENT", nll_delta=-0.0123)
-    assert (
-        wording.finding(near)
-        == f"GO: split is EQUIVALENT to continue, +0.50 pp [−0.20, +0.80], {nll.replace('0.000 ', '−0.012 ')}"
-    )
+    said = f"GO: split is EQUIVALENT to continue, +0.50 pp [−0.20, +0.80], {nll.replace('0.000 ', '−0.012 ')}"
+    assert wording.finding(near) == said
     assert wording.finding(rows["p7b3"]).startswith("INCONCLUSIVE: task_gates is WORSE than continue")
     idle = rows["surgery"]._replace(word="NOTHING DONE", verdict="INCONCLUSIVE")
     said = "INCONCLUSIVE: split never operated and equals continue in every seed (NOTHING DONE)"
@@ -269,9 +269,7 @@ def test_the_summary_of_surgeries_is_over_seeds_and_ends_at_the_decision() -> No
     clone = rows["surgery", "clone", "clone"]
     assert [clone[name] for name in ("surgeries", "output_change", "output_change_max")] == pytest.approx([3, 0.3, 0.4])
     assert (clone["n_seeds"], clone["seeds_operated"]) == (3, 2)
-    assert (
-        clone["accuracy_lost_lo"] < 2 and clone["accuracy_lost"] == 4.0 and clone["accuracy_lost_hi"] > 6
-    )  # of 2 and 6
+    assert clone["accuracy_lost_lo"] < 2 and clone["accuracy_lost"] == 4.0 and clone["accuracy_lost_hi"] > 6  # 2 and 6
     decision = decided().query("phase == 'surgery' and arm == 'clone'").to_dict("records")[0]
     assert all(clone[name] == decision[name] for name in ("delta_pp", "delta_lo", "delta_hi"))
     assert [clone[f"gate_delta_{name}"] for name in ("pp", "lo", "hi")] == [-1, -1, -1]
@@ -340,9 +338,8 @@ def test_titles_say_the_verdict_the_ranking_and_where_entropy_ends() -> None:
     ends = ["noise_acting: ends at 0.900, above the control", "split: ends at 0.800, the same as the control"]
     assert titles("entropy")[1:3] == [f"7b.1 {ends[0]}", f"7b.2 {ends[1]}"]
     assert "Q1: wide chosen at 71.0" in titles("leaderboard_q1")[0]
-    assert (
-        "59 of 60 experts kept, 1 born" in routed(60)[2] and "4 of 4 experts kept, 56 born" in routed(60, birth=4)[-2]
-    )
+    assert "59 of 60 experts kept, 1 born" in routed(60)[2]
+    assert "4 of 4 experts kept, 56 born" in routed(60, birth=4)[-2]
 
 
 def routed(experts: int, **started: int) -> list[str]:
@@ -382,17 +379,12 @@ def test_the_documents_tell_the_answer_of_every_study_and_then_one_table() -> No
     made = blocks({"mnist1d": tables(), "fashion_mnist": tables()}, PARAMS)
     first, points, other, _ = made["answer"].split("\n\n")
     assert first.startswith("**MNIST-1D**, 3 seeds per arm; pp is of test accuracy; in brackets stand 95 % intervals")
-    assert (
-        other.startswith("**Fashion-MNIST**, 3 seeds per arm")
-        and points.startswith("- **Does adding or")
-        and "by births (`birth`) at step 300" in points
-    )
+    assert other.startswith("**Fashion-MNIST**, 3 seeds per arm")
+    assert points.startswith("- **Does adding or") and "by births (`birth`) at step 300" in points
     header, _, *rows = made["results"].splitlines()
     assert header.endswith("| word | as expected | Fashion-MNIST |") and len(rows) == 6
-    assert (
-        made["growth"].count("\n") == 5
-        and "| birth | 300 | 50 % [40, 60] | × 2 | 0.00 [−0.10, +0.10] | 1.05" in made["growth"]
-    )
+    assert made["growth"].count("\n") == 5
+    assert "| birth | 300 | 50 % [40, 60] | × 2 | 0.00 [−0.10, +0.10] | 1.05" in made["growth"]
 
 
 def test_a_study_without_surgeries_has_a_figure_and_a_page_too(tmp_path: Path) -> None:

@@ -111,12 +111,7 @@ def textbook(
         error, nll, apart = 100 - control["accuracy"].mean(), control["nll"].mean(), compared == f"{phase}/{arm}"
         deltas = (values - control).round(9)
         mean, lo, hi, p = interval(deltas["accuracy"], confidence)
-        row = {
-            "phase": phase,
-            "arm": arm,
-            "primary": arm == primary[phase],
-            "control": compared,
-        }
+        row = {"phase": phase, "arm": arm, "primary": arm == primary[phase], "control": compared}
         row |= {"margin_pp": margin * error, "margin_nll": margin * nll, "gain_pp": gain * error}
         row |= {"delta_pp": mean, "delta_lo": lo, "delta_hi": hi, "worst_delta": deltas["accuracy"].min()}
         row |= dict(zip(("nll_delta", "nll_lo", "nll_hi"), interval(deltas["nll"], confidence)[:3], strict=True))

@@ -54,12 +54,8 @@ def study(folder: Path) -> dict[int, Array]:
 
 def test_arms_are_compared_on_the_seeds_that_both_finished(tmp_path: Path) -> None:
     right = study(tmp_path)
-    table = {
-        (phase, arm): errors
-        for phase, arm, *errors in sampling(tmp_path, load_params(ROOT / "params.yaml").claims()).itertuples(
-            index=False
-        )
-    }
+    found = sampling(tmp_path, load_params(ROOT / "params.yaml").claims())
+    table = {(phase, arm): errors for phase, arm, *errors in found.itertuples(index=False)}
     both, all_seeds, first = (
         examples_error(np.stack([right[seed] for seed in some])) for some in ((0, 2), (0, 1, 2), (0, 1))
     )

@@ -69,13 +69,8 @@ def test_a_search_of_the_first_study_costs_half_and_takes_no_loser(name: str) ->
 
 
 def test_only_a_certain_gain_over_shared_seeds_replaces_the_incumbent() -> None:
-    scores = {
-        "base": [80.0, 80.2],
-        "lucky": [99.0],
-        "worse": [79.0, 79.2],
-        "better": [82.0, 82.2],
-        "as_good": [82.2, 82.0],
-    }
+    scores = {"base": [80.0, 80.2], "lucky": [99.0], "worse": [79.0, 79.2], "better": [82.0, 82.2]}
+    scores["as_good"] = [82.2, 82.0]
     assert incumbent(scores, 0.98) == "better"
     assert incumbent(scores, 0.9999) == "base"
     assert incumbent(scores | {"noisy": [70.0, 90.0]}, 0.98) == "base"  # the spread is pooled

@@ -148,10 +148,7 @@ def train_step(surgeon: Surgeon) -> None:
 
 def test_a_refused_question_leaves_the_layer_in_its_place(make: Make) -> None:
     surgeon = make(prune="merge")
-    with (
-        unchanged(surgeon.model, surgeon.optimizer),
-        pytest.raises(AssertionError, match="experts with a sibling"),
-    ):
+    with unchanged(surgeon.model, surgeon.optimizer), pytest.raises(AssertionError, match="experts with a sibling"):
         ask(surgeon, 0, loss_after(surgeon, PRUNE(0)))
 
 

@@ -84,9 +84,7 @@ def test_verdicts_need_a_commit_to_compare_with(tmp_path: Path) -> None:
 
 
 def test_a_stream_that_is_not_utf8_gets_escapes() -> None:
-    code = (
-        "from phasegate.base.errors import *\nwith report_user_errors('x'):\n    print('−1')\n    raise UserError('é')"
-    )
+    code = "from phasegate.base.errors import *\nwith report_user_errors('x'): print('−1'); raise UserError('é')"
     for encoding in ("ascii", "latin-1"):
         environment = os.environ | {"PYTHONIOENCODING": encoding, "PYTHONPATH": str(ROOT)}
         done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=False)
@@ -148,9 +146,8 @@ def test_locks_go_if_their_owner_is_gone_and_stay_if_it_lives(tmp_path: Path) ->
     mine = {"pid": os.getpid(), "cmd": " ".join(sys.orig_argv[1:])}
     other, dead = {"pid": os.getpid(), "cmd": "/bin/dvc repro other"}, {"pid": 2**22, "cmd": "dvc repro"}
     path.write_text(json.dumps({"write": {models: other}, "read": {"x": [mine, dead], "y": [dead]}}))
-    assert f"blocked by:\n  (PID {os.getpid()}): /bin/dvc repro other" in study.command(
-        "dvc", "repro", "check", ok=False
-    )
+    said = study.command("dvc", "repro", "check", ok=False)
+    assert f"blocked by:\n  (PID {os.getpid()}): /bin/dvc repro other" in said
     assert repair(study.folder) == []
     assert json.loads(path.read_text()) == {"write": {}, "read": {"x": [mine]}}
     study.command("dvc", "repro", "check")
@@ -163,9 +160,8 @@ def test_only_a_lock_file_that_was_cut_off_is_put_aside(tmp_path: Path) -> None:
     whole = (ROOT / "dvc.lock").read_text()
     assert all(is_cut_off(whole[:length]) for length in (0, 10, 16, 30, whole.index("  prepare:") + 30))
     spoilt = whole.replace("    cmd: exec python -m stages.prepare\n", "    cmd: [\n", 1)
-    assert spoilt != whole and not any(
-        map(is_cut_off, (spoilt, "- 1\n", whole.replace("schema: '2.0'", "schema: '3.0'")))
-    )
+    later = whole.replace("schema: '2.0'", "schema: '3.0'")
+    assert spoilt != whole and not any(map(is_cut_off, (spoilt, "- 1\n", later)))
     study = Checkout(tmp_path / "study")
     (study.folder / "dvc.lock").write_text(spoilt)
     assert repair(study.folder) == [] and (study.folder / "dvc.lock").read_text() == spoilt
@@ -179,28 +175,9 @@ def test_arms_that_accounts_compare_are_asked_for_first(tmp_path: Path) -> None:
     assert said == "check: decisions.phases.p7b1.arms lacks 'noise', with which other arms are compared: add it\n"
 
 
-LITTER = [
-    ".DS_Store",
-    "._a.py",
-    "Thumbs.db",
-    "desktop.ini",
-    ".a.py.swp",
-    ".a.py.swo",
-    "a.py~",
-    "#a.py#",
-    ".#a.py",
-    "a.py.bak",
-]
-LITTER += [
-    "a.py.bak",
-    "a.py.orig",
-    "a.py.rej",
-    ".nfs0001",
-    ".~lock.a.csv#",
-    ".a.py.1f.tmp",
-    "__pycache__/a.cpython-311.pyc",
-]
-LITTER += [".ipynb_checkpoints/a-checkpoint.py", ".mypy_cache/a.py", ".idea/a.py"]
+LITTER = [".DS_Store", "._a.py", "Thumbs.db", "desktop.ini", ".a.py.swp", ".a.py.swo", "a.py~", "#a.py#", ".#a.py"]
+LITTER += ["a.py.bak", "a.py.orig", "a.py.rej", ".nfs0001", ".~lock.a.csv#", ".a.py.1f.tmp", ".mypy_cache/a.py"]
+LITTER += ["__pycache__/a.cpython-311.pyc", ".ipynb_checkpoints/a-checkpoint.py", ".idea/a.py"]
 
 
 def test_dvc_sees_what_git_keeps_of_the_code_and_nothing_that_tools_leave() -> None:

@@ -52,10 +52,8 @@ def test_a_stage_and_its_trials_replace_their_own_rows_alone() -> None:
     timings.record("b", {"": (3.25, "one, 2 cores")})
     timings.record("a", {"": (1.0, "another")})
     timings.record("b", {"seed-1": (0.5, "another")})
-    assert timings.read() == {
-        "a": {"": (1.0, "another")},
-        "b": {"": (3.25, "one, 2 cores"), "seed-1": (0.5, "another")},
-    }
+    trained = {"": (3.25, "one, 2 cores"), "seed-1": (0.5, "another")}
+    assert timings.read() == {"a": {"": (1.0, "another")}, "b": trained}
     assert TIMINGS.read_text().splitlines()[:2] == ["stage,trial,seconds,machine", "a,,1.000,another"]
 
 

@@ -235,8 +235,8 @@ SEEDS = (b"seeds:\n  first: 0\n  count: 2\n", b"seeds:\n  first: 0\n  count: 3\n
 EDITS = {"phasegate/training/loop.py": MOMENTS[1], "params.yaml": MOMENTS[2]}
 
 
-def test_dvc_records_nothing_of_a_stage_whose_files_change(tmp_path: Path) -> None:
-    study = Checkout(tmp_path / "study", PHASEGATE_WORKERS="2", PHASEGATE_SNAPSHOT="0")
+def test_dvc_records_nothing_of_a_stage_whose_files_change(small_study: Path, tmp_path: Path) -> None:
+    study = Checkout(tmp_path / "study", of=small_study, PHASEGATE_WORKERS="2", PHASEGATE_SNAPSHOT="0")
     study.change({"references": {"mnist1d": SLOW_REFERENCES}, "seeds": {"first": 0, "count": 2}})
     run = ("dvc", "repro", "references")
     study.command(*run)
@@ -259,6 +259,6 @@ def test_dvc_records_nothing_of_a_stage_whose_files_change(tmp_path: Path) -> No
     study.command(*run)
     assert recorded(study)["params"]["params.yaml"]["seeds"]["count"] == 3 and len(weights(study)) == 3
     path.write_bytes(was)
-    for words in (run, (*run, "--force")):
+    for words in (run, (*run, "--single-item", "--force")):
         study.command(*words)
         assert recorded(study) == before and weights(study) == good
