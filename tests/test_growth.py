@@ -12,7 +12,7 @@ from phasegate.verdicts.arrival import arrival
 from phasegate.verdicts.growth import growth, mean_rates
 from phasegate.verdicts.repair import repair
 from phasegate.verdicts.statistics import mean_interval, ratio_interval, share_interval
-from tests.test_decisions import NONE, claims_of, trials_of
+from tests.test_decisions import claims_of, trials_of
 
 
 def claims(phase: str, control: str, *arms: str) -> dict[str, Claim]:
@@ -110,17 +110,20 @@ def test_old_and_new_classes_are_compared_apart() -> None:
 
 
 def test_found_and_false_removals_are_counted_by_seed() -> None:
-    arms = {f"p7c3/{arm}": [50.0] * 4 for arm in ("leave", "oracle", "sham")}
-    trials = trials_of(arms)  # 12 experts, 4 of them dead
+    arms = ("p7c3/leave", "p7c3/oracle", "p7c3/sham", "plugins/oracle", "plugins/elsewhere")
+    trials = trials_of(dict.fromkeys(arms, [50.0] * 4))  # 12 experts, 4 of them dead
     removal: dict[str, Any] = {"phase": "p7c3", "n_routed_before": 12, "n_routed_after": 11}
     done = [("oracle", seed, True) for seed in (0, 0, 0, 0, 1, 1, 2)] + [("oracle", 1, False), ("sham", 3, False)]
     surgeries = pd.DataFrame({"arm": arm, "seed": seed, "dead": dead} | removal for arm, seed, dead in done)
     grown = {"phase": "p7c3", "arm": "oracle", "seed": 3, "dead": False, "n_routed_before": 11, "n_routed_after": 12}
-    surgeries = pd.concat([surgeries, pd.DataFrame([grown])])
+    of_mine = surgeries[surgeries["arm"] == "oracle"].head(3).assign(phase="plugins")
+    surgeries = pd.concat([surgeries, pd.DataFrame([grown]), of_mine])
     known = claims("p7c3", "leave", "leave", "oracle", "sham")
-    table: Any = repair({"trials": trials, "failures": NONE, "surgeries": surgeries}, known, 4 / 12, 0.95).set_index(
-        "arm"
-    )
+    own = {"arms": ("oracle", "elsewhere"), "controls": {"oracle": "p7c3/leave", "elsewhere": "p7a/continue"}}
+    mine = {"plugins": known["p7c3"].model_copy(update=own)}
+    table: Any = repair({"trials": trials, "surgeries": surgeries}, known | mine, 4 / 12, 0.95).set_index("arm")
+    assert table.loc["plugins/oracle", ["dead", "found", "false"]].tolist() == [4, 0.75 / 4, 0]
+    table = table.drop("plugins/oracle")
     assert table["dead"].to_dict() == {"leave": 4, "oracle": 4, "sham": 0}
     assert table["found"].fillna(-1).to_dict() == {"leave": 0, "oracle": (1 + 0.5 + 0.25 + 0) / 4, "sham": -1}
     assert table["false"].to_dict() == {"leave": 0, "oracle": 0.25, "sham": 0.25}

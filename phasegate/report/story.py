@@ -89,17 +89,14 @@ def _converged(rows: Iterable[Decision]) -> str:
     if not rewired:
         return f"**{question} No arm did.**"
     better, worse = ([row for row in rewired if row.word == word] for word in (words.BETTER, words.WORSE))
+    are, also = ("are" if len(rows) > 1 else "is" for rows in (better, worse))
     named = [f"`{row.arm}` of {phase_label(row.phase)} ({measure(row, 'delta_pp', 2, True, 'pp')})" for row in better]
-    gain = f"{len(better)} {_are(better)} better ({listed(named)})" if better else "none is shown to be better"
+    gain = f"{len(better)} {are} better ({listed(named)})" if better else "none is shown to be better"
     short = f"{len(better)} of {len(rewired)} arms gain." if better else "No arm that does shows a gain."
     return (
         f"**{question} {short}** Of {len(rewired)} arms that add or remove experts, {gain} than the same model trained "
-        f"on unchanged, and {len(worse) or 'none'} {_are(worse)} worse."
+        f"on unchanged, and {len(worse) or 'none'} {also} worse."
     )
-
-
-def _are(rows: list[Decision]) -> str:
-    return "are" if len(rows) > 1 else "is"
 
 
 def _breaking(attribution: pd.DataFrame, confidence: float) -> str:

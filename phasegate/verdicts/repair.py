@@ -6,6 +6,7 @@ from typing import Any
 
 import pandas as pd
 
+from phasegate.params.names import COMPARED, PLUGINS
 from phasegate.params.phases import Claim
 from phasegate.verdicts.statistics import bounded_columns, column_names, share_interval
 from phasegate.verdicts.wording import of_arm
@@ -22,14 +23,19 @@ share of seeds with any operation, with the exact binomial interval. A row rests
 def repair(
     tables: Mapping[str, pd.DataFrame], claims: Mapping[str, Claim], share: float, confidence: float
 ) -> pd.DataFrame:
-    """Return a row per arm of 7c.3, from `trials` and `surgeries`. All but `sham` began with a `share` of dead ones."""
-    rows = []
-    for arm in claims[PHASE].arms:
-        trials = of_arm(tables["trials"], PHASE, arm).set_index("seed")
+    """Return a row per arm of 7c.3 and of plugins that act there, from `trials` and `surgeries`.
+
+    All but `sham` began with a `share` of dead ones.
+    """
+    own, rows = claims.get(PLUGINS), []
+    acting_there = [arm for arm in own.arms if own.control_of(arm) == COMPARED[PHASE]] if own else []
+    for phase, arm in [*((PHASE, arm) for arm in claims[PHASE].arms), *((PLUGINS, arm) for arm in acting_there)]:
+        trials = of_arm(tables["trials"], phase, arm).set_index("seed")
         killed = (trials["n_routed_start"] * share * (arm != SHAM)).round()
-        row: dict[str, Any] = {"arm": arm, "n_seeds": len(trials), "dead": killed.mean()}
+        name = arm if phase == PHASE else f"{phase}/{arm}"
+        row: dict[str, Any] = {"arm": name, "n_seeds": len(trials), "dead": killed.mean()}
         if len(trials):
-            done = of_arm(tables["surgeries"], PHASE, arm)
+            done = of_arm(tables["surgeries"], phase, arm)
             done = done[done["seed"].isin(trials.index)]
             removals = done[done["n_routed_after"] < done["n_routed_before"]]
             was_dead = removals["dead"].astype(bool)
@@ -42,8 +48,8 @@ def repair(
             measures = {"false": (false, inf), "false_share": (false / living, 1.0), "operations": (operations, inf)}
             if arm != SHAM:
                 measures["found"] = count(removals[was_dead]) / killed, 1.0
-            for name, (values, most) in measures.items():
-                row |= bounded_columns(name, values, confidence, most)
+            for measure, (values, most) in measures.items():
+                row |= bounded_columns(measure, values, confidence, most)
             acting = share_interval(int((operations > 0).sum()), len(trials), confidence)
             row |= dict(zip(column_names("acting"), acting, strict=True))
         rows.append(row)
