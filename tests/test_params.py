@@ -19,6 +19,8 @@ from tests.damage import BOMBS, put
 from tests.small_study import ROOT
 
 PATH = ROOT / "params.yaml"
+ALL = "p7b1, p7b2, p7b3, p7b4, surgery, p7c1, p7c2, p7c3"
+SHAM = "p7c3: controls names 'shm', no arm: did you mean sham?"
 
 
 def test_the_committed_parameters_are_right() -> None:
@@ -80,8 +82,8 @@ def test_the_committed_parameters_are_right() -> None:
         ("p7b4.certainty", 0.5, "p7b4.certainty is 0.5: input should be greater than 0.5"),
         ("p7b4.usage.grow_above", 0.5, "prune_below is 0.7: it must be at most grow_above = 0.5"),
         ("decisions.phases.p7b2.primary", "splt", "p7b2: primary is 'splt', no arm: did you mean split?"),
-        ("decisions.phases", {}, "has : it must have p7b1, p7b2, p7b3, p7b4, surgery, p7c1, p7c2, p7c3"),
-        ("decisions.phases.p7c3.controls", {"shm": "p7a/continue"}, "names 'shm', no arm: did you mean sham?"),
+        ("decisions.phases", {}, f"decisions: phases has : it must have {ALL}"),
+        ("decisions.phases.p7c3.controls", {"shm": "p7a/continue"}, SHAM),
         ("p7b.act_evry", 3, "p7b.act_evry is not a parameter; did you mean act_every?"),
         ("references.mnist1d.mlp.lrr", 1, "references.mnist1d.mlp.lrr is not a parameter; did you mean lr?"),
         ("p7b.eval_every", 601, "eval_every is 601: it must be at most steps = 600"),
