@@ -20,7 +20,7 @@ def run(main: Callable[[Params], None]) -> None:
     """
     used.begin()
     processes.on_stop(signal.default_int_handler)  # which ends what is half done, and then `run`
-    os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")  # loky's, of a run that was stopped
+    os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")  # of spawned workers, when a run is stopped
     try:
         with report_user_errors(Path(sys.argv[0]).stem):
             if phasegate.UNPINNED:

@@ -7,6 +7,7 @@ from phasegate.base.files import write_atomic
 from phasegate.base.paths import EVALUATED, MODELS, REPORTS, TABLES
 from phasegate.params import Params
 from phasegate.params.names import EVALUATED as FOLDERS
+from phasegate.params.names import PLUGINS
 from phasegate.params.reading import load_yaml
 from phasegate.records.predictions import read_predictions
 from phasegate.records.tables import read_table, write_table
@@ -34,6 +35,8 @@ def main(params: Params) -> None:
     trials, failures = tables["trials"], tables["failures"]
     tables["sampling"] = sampling(EVALUATED, claims)
     decisions = decide(tables, claims, params.decisions)
+    labels, predictions = read_predictions(EVALUATED / ARRIVAL)
+    predictions |= read_predictions(EVALUATED / PLUGINS)[1]
     references = reference_rows(read_table(MODELS / "references.csv"), trials, tables["sampling"], confidence)
     tables |= {
         "decisions": decisions,
@@ -42,7 +45,7 @@ def main(params: Params) -> None:
             tables["surgeries"], tables["split_halves"], tables["curves"], decisions, confidence
         ),
         "growth": growth(tables, claims, confidence),
-        "arrival": arrival(*read_predictions(EVALUATED / ARRIVAL), claims, params.p7c2.classes, confidence),
+        "arrival": arrival(labels, predictions, claims, params.p7c2.classes, confidence),
         "repair": repair(tables, claims, params.p7c3.dead / params.p7a.n_routed, confidence),
         "rates": mean_rates(tables["rates"], confidence),
         "signal_summary": signal_summary(tables["signals"], confidence),

@@ -117,7 +117,8 @@ def find(dvc: psutil.Process, target: str) -> psutil.Process | None:
 
 def workers(stage: psutil.Process) -> list[psutil.Process]:
     """The processes that a stage has started for its trials."""
-    return [process for process in stage.children() if "popen_loky" in " ".join(process.cmdline())]
+    found: list[psutil.Process] = stage.children()
+    return found
 
 
 def main() -> None:

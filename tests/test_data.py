@@ -157,7 +157,7 @@ def test_a_validation_of_ones_own_is_used_and_what_is_not_used_is_named(tmp_path
         assert (np.sort(splits[name].y.reshape(-1, 2)) == [0, 1]).all()
 
 
-NAMES = ("zero", "Ünique name", "null")
+NAMES = ("zero", "Ünique\u00a0name", "null")
 
 
 @pytest.mark.parametrize(

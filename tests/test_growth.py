@@ -14,6 +14,8 @@ from phasegate.verdicts.repair import repair
 from phasegate.verdicts.statistics import mean_interval, ratio_interval, share_interval
 from tests.test_decisions import claims_of, trials_of
 
+ELSEWHERE = {"elsewhere": "p7a/continue"}
+
 
 def claims(phase: str, control: str, *arms: str) -> dict[str, Claim]:
     """The claim of one phase whose last arm is the primary."""
@@ -92,8 +94,13 @@ def test_old_and_new_classes_are_compared_apart() -> None:
         for seed, places in enumerate(seeds):
             predictions[f"p7c2/{arm}/seed-{seed}"] = np.where(np.isin(np.arange(8), places), 9, labels)
     del predictions["p7c2/large/seed-1"]
-    rows = arrival(labels, predictions, claims("p7c2", "stay", "stay", "large", "measured"), 2, 0.95)
-    table = rows.set_index(["arm", "classes"])
+    predictions["plugins/mine/seed-1"] = predictions["p7c2/measured/seed-1"]
+    known = claims("p7c2", "stay", "stay", "large", "measured")
+    mine = {"plugins": known["p7c2"].model_copy(update={"arms": ("mine", "elsewhere"), "controls": ELSEWHERE})}
+    rows = arrival(labels, predictions, known | mine, 2, 0.95)
+    of_mine = rows[rows["arm"] == "plugins/mine"].set_index("classes")
+    assert of_mine["accuracy"].to_dict() == pytest.approx({"all": 75, "old": 500 / 6, "new": 50})
+    table = rows.drop(index=rows.index[-3:]).set_index(["arm", "classes"])
     assert table["accuracy"].to_dict() == pytest.approx(
         {("stay", "old"): 100 * 5 / 6, ("stay", "new"): 100, ("large", "old"): 100, ("large", "new"): 100}
         | {("measured", "old"): 100 * 11 / 12, ("measured", "new"): 25}
@@ -119,8 +126,7 @@ def test_found_and_false_removals_are_counted_by_seed() -> None:
     of_mine = surgeries[surgeries["arm"] == "oracle"].head(3).assign(phase="plugins")
     surgeries = pd.concat([surgeries, pd.DataFrame([grown]), of_mine])
     known = claims("p7c3", "leave", "leave", "oracle", "sham")
-    own = {"arms": ("oracle", "elsewhere"), "controls": {"oracle": "p7c3/leave", "elsewhere": "p7a/continue"}}
-    mine = {"plugins": known["p7c3"].model_copy(update=own)}
+    mine = {"plugins": known["p7c3"].model_copy(update={"arms": ("oracle", "elsewhere"), "controls": ELSEWHERE})}
     table: Any = repair({"trials": trials, "surgeries": surgeries}, known | mine, 4 / 12, 0.95).set_index("arm")
     assert table.loc["plugins/oracle", ["dead", "found", "false"]].tolist() == [4, 0.75 / 4, 0]
     table = table.drop("plugins/oracle")

@@ -102,9 +102,9 @@ def test_a_misspelt_name_gets_a_suggestion(write: Write, arm: dict[str, str], se
     [
         ("torch.ones(5)", "signal must return Scores, not tensor"),
         ("Scores(None, None)", "signal must return Scores"),
-        ("Scores(torch.ones(4), None)", "prune must be a tensor of 5 finite numbers"),
+        ("Scores(torch.ones(4), None)", "prune must be a tensor of 5 finite numbers, not Tensor of shape \\(4,\\): "),
         ("Scores(None, torch.ones(5) / 0)", "grow must be a tensor of 5 finite numbers"),
-        ("Scores([1] * 5, None)", "prune must be a tensor of 5 finite numbers"),
+        ("Scores([1] * 5, None)", "prune must be a tensor of 5 finite numbers, not list: \\[1, 1, "),
     ],
 )
 def test_a_signal_that_gives_no_scores_is_named(write: Write, probe: Probe, values: str, wrong: str) -> None:

@@ -222,36 +222,25 @@ def wait_for(condition: Callable[[], Any]) -> None:
 
 
 LEAVES = """
-import time, joblib, multiprocessing
+import multiprocessing, time
 from phasegate.base import processes
 if __name__ == "__main__":
-    tasks = [joblib.delayed(time.sleep)(600) for _ in range(2)]
-    running = joblib.Parallel(n_jobs=2, return_as="generator", backend="loky")(tasks)
+    running = processes.in_workers(time.sleep, [(0,), (600,)], 2, "{}")
+    next(running)
     print(*(worker.pid for worker in multiprocessing.active_children()), flush=True)
-    processes.say_stopped()
+    {}
 """
 
 
-def test_who_is_stopped_ends_its_workers_first_and_silently(tmp_path: Path) -> None:
-    done = run_code(LEAVES, tmp_path)
+@pytest.mark.parametrize("start_method", ["fork", "spawn"])
+@pytest.mark.parametrize(("end", "code"), [("processes.say_stopped()", 130), ("running.close()", 0)])
+def test_who_does_not_wait_for_workers_ends_them_first_and_silently(
+    tmp_path: Path, start_method: str, end: str, code: int
+) -> None:
+    done = run_code(LEAVES.format(start_method, end), tmp_path)
     workers = [int(pid) for pid in done.stdout.split()]
-    assert done.returncode == 130 and done.stderr == "script: stopped; `dvc repro` resumes it\n" and len(workers) == 2
-    assert not any(psutil.pid_exists(pid) and alive(psutil.Process(pid)) for pid in workers)
-
-
-STOPPED = """
-import time
-from pathlib import Path
-from phasegate.trials import run, trial
-if __name__ == "__main__":
-    some = [trial.Trial("p7b2", "split", seed, time.sleep, {}) for seed in range(2)]
-    run._results(some, {trial.name: Path("trials") / trial.name for trial in some}).close()
-"""
-
-
-def test_trials_that_are_not_waited_for_end_silently(tmp_path: Path) -> None:
-    done = run_code(STOPPED, tmp_path)
-    assert done.returncode == 0 and "UserWarning" not in done.stderr
+    assert done.returncode == code and done.stderr == code // 130 * "script: stopped; `dvc repro` resumes it\n"
+    assert len(workers) == 2 and not any(psutil.pid_exists(pid) and alive(psutil.Process(pid)) for pid in workers)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -279,16 +268,6 @@ def test_a_stage_that_is_stopped_while_it_imports_says_how_to_resume(tmp_path: P
         stage.send_signal(number)
         assert stage.communicate(timeout=PATIENCE)[0] == "check: stopped; `dvc repro` resumes it\n"
         assert stage.returncode == 130
-
-
-def test_workers_whose_stage_is_killed_before_they_import_begin_nothing(tmp_path: Path) -> None:
-    stage = start([sys.executable, "-c", STAGE], tmp_path)
-    wait_for(lambda: len(chaos.workers(stage)) == 2)
-    family = stage.children(recursive=True)
-    stage.kill()
-    stage.communicate()
-    wait_for(lambda: not any(map(alive, family)))
-    assert not (tmp_path / "log").exists()
 
 
 def kill_with_all_below(victim: psutil.Popen) -> None:

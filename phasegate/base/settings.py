@@ -3,7 +3,7 @@
 PHASEGATE_WORKERS   processes per stage (default: one per core); on a GPU at most as many as it has GiB free
 PHASEGATE_DEVICE    auto | cpu | cuda (default: auto, a GPU where there is one)
 PHASEGATE_PROGRESS  0 for no progress bars
-PHASEGATE_BACKEND   loky | ray: trials in processes here (the default), or on the Ray cluster of RAY_ADDRESS
+PHASEGATE_BACKEND   processes | ray: trials in processes here (the default), or on the Ray cluster of RAY_ADDRESS
 PHASEGATE_PER_GPU   trials that share a GPU of the cluster (default: 1)
 PHASEGATE_SNAPSHOT  seconds between snapshots of a trial, from which a killed run resumes (default: 10)
 """
@@ -11,13 +11,13 @@ PHASEGATE_SNAPSHOT  seconds between snapshots of a trial, from which a killed ru
 import os
 from importlib.util import find_spec
 
-import joblib
-
 from phasegate.base.errors import UserError
 
 
 def workers() -> int:
     """Return how many trials run at the same time."""
+    import joblib  # which takes a quarter of a second, and knows what containers allow
+
     return _read_number("PHASEGATE_WORKERS", joblib.cpu_count(only_physical_cores=False))
 
 
@@ -27,8 +27,8 @@ def per_gpu() -> int:
 
 
 def backend() -> str:
-    """Return where trials run: in processes of this machine (loky), or on a Ray cluster (ray)."""
-    value = _read_choice("PHASEGATE_BACKEND", "loky", "ray")
+    """Return where trials run: in processes of this machine, or on a Ray cluster (ray)."""
+    value = _read_choice("PHASEGATE_BACKEND", "processes", "ray")
     if value == "ray" and not find_spec("ray"):
         raise UserError("PHASEGATE_BACKEND is ray, but Ray is not installed here: pip install 'phasegate[cluster]'")
     return value

@@ -10,6 +10,7 @@ import numpy as np
 from phasegate.base import used
 from phasegate.base.errors import UserError, printable
 from phasegate.data_sets.raw import LEAST, Raw, some
+from phasegate.params.fields import UNREADABLE
 from phasegate.records.prepared import Array, Split, check_memory, save
 
 CHANNELS_FIRST = "channels_first"
@@ -117,7 +118,8 @@ def check_names(names: Sequence[str]) -> None:
     """Raise `UserError` for names of classes that tables and figures can't show."""
     often = Counter(names)
     for place, name in enumerate(names):
-        if not name.strip() or not name.isprintable() or len(name) > LONGEST_NAME or often[name] > 1:
+        unreadable = UNREADABLE.search(name) or {"\t", "\n"} & {*name} or not name.strip()
+        if unreadable or len(name) > LONGEST_NAME or often[name] > 1:
             raise UserError(
                 f"class {place} is named '{printable(name[:LONGEST_NAME])}': it must have a name of its own, of one to"
                 f" {LONGEST_NAME} characters that can be printed"

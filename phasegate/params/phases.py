@@ -1,13 +1,14 @@
 """Define the parameters of the phases after 7a: schedule, signals, people's own arms, and the claims of each phase."""
 
 from collections import Counter
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field
 
 from phasegate.params import fields
 from phasegate.params.fields import Count, Hypothesis, Index, Name, NonNegative, Number, Positive, Section, Size, Text
-from phasegate.params.names import CONTINUED, MEASURED, PHASES, PREDICTED, RESERVED, SIGNALS
+from phasegate.params.names import COMPARED, CONTINUED, MEASURED, PHASES, PLUGINS, PREDICTED, RESERVED, SIGNALS
 from phasegate.params.plugins import Plugin
 
 Grow = Literal["split", "clone", "reinit"]
@@ -218,6 +219,13 @@ class Claim(Stated):
         for arm in self.controls:
             if arm not in self.arms:
                 raise ValueError(f"controls names {arm!r}, no arm: {fields.suggestion(arm, self.arms)}")
+
+
+def acting_in(phase: str, claims: Mapping[str, Claim]) -> list[tuple[str, str]]:
+    """Return phase and arm of all that acts in a phase: its own arms, then those of plugins with the same control."""
+    own = claims.get(PLUGINS)
+    plugins = [arm for arm in own.arms if own.control_of(arm) == COMPARED.get(phase)] if own else []
+    return [*((phase, arm) for arm in claims[phase].arms), *((PLUGINS, arm) for arm in plugins)]
 
 
 class Decisions(Section):

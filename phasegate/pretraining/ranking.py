@@ -5,7 +5,7 @@ from math import inf, sqrt
 
 import numpy as np
 import pandas as pd
-from scipy import stats
+from scipy.special import stdtrit
 
 from phasegate.base.errors import UserError
 from phasegate.params.pretraining import Search
@@ -52,7 +52,7 @@ def incumbent(scores: Scores, confidence: float) -> str:
     freedom = sum(len(x) - 1 for x in scores.values())
     if not freedom:
         return best
-    half = float(stats.t.ppf((1 + confidence) / 2, freedom)) * sqrt(2 * squares / freedom)  # of one seed's difference
+    half = float(stdtrit(freedom, (1 + confidence) / 2)) * sqrt(2 * squares / freedom)  # of one seed's difference
     for name in others:
         shared = min(len(scores[name]), len(scores[best]))
         gain = _lead(scores[name][:shared], scores[best][:shared])

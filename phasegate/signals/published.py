@@ -151,9 +151,9 @@ def plugin_signal(plugin: Plugin) -> Signal:
         for kind, values in given._asdict().items():
             fits = isinstance(values, Tensor) and tuple(values.shape) == (experts,) and bool(values.isfinite().all())
             if values is not None and not fits:
-                raise UserError(
-                    f"{plugin.path}: {kind} must be a tensor of {experts} finite numbers, not {values!r:.80}"
-                )
+                given_shape = f" of shape {tuple(values.shape)}" if isinstance(values, Tensor) else ""
+                found = f"{type(values).__name__}{given_shape}: {values!r:.80}"
+                raise UserError(f"{plugin.path}: {kind} must be a tensor of {experts} finite numbers, not {found}")
         return given
 
     return scores

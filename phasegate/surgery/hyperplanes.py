@@ -5,7 +5,6 @@ Shapes: M tokens of one expert, D model width, H expert width, G gates, N tokens
 
 from typing import Literal
 
-import scipy.linalg
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -68,12 +67,14 @@ def loss_direction(tokens: Tensor, kernel: Tensor) -> Tensor:
     squared norm is s' K s, with K from `gradient_kernel` (M, M). Its relaxation, s_i = u . (x_i - mean) of unit
     variance, is a generalised eigenproblem.
     """
+    from scipy.linalg import eigh  # which few trials need, and which takes a quarter of a second
+
     centred = (tokens - tokens.mean(0)).double().cpu()
     covariance = centred.T @ centred
     variance = covariance.trace().clamp(min=torch.finfo(covariance.dtype).eps) / len(covariance)
     scale = (1 - SHRINKAGE) * covariance + SHRINKAGE * (torch.eye(len(covariance)) * variance)
     disagreement = centred.T @ kernel.double().cpu() @ centred
-    _, vectors = scipy.linalg.eigh(disagreement.numpy(), scale.numpy())
+    _, vectors = eigh(disagreement.numpy(), scale.numpy())
     return F.normalize(_fix_sign(torch.from_numpy(vectors[:, -1])), dim=0).to(tokens)
 
 

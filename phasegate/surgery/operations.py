@@ -165,7 +165,8 @@ class ExpertManager:
         """Prune: two sibling leaves become their weighted mean, and their node goes.
 
         The sibling `into` keeps its id; `share` is the weight of `expert`: its share of the tokens that the two run.
-        The gradients add up: the first moments too, and the second become those of a sum of two that agree, or more.
+        The gradients add up: so do the first moments, and the second become those of a sum of two that agree. Where
+        moments are carried as they are, each of the two has those of the whole, and their mean stays.
         """
         a, b = self._index(expert), self._index(into)
         if self.sibling(expert) != into:
@@ -181,7 +182,7 @@ class ExpertManager:
         weights, moments = expert_tensors(self.moe, self.optimizer)
         for rows, mean in zip(weights + moments, merged, strict=True):
             rows[b] = mean
-        scale_moments(self.moe, self.optimizer, "expert", {b: 2})
+        self._scale("expert", {b: 2})
         self.moe.load[b] += load
         return replace(surgery, operation="merge", parent=into)
 

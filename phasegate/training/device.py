@@ -37,6 +37,11 @@ def workers() -> int:
     return max(1, min(settings.workers(), torch.cuda.mem_get_info()[0] // PER_TRIAL))
 
 
+def start_method() -> str:
+    """Return how worker processes start: as copies of this one, but anew where a GPU's driver or macOS forbids that."""
+    return "fork" if sys.platform == "linux" and not torch.cuda.is_available() else "spawn"
+
+
 def find_failure(name: torch.device | str) -> str:
     """Return why a device can't compute, float64 included; "" if it can."""
     try:

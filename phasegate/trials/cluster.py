@@ -11,7 +11,7 @@ import os
 import re
 import socket
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -58,7 +58,7 @@ def device() -> str:
     return "cuda" if found and wanted != "cpu" else "cpu"
 
 
-def results(calls: Iterable[tuple[Callable[[], T], tuple[Path, ...]]]) -> Iterator[T]:
+def results(calls: Iterable[tuple[Callable[[], T], tuple[Path, ...]]]) -> Generator[T]:
     """Yield the result of each call, in the order in which they end; each call comes with the files that it reads.
 
     Raises `UserError` if a call raises it, loses its machine again and again, or finds another version of torch.

@@ -8,16 +8,14 @@ import os
 import shutil
 import sys
 import time
-import warnings
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
 from functools import partial
-from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import TypeVar
 
-import joblib
 import torch
-from joblib.externals.loky.process_executor import BrokenProcessPool
 from tqdm import tqdm
 
 import phasegate
@@ -25,7 +23,7 @@ from phasegate.base import processes, processor, settings, timings, used
 from phasegate.base.errors import Diverged, UserError
 from phasegate.records.trial_folder import MACHINE, SECONDS, Failure, read_failure, write_failure
 from phasegate.training import killed_trials
-from phasegate.training.device import device, workers
+from phasegate.training.device import device, start_method, workers
 from phasegate.trials import store
 from phasegate.trials.code import OUTSIDE, package_of
 from phasegate.trials.trial import Trial
@@ -73,9 +71,10 @@ def _run_part(trials: list[Trial], output: Path, failures: dict[str, Failure], k
     kept |= store.kept_folders(startable, _device())
     missing = {trial.name: trial for trial in startable if not _is_kept(trial, kept[trial.name], label)}
     try:
-        for name, files in _with_progress(_results([*missing.values()], kept), len(missing), label):
-            used.check(_found(missing[name]))
-            store.keep(kept[name], files)
+        with closing(_results([*missing.values()], kept)) as results:
+            for name, files in _with_progress(results, len(missing), label):
+                used.check(_found(missing[name]))
+                store.keep(kept[name], files)
     except BrokenProcessPool:
         hint = "`dvc repro` resumes, and PHASEGATE_WORKERS=1 needs the least memory"
         raise UserError(f"a worker of {label} was killed, perhaps because memory ran out: {hint}") from None
@@ -122,27 +121,17 @@ def _device() -> str:
     return device().type
 
 
-def _results(trials: list[Trial], kept: dict[str, Path]) -> Iterator[Result]:
+def _results(trials: list[Trial], kept: dict[str, Path]) -> Generator[Result]:
     """Yield the result of each trial, in the order in which they end."""
     if settings.backend() == "ray":
         from phasegate.trials import cluster
 
         here = Path("trial")  # in a folder of the call's own
         return cluster.results([(partial(_run, trial, here, {}), (*trial.inputs, *trial.reads)) for trial in trials])
-    warnings.filterwarnings("ignore", r"\d+ tasks (have been|which were) ")  # joblib's, when a run is stopped
-    warnings.filterwarnings("ignore", "A worker stopped while")  # loky's, which starts large workers again
-    parallel = joblib.Parallel(
-        n_jobs=workers(),
-        return_as="generator_unordered",
-        backend="loky",
-        initializer=processes.start_worker,  # before a worker imports torch, which takes seconds
-        initargs=(os.getpid(), used.begun()),
-    )
-    calls = (joblib.delayed(_run)(trial, store.unfinished_folder(kept[trial.name]), _found(trial)) for trial in trials)
-    resource_tracker.ensure_running()  # which would hear Ctrl-C again once it runs
-    with processes.deaf_to_ctrl_c():  # or a worker that begins would end with a traceback
-        results: Iterator[Result] = parallel(calls)
-    return results
+    calls = [(trial, store.unfinished_folder(kept[trial.name]), _found(trial)) for trial in trials]
+    if not calls or (count := workers()) == 1:
+        return (_run(*call) for call in calls)
+    return processes.in_workers(_run, calls, min(count, len(calls)), start_method())
 
 
 def _run(trial: Trial, folder: Path, found: dict[str, used.State]) -> Result:

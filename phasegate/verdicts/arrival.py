@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from phasegate.params.phases import Claim
+from phasegate.params.phases import Claim, acting_in
 from phasegate.records.prepared import Array
 from phasegate.verdicts.statistics import column_names, interval_columns, paired_difference
 
@@ -22,7 +22,7 @@ the seeds that these two finished."""
 def arrival(
     labels: Array, predictions: Mapping[str, Array], claims: Mapping[str, Claim], old: int, confidence: float
 ) -> pd.DataFrame:
-    """Return three rows per arm of 7c.2, from the labels (N,) and what each of its trials predicts (N,).
+    """Return three rows per arm of 7c.2 and of plugins that act there, from labels (N,) and predictions of trials (N,).
 
     Trials are named as in `p7c2/stay/seed-3`. The first `old` classes are there from the start. A part without test
     examples has no row.
@@ -33,15 +33,16 @@ def arrival(
         arm, _, seed = name.rpartition("/")
         right.setdefault(arm, {})[seed] = predicted == labels
     rows = []
-    for arm in claims[PHASE].arms:
-        found, control = right.get(f"{PHASE}/{arm}", {}), right.get(claims[PHASE].control_of(arm), {})
+    for phase, arm in acting_in(PHASE, claims):
+        found, control = right.get(f"{phase}/{arm}", {}), right.get(claims[phase].control_of(arm), {})
         primary = right.get(f"{PHASE}/{claims[PHASE].primary}", {})
         for part, examples in parts.items():
             if not examples.any():
                 continue
             accuracy, other = _accuracies(found, control, examples)
             ahead, behind = _accuracies(primary, found, examples)
-            row: dict[str, Any] = {"arm": arm, "classes": part, "n_seeds": len(accuracy)}
+            name = arm if phase == PHASE else f"{phase}/{arm}"
+            row: dict[str, Any] = {"arm": name, "classes": part, "n_seeds": len(accuracy)}
             if len(accuracy):
                 deltas = paired_difference(accuracy, other)
                 row |= interval_columns("accuracy", accuracy, confidence) | {"worst_delta": deltas.min()}

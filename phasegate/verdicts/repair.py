@@ -6,8 +6,7 @@ from typing import Any
 
 import pandas as pd
 
-from phasegate.params.names import COMPARED, PLUGINS
-from phasegate.params.phases import Claim
+from phasegate.params.phases import Claim, acting_in
 from phasegate.verdicts.statistics import bounded_columns, column_names, share_interval
 from phasegate.verdicts.wording import of_arm
 
@@ -27,9 +26,8 @@ def repair(
 
     All but `sham` began with a `share` of dead ones.
     """
-    own, rows = claims.get(PLUGINS), []
-    acting_there = [arm for arm in own.arms if own.control_of(arm) == COMPARED[PHASE]] if own else []
-    for phase, arm in [*((PHASE, arm) for arm in claims[PHASE].arms), *((PLUGINS, arm) for arm in acting_there)]:
+    rows = []
+    for phase, arm in acting_in(PHASE, claims):
         trials = of_arm(tables["trials"], phase, arm).set_index("seed")
         killed = (trials["n_routed_start"] * share * (arm != SHAM)).round()
         name = arm if phase == PHASE else f"{phase}/{arm}"

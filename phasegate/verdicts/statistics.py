@@ -12,7 +12,7 @@ from math import inf, isfinite, nan, sqrt
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
+from scipy.special import betaincinv, stdtr, stdtrit
 
 from phasegate.base.errors import UserError
 from phasegate.records.tables import DECIMALS
@@ -31,7 +31,7 @@ def mean_interval(values: ArrayLike, confidence: float, further_error: float = 0
 
 def half_width(error: float, seeds: int, confidence: float) -> float:
     """Return half the width of Student's t interval of a mean over seeds with this standard error."""
-    return float(stats.t.ppf((1 + confidence) / 2, seeds - 1)) * error if seeds > 1 else inf
+    return float(stdtrit(seeds - 1, (1 + confidence) / 2)) * error if seeds > 1 else inf
 
 
 def ratio_interval(numerators: ArrayLike, denominators: ArrayLike, confidence: float) -> tuple[float, float, float]:
@@ -45,7 +45,7 @@ def ratio_interval(numerators: ArrayLike, denominators: ArrayLike, confidence: f
     (mean_a, error_a), (mean_b, error_b) = _mean_and_error(a), _mean_and_error(b)
     if not mean_interval(b, confidence)[1] > 0:
         return nan, -inf, inf
-    t2 = float(stats.t.ppf((1 + confidence) / 2, len(a) - 1)) ** 2
+    t2 = float(stdtrit(len(a) - 1, (1 + confidence) / 2)) ** 2
     covariance = float(np.cov(a, b)[0, 1]) / len(a) if error_a and error_b else 0.0
     square, linear = mean_b**2 - t2 * error_b**2, mean_a * mean_b - t2 * covariance
     root = sqrt(max(linear**2 - square * (mean_a**2 - t2 * error_a**2), 0.0))
@@ -54,8 +54,10 @@ def ratio_interval(numerators: ArrayLike, denominators: ArrayLike, confidence: f
 
 def share_interval(count: int, total: int, confidence: float) -> tuple[float, float, float]:
     """Return a share with the bounds of the exact binomial interval (Clopper and Pearson 1934)."""
-    exact = stats.binomtest(count, total).proportion_ci(confidence, "exact")
-    return count / total, float(exact.low), float(exact.high)
+    tail, rest = (1 - confidence) / 2, total - count
+    low = float(betaincinv(count, rest + 1, tail)) if count else 0.0
+    high = float(betaincinv(count + 1, rest, 1 - tail)) if rest else 1.0
+    return count / total, low, high
 
 
 def interval_columns(name: str, values: ArrayLike, confidence: float, further_error: float = 0.0) -> dict[str, float]:
@@ -85,7 +87,7 @@ def margin_p_value(differences: ArrayLike, margin: float) -> float:
     mean, error = _mean_and_error(x)
     if len(x) == 1 or error == 0:  # without variance the answer is certain
         return 1.0 if len(x) == 1 or mean == -margin else 0.0
-    return float(2 * stats.t.sf(abs(mean + margin) / error, len(x) - 1))
+    return 2 * float(stdtr(len(x) - 1, -abs(mean + margin) / error))
 
 
 def holm(p_values: ArrayLike) -> NDArray[np.float64]:
