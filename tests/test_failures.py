@@ -199,10 +199,13 @@ def test_stages_leave_out_failed_starts(tmp_path: Path, monkeypatch: pytest.Monk
 def test_a_search_writes_what_failed_beside_what_finished(
     baselines: Path, spec: ModelSpec, training: Training, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def run_trials(trials: list[Trial], folder: Path) -> None:
+    asked = []
+
+    def run_trials(trials: list[Trial], folder: Path, all_may_fail: bool) -> None:
+        asked.append((len(trials), all_may_fail))
         write_failure(folder / "fast/seed-0", Failure("q1", "fast", 0, 3, NAN))
         for name in ("base/seed-0", "base/seed-1", "fast/seed-1"):
-            shutil.copytree(baselines / "seed-0", folder / name)
+            shutil.copytree(baselines / "seed-0", folder / name, dirs_exist_ok=True)
 
     monkeypatch.setattr(search, "run_trials", run_trials)
     candidates = {"fast": (spec, training), "base": (spec, training)}
@@ -215,3 +218,6 @@ def test_a_search_writes_what_failed_beside_what_finished(
     assert table["failure"].dropna().tolist() == ["q1, fast, seed 0, step 3: the loss is nan"]
     measured = table.columns.drop(["candidate", "seed", "settings", "failure"])
     assert np.array_equal(table[measured].isna(), np.repeat([[True], [False], [False], [False]], len(measured), axis=1))
+    of_base = table[table["candidate"] == "base"]
+    search.run_search("q2", candidates, {}, seeds, tmp_path, tmp_path / "q2", of_base)
+    assert asked == [(4, False), (2, True)]  # new ones may all fail beside results that are known

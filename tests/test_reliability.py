@@ -149,6 +149,7 @@ def test_when_every_trial_fails_the_stage_ends(tmp_path: Path) -> None:
     for _ in range(2):
         with pytest.raises(UserError, match=sentence):
             run_trials(wanted(tmp_path, seeds=1, harm="diverges"), tmp_path / "out")
+    run_trials(wanted(tmp_path, seeds=1, harm="diverges"), tmp_path / "out", all_may_fail=True)
     assert begun(tmp_path) == [0]
 
 

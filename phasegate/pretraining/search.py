@@ -57,7 +57,7 @@ def run_search(
     there = {} if known is None else {(row["candidate"], row["seed"]): row for row in known.to_dict("records")}
     keys = [(name, seed) for name in seeds for seed in seeds[name]]
     trials = {key: pretraining(prepared, phase, *key, *candidates[key[0]]) for key in keys if key not in there}
-    run_trials([*trials.values()], folder)
+    run_trials([*trials.values()], folder, all_may_fail=bool(there))
     rows = []
     for name, seed in keys:
         changes = ", ".join(f"{key}={value}" for key, value in settings.get(name, {}).items())

@@ -34,7 +34,7 @@ Result = tuple[str, dict[str, bytes]]
 """A trial's name, and the content of the files that it wrote, by path."""
 
 
-def run_trials(trials: list[Trial], output: Path) -> None:
+def run_trials(trials: list[Trial], output: Path, all_may_fail: bool = False) -> None:
     """Run all trials that are not kept yet, then copy the folder of every trial below `output`.
 
     Trials that read files of others, below `output`, run after those. What trials took, also those kept from earlier
@@ -44,8 +44,8 @@ def run_trials(trials: list[Trial], output: Path) -> None:
     `trial_folder.Failure`. The other trials continue.
 
     Raises:
-        UserError: if an input file is missing, a trial raises it, a worker is killed, every trial fails, or code or an
-            input of a trial changes before the trial ends: it is not kept.
+        UserError: if an input file is missing, a trial raises it, a worker is killed, every trial fails and
+            not `all_may_fail`, or code or an input of a trial changes before the trial ends: it is not kept.
     """
     label, failures, kept = output.name, dict[str, Failure](), dict[str, Path]()
     output.mkdir(parents=True, exist_ok=True)  # there may be no trials
@@ -58,7 +58,7 @@ def run_trials(trials: list[Trial], output: Path) -> None:
     timings.record(label, {name: store.taken(folder) for name, folder in kept.items()})
     if failures:
         n_failed, first = len(failures), next(iter(failures.values()))
-        if n_failed == len(trials):
+        if n_failed == len(trials) and not all_may_fail:
             raise UserError(f"every trial of {label} failed, the first: {first}; a lower learning rate may help")
         print(f"{label}: {n_failed} of {len(trials)} trials failed, the first: {first}", file=sys.stderr, flush=True)
 
