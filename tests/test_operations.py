@@ -99,9 +99,11 @@ def test_a_split_keeps_the_function_and_the_chosen_families(manager: Any, pick: 
 
 
 @settings(max_examples=40)
-@given(managers(), picks, st.floats(0, 1))
-def test_merging_right_after_a_split_restores_the_layer_to_the_bit(manager: Any, pick: int, share: float) -> None:
-    moe = manager.moe
+@given(managers(), picks, st.floats(0, 1), st.sampled_from(["scaled", "carried"]))
+def test_merging_right_after_a_split_restores_the_layer_to_the_bit(
+    manager: Any, pick: int, share: float, moments: str
+) -> None:
+    moe, manager.moments = manager.moe, moments
     x = torch.randn(1, 200, WIDTH, dtype=moe.w_in.dtype)
     y, before, ids = moe(x)[0], content(manager), ids_run(moe, x[0])
     surgery = operate(manager, "split", pick)
