@@ -14,6 +14,7 @@ import pytest
 import yaml
 from scipy import stats
 
+from phasegate.base.errors import UserError
 from phasegate.base.paths import SCHEMA, TABLES
 from phasegate.tools.documents import DOCUMENTS, refreshed, written
 from phasegate.verdicts.decisions import decide
@@ -170,9 +171,11 @@ def test_the_documents_show_the_committed_results() -> None:
 
 
 def test_the_documents_go_by_the_parameters_that_made_the_tables(clone: Path) -> None:
+    assert written(clone)["results"] == written(ROOT)["results"]
     changed = (ROOT / "params.yaml").read_text().replace("name: mnist1d", "name: fashion_mnist")
     (clone / "params.yaml").write_text(changed)
-    assert written(clone)["results"] == written(ROOT)["results"]
+    with pytest.raises(UserError, match=r"params.yaml was edited after the results beside it were made"):
+        written(clone)
 
 
 def test_the_recipes_show_what_dvc_metrics_diff_prints() -> None:

@@ -5,6 +5,7 @@ A block stands between two markers, `<!-- results -->` and `<!-- /results -->`, 
 
 import re
 from collections.abc import Iterator, Mapping
+from hashlib import md5
 from pathlib import Path
 
 import networkx as nx
@@ -14,7 +15,6 @@ from phasegate.base.errors import UserError, report_user_errors
 from phasegate.base.files import read_json, write_atomic
 from phasegate.base.paths import REPORTS, TABLES
 from phasegate.params import Params, load_params
-from phasegate.params.fields import parse
 from phasegate.params.names import DATA_SETS, START
 from phasegate.params.reading import load_yaml
 from phasegate.records.tables import read_table
@@ -33,16 +33,23 @@ Tables = Mapping[str, pd.DataFrame]
 
 
 def written(root: Path) -> dict[str, str]:
-    """Write all blocks, from dvc.yaml, the committed results below `root`, and the lock files beside them."""
-    now, made, studies = load_params(root / "params.yaml").model_dump(mode="json"), list[Params](), dict[str, Tables]()
+    """Write all blocks, from dvc.yaml, and the committed results below `root` with the parameters that made them.
+
+    Raises:
+        UserError: if parameters were edited after the results were made.
+    """
+    studies, params = dict[str, Tables](), load_params(root / "params.yaml")
     for lock in (root / "dvc.lock", *sorted((root / REPORTS).glob("*/dvc.lock"))):
-        recorded = load_yaml(lock)["stages"]["report"]["params"]["params.yaml"]
-        made.append(parse(Params, now | recorded, str(lock)))
-        if made[-1].data.name not in studies:  # the workspace's own results come first
-            folder = root / TABLES if lock.parent == root else lock.parent / TABLES.name
-            studies[made[-1].data.name] = {name: read_table(folder / f"{name}.csv") for name in NEEDED}
+        path = lock.with_name("params.yaml")
+        recorded = {each["path"]: each.get("md5") for each in load_yaml(lock)["stages"]["report"]["deps"]}
+        if md5(path.read_bytes()).hexdigest() != recorded.get("params.yaml"):
+            raise UserError(f"{path} was edited after the results beside it were made: `dvc repro` makes them anew")
+        folder = root / TABLES if lock.parent == root else lock.parent / TABLES.name
+        name = load_params(path).data.name
+        if name not in studies:  # the workspace's own results come first
+            studies[name] = {table: read_table(folder / f"{table}.csv") for table in NEEDED}
     return {
-        **blocks(studies, made[0]),
+        **blocks(studies, params),
         "pipeline": f"```mermaid\n{flowchart(output('dvc', 'dag', '--mermaid', folder=root))}\n```",
         "speed": "\n".join(speed(pd.DataFrame(read_json(root / REPORTS / "bench.json")))),
     }
