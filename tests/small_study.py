@@ -18,7 +18,7 @@ from phasegate.training.killed_trials import SNAPSHOT
 REPLACED = ("candidates", "arms", "mnist1d")
 FOLDERS = ("phasegate", "stages", "plugins")
 FILES = (".dvc/config", ".dvc/.gitignore", ".dvcignore", ".gitignore", "dvc.yaml", "params.yaml")
-KEPT = ("data/none", "data/raw/.gitkeep")  # files without content
+KEPT = ("data/none", "data/raw/.gitkeep")  # files that nothing reads
 ROOT = Path(__file__).parent.parent
 PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 """Where programs of this environment are found, whether or not it is activated."""

@@ -10,7 +10,7 @@ from phasegate.params import fields
 from phasegate.params.fields import Count, Fraction, Index, Name, NonNegative, Positive, Section, SectionT, Size
 from phasegate.params.names import DATA_SETS
 
-NO_FILE = "data/none"  # an empty file in git, the path of data sets that need none: DVC wants some path
+NO_FILE = "data/none"  # a file in git, the path of data sets that need none: DVC wants some path
 OF_FILES = ("npz", "cifar10", "cifar100")  # data sets that are read from a file of yours
 BASE = "base"  # the candidate of a search that changes nothing
 
