@@ -100,11 +100,9 @@ def alone() -> Iterator[None]:
     LOCK.parent.mkdir(exist_ok=True)
     lock = FileLock(LOCK)
     try:
-        lock.acquire(blocking=False)
+        held = lock.acquire(blocking=False)
     except Timeout:
         print(f"{Path.cwd()}: another run is at work here; waiting until it ends", file=sys.stderr, flush=True)
-        lock.acquire()
-    try:
+        held = lock.acquire()
+    with held:
         yield
-    finally:
-        lock.release()
