@@ -7,7 +7,6 @@ from operator import attrgetter
 
 import numpy as np
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
 
 from phasegate.params import Params
 from phasegate.report import drawing
@@ -64,16 +63,12 @@ def gap(tables: Tables, params: Params) -> Figure:
     axes.set(xlim=(0, 1.2 * furthest), xlabel=f"step of growth, of {params.p7c.steps:,} (side by side: the same step)")
     axes.set_ylabel("test accuracy above the small model's, pp")
     if large.delta_lo > 0:
-        scales = partial(_rescale, 100 / large.delta_pp), partial(_rescale, large.delta_pp / 100)
+        scales = partial(np.multiply, 100 / large.delta_pp), partial(np.multiply, large.delta_pp / 100)
         closed = axes.secondary_yaxis("right", functions=scales)
         closed.set_ylabel("gap closed, %")
     figure.legend(loc="outside lower center", ncols=4, fontsize=8)
     figure.suptitle(drawing.wrapped(_title(decisions, tables), 78), x=0.01, ha="left")
     return figure
-
-
-def _rescale(factor: float, values: NDArray[np.float64]) -> NDArray[np.float64]:
-    return factor * np.asarray(values)
 
 
 def _title(decisions: dict[str, Decision], tables: Tables) -> str:

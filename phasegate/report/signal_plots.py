@@ -7,15 +7,8 @@ from matplotlib.figure import Figure
 from phasegate.params import Params
 from phasegate.report import drawing
 from phasegate.report.drawing import DotStyle, Tables, name_rows
-from phasegate.verdicts.signal_summary import (
-    CHANCE,
-    CORRELATIONS,
-    GONE,
-    beats_chance,
-    correlation_finding,
-    regret_title,
-    words,
-)
+from phasegate.verdicts import signal_summary
+from phasegate.verdicts.signal_summary import CHANCE, CORRELATIONS, GONE
 from phasegate.verdicts.wording import rows_of
 
 BETTER, OTHER = DotStyle(drawing.BLUE), DotStyle(drawing.GREY, "D")  # signals that beat chance, and all others
@@ -30,7 +23,7 @@ def signals(tables: Tables, params: Params) -> Figure:
     last.set(
         xlim=(-0.03, 1.03), xticks=[0, 0.5, 1], xlabel="area under the ROC curve:\nkilled experts told from living ones"
     )
-    figure.suptitle(drawing.wrapped(correlation_finding(summary, confidence), 130), x=0.01, ha="left")
+    figure.suptitle(drawing.wrapped(signal_summary.correlation_finding(summary, confidence), 130), x=0.01, ha="left")
     return figure
 
 
@@ -42,7 +35,7 @@ def regret(tables: Tables, params: Params) -> Figure:
     for axes, gone in zip(panels, GONE, strict=True):
         axes.set_xlim(left=min(0, axes.get_xlim()[0]))
         axes.set_xlabel(f"regret when {gone} expert{'s are' if gone > 1 else ' is'} removed, nats\n(dashed: chance)")
-    figure.suptitle(drawing.wrapped(regret_title(summary, confidence), 130), x=0.01, ha="left")
+    figure.suptitle(drawing.wrapped(signal_summary.regret_title(summary, confidence), 130), x=0.01, ha="left")
     return figure
 
 
@@ -54,9 +47,9 @@ def _draw_panels(
     figure, panels = drawing.new_figure(13, 2.2 + 0.32 * len(rows), len(columns), len(columns))
     for axes, column, line in zip(panels, columns, lines, strict=True):
         axes.axvline(line, color=drawing.BLACK, linewidth=1, linestyle="--")
-        styles = [BETTER if beats_chance(row, column, confidence) else OTHER for row in rows]
+        styles = [BETTER if signal_summary.beats_chance(row, column, confidence) else OTHER for row in rows]
         drawing.dot_rows(axes, rows, column, styles)
-        name_rows(axes, [words(row.signal) if axes is panels[0] else "" for row in rows], "")
+        name_rows(axes, [signal_summary.words(row.signal) if axes is panels[0] else "" for row in rows], "")
     for style, label in ((BETTER, "better than chance (Holm)"), (OTHER, "not shown to be")):
         panels[0].plot([], [], style.marker, color=style.colour, label=label)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower left", ncols=2, fontsize=8)
