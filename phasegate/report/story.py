@@ -13,7 +13,7 @@ from phasegate.params.names import START
 from phasegate.verdicts import arrival, growth, repair, wording
 from phasegate.verdicts import decisions as words
 from phasegate.verdicts.attribution import ADDING, REMOVING, SIGNALS, harm
-from phasegate.verdicts.decisions import Decision, decision_rows
+from phasegate.verdicts.decisions import Decision, decision_rows, of_arm
 from phasegate.verdicts.statistics import column_names
 from phasegate.verdicts.wording import Cells, interval, listed, measure, number, phase_label, rows_of
 
@@ -72,9 +72,9 @@ DONE = {
 
 def answer(tables: Tables, params: Params) -> list[str]:
     """Return what came out, a paragraph for each question: it and a short answer between `**`, then the numbers."""
-    rows = {(row.phase, row.arm): row for row in decision_rows(tables["decisions"])}
-    primary = {row.phase: row for row in rows.values() if row.primary}
-    paragraphs = [f"{_converged(rows.values())} {_breaking(tables['attribution'], params.decisions.confidence)}"]
+    rows = decision_rows(tables["decisions"])
+    primary = {row.phase: row for row in rows if row.primary}
+    paragraphs = [f"{_converged(rows)} {_breaking(tables['attribution'], params.decisions.confidence)}"]
     tell = {growth.PHASE: _growing, arrival.PHASE: _arriving, repair.PHASE: _repairing}
     for row in (primary[phase] for phase in QUESTIONS if phase in primary):
         short = "Not decided." if row.verdict == words.NO_ASSAY else ANSWERS.get(row.word, "No trial finished.")
@@ -140,7 +140,7 @@ def _growing(row: Decision, tables: Tables, params: Params) -> str:
     small, large, steps = params.p7c.small, params.p7c.large, params.p7c.steps
     table = {each.arm: each for each in rows_of(tables["growth"])}
     own, exact = table[row.arm], ""
-    done = wording.of_arm(tables["surgery_summary"], row.phase, row.arm)
+    done = of_arm(tables["surgery_summary"], row.phase, row.arm)
     if len(done) and done["output_change_max"].max() == 0:
         exact = ", which at first changes no bit of the output,"
     at, of = (f" at step {own.step:.0f}", f" of {number(steps, 0)}") if pd.notna(own.step) else ("", "")
@@ -150,11 +150,9 @@ def _growing(row: Decision, tables: Tables, params: Params) -> str:
     )
     if pd.isna(own.step):  # it never grew
         return text
-    by_step: dict[float, Any] = {}
-    for each in table.values():
-        if each.operator == own.operator and pd.notna(each.step) and pd.notna(each.gap_closed):
-            by_step.setdefault(each.step, each)
-    shares = [f"{share(by_step[step], 'gap_closed')} if it grows at step {step:.0f}" for step in sorted(by_step)]
+    alike = tables["growth"].query("operator == @own.operator").dropna(subset=["step", "gap_closed"])
+    by_step = rows_of(alike.drop_duplicates("step").sort_values("step"))
+    shares = [f"{share(each, 'gap_closed')} if it grows at step {each.step:.0f}" for each in by_step]
     if shares and pd.notna(own.gap_closed):
         text += f" Of the gap to {large} experts from the start, it closes {listed(shares)}."
     leads = [
@@ -179,22 +177,18 @@ def _arriving(row: Decision, tables: Tables, params: Params) -> str:
     own = [table[row.arm, part] for part in ("old", "new") if (row.arm, part) in table]
     parts = [f"{measure(each, 'delta_pp', 2, True, 'pp')} on {each.classes} classes" for each in own if each.n_seeds]
     text += f" Its difference is {listed(parts)}." if parts else ""
-    seeds, acting = (set(wording.of_arm(tables[name], row.phase, row.arm)["seed"]) for name in ("trials", "surgeries"))
+    seeds, acting = (set(of_arm(tables[name], row.phase, row.arm)["seed"]) for name in ("trials", "surgeries"))
     text += f" It grows in {len(seeds & acting)} of {number(len(seeds), 0)} seeds." if seeds else ""
-    for told in decision_rows(wording.of_arm(tables["decisions"], row.phase, arrival.TOLD)):
+    for told in decision_rows(of_arm(tables["decisions"], row.phase, arrival.TOLD)):
         text += f" Growing when told (`{told.arm}`) {gained(told)}."
     near = table.get((arrival.TOLD, "all"))
     if near and row.arm != arrival.TOLD and pd.notna(near.lead_pp):
         half = f"`{row.arm}` ends less than {arrival.NEAR_PP:g} pp below `{arrival.TOLD}`"
-        found = f"This {_near(near)}: {measure(near, 'lead_pp', 2, True, 'pp')}."
+        least = -arrival.NEAR_PP
+        shown = "shown" if near.lead_lo > least else "refuted" if near.lead_hi < least else "not shown"
+        found = f"This is {shown}: {measure(near, 'lead_pp', 2, True, 'pp')}."
         text += f" The claim had a second half, which decides no verdict: {half}. {found}"
     return text
-
-
-def _near(row: Any) -> str:
-    """Return whether the primary arm is shown to be no worse than that of a row by `NEAR_PP`."""
-    bound = -arrival.NEAR_PP
-    return "is shown" if row.lead_lo > bound else "is refuted" if row.lead_hi < bound else "is not shown"
 
 
 def _repairing(row: Decision, tables: Tables, params: Params) -> str:
@@ -226,16 +220,14 @@ def story_cells(decisions: pd.DataFrame, params: Params) -> Iterator[tuple[str, 
         if row.phase == START or row.is_control or not (row.primary or name in DONE):
             continue
         what = DONE.get(name, f"`{row.arm}`").format(**numbers)
-        yield (
-            name,
-            {
-                "what was done": f"{phase_label(row.phase)}: {what}",
-                "difference, pp": measure(row, "delta_pp", 2, True) or wording.failed(row),
-                "worst seed, pp": number(row.worst_delta, signed=True),
-                "word": " ".join(filter(None, [row.word, f"({row.verdict})" if row.verdict else ""])),
-                "as expected": row.as_expected,
-            },
-        )
+        cells = {
+            "what was done": f"{phase_label(row.phase)}: {what}",
+            "difference, pp": measure(row, "delta_pp", 2, True) or wording.failed(row),
+            "worst seed, pp": number(row.worst_delta, signed=True),
+            "word": " ".join(filter(None, [row.word, f"({row.verdict})" if row.verdict else ""])),
+            "as expected": row.as_expected,
+        }
+        yield name, cells
 
 
 def story_table(studies: Mapping[str, pd.DataFrame], params: Params) -> Cells:
@@ -290,3 +282,7 @@ def rate_cells(table: pd.DataFrame) -> Cells:
         | {"gate accuracy, %": measure(row, "accuracy"), "chosen": "yes" * bool(row.chosen), "seeds": str(row.n_seeds)}
         for row in rows_of(table)
     ]
+
+
+CELLS_OF = {"growth": growth_cells, "arrival": arrival_cells, "repair": repair_cells}
+"""What returns the table of 7c.1, of 7c.2 and of 7c.3 as people read it, by the name of the table."""

@@ -12,8 +12,9 @@ from phasegate.params.names import CONTROL
 from phasegate.report import drawing
 from phasegate.report.drawing import DotStyle, Tables, name_rows, new_figure, wrapped
 from phasegate.verdicts import surgery_summary
+from phasegate.verdicts.decisions import of_arm
 from phasegate.verdicts.surgery_summary import OPERATIONS, STUDY, study_rows
-from phasegate.verdicts.wording import control_row, of_arm, rows_of
+from phasegate.verdicts.wording import control_row, rows_of
 
 NOTHING = 1e-10  # where a relative change of zero is drawn on a logarithmic axis
 PALETTE = [drawing.GREY, drawing.BLUE, drawing.VERMILION, drawing.ORANGE, drawing.BLACK, drawing.GREEN]

@@ -16,9 +16,9 @@ from phasegate.params.names import BASELINE, CONTROL, START
 from phasegate.report import drawing
 from phasegate.report.drawing import Tables, band, new_figure, wrapped
 from phasegate.verdicts import wording
-from phasegate.verdicts.decisions import decision_rows, key_of
+from phasegate.verdicts.decisions import decision_rows, key_of, of_arm
 from phasegate.verdicts.statistics import mean_interval
-from phasegate.verdicts.wording import beside, headline_rows, number, of_arm, phase_label, rows_of
+from phasegate.verdicts.wording import beside, headline_rows, number, phase_label, rows_of
 
 CONTROL_STYLE = (drawing.GREY, "-")  # colour and dash
 COLOURS = [drawing.BLUE, drawing.VERMILION, drawing.GREEN, drawing.PURPLE, drawing.ORANGE, drawing.SKY]

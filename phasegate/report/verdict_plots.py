@@ -14,8 +14,8 @@ from phasegate.report.drawing import DotStyle, Tables, dot_rows
 from phasegate.verdicts import decisions as words
 from phasegate.verdicts import wording
 from phasegate.verdicts.attribution import ACCOUNTS, REMOVING, account_label, effect, harm
-from phasegate.verdicts.decisions import Decision, decision_rows, key_of
-from phasegate.verdicts.wording import of_arm, phase_label, rows_of
+from phasegate.verdicts.decisions import Decision, decision_rows, key_of, of_arm
+from phasegate.verdicts.wording import phase_label, rows_of
 
 WORD_STYLES = {  # colour and marker: no meaning hangs on colour alone
     words.BETTER: (drawing.BLUE, "^"),

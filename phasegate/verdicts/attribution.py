@@ -14,9 +14,9 @@ import pandas as pd
 from phasegate.base.errors import UserError
 from phasegate.params.names import CONTINUED
 from phasegate.records.tables import DECIMALS
-from phasegate.verdicts.decisions import paired_arms
+from phasegate.verdicts.decisions import of_arm, paired_arms
 from phasegate.verdicts.statistics import column_names, holm, interval_columns, margin_p_value
-from phasegate.verdicts.wording import Cells, measure, number, of_arm, p_text, phase_label, rows_of
+from phasegate.verdicts.wording import Cells, measure, number, p_text, phase_label, rows_of
 
 Contrast = Mapping[str, float]  # "phase/arm" -> weight; the weights sum to zero
 

@@ -115,6 +115,11 @@ def key_of(name: str) -> tuple[str, str]:
     return phase, arm
 
 
+def of_arm(table: pd.DataFrame, phase: str, arm: str) -> pd.DataFrame:
+    """Return the rows of one arm, of any table that has phases and arms."""
+    return table[(table["phase"] == phase) & (table["arm"] == arm)]
+
+
 def control_of(claims: Mapping[str, Claim], phase: str, arm: str) -> str:
     """Return what an arm is compared with, phase/arm."""
     return claims[phase].control_of(arm) if phase in claims else CONTINUED
@@ -194,10 +199,7 @@ def _compare(
         return row
     trials, control = trials[done & compared], control[done & compared]
     deltas, nll = (paired_difference(trials[name], control[name]) for name in ("accuracy", "nll"))
-    surgeries, sampling = (
-        table[(table["phase"] == row.phase) & (table["arm"] == row.arm)]
-        for table in (tables["surgeries"], tables["sampling"])
-    )
+    surgeries, sampling = (of_arm(tables[name], row.phase, row.arm) for name in ("surgeries", "sampling"))
     [(accuracy_se, delta_se)] = sampling[["accuracy_se", "delta_se"]].itertuples(index=False, name=None)
     numbers: dict[str, Any] = {column: float(trials[column].mean()) for column in AVERAGED}
     numbers |= interval_columns("accuracy", trials["accuracy"], confidence, accuracy_se)

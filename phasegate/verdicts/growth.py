@@ -7,15 +7,8 @@ import pandas as pd
 
 from phasegate.params.phases import Claim
 from phasegate.records.tables import DECIMALS
-from phasegate.verdicts.decisions import key_of, paired_arms
-from phasegate.verdicts.statistics import (
-    column_names,
-    interval_columns,
-    mean_interval,
-    paired_difference,
-    ratio_interval,
-)
-from phasegate.verdicts.wording import of_arm
+from phasegate.verdicts.decisions import key_of, of_arm, paired_arms
+from phasegate.verdicts.statistics import column_names, interval_columns, paired_difference, ratio_interval
 
 PHASE, LARGE = "p7c1", "large"  # the phase, and the arm that has all experts from the start
 COLUMNS = ["arm", "operator", "step", "factor", "n_seeds"]
@@ -69,7 +62,6 @@ def mean_rates(rates: pd.DataFrame, confidence: float) -> pd.DataFrame:
     rows = []
     for (operator, factor), runs in rates.groupby(["operator", "factor"], sort=False):
         done = runs["accuracy"].dropna()
-        means = mean_interval(done, confidence) if len(done) else ()
         row = {"operator": operator, "factor": factor, "n_seeds": len(done), "chosen": bool(runs["chosen"].all())}
-        rows.append(row | dict(zip(column_names("accuracy"), means, strict=False)))
+        rows.append(row | (interval_columns("accuracy", done, confidence) if len(done) else {}))
     return pd.DataFrame(rows, columns=RATES)

@@ -9,21 +9,10 @@ from phasegate.base.errors import UserError
 from phasegate.params.names import REFERENCES
 from phasegate.pretraining.ranking import n_failed, ranked
 from phasegate.records.tables import COSTS
-from phasegate.verdicts.statistics import interval_columns, mean_interval
-from phasegate.verdicts.wording import of_arm
+from phasegate.verdicts.decisions import of_arm
+from phasegate.verdicts.statistics import column_names, interval_columns, mean_interval
 
-COLUMNS = [
-    "candidate",
-    "kind",
-    "rank",
-    "chosen",
-    "winner",
-    "n_seeds",
-    "n_failed",
-    "accuracy",
-    "accuracy_lo",
-    "accuracy_hi",
-]
+COLUMNS = ["candidate", "kind", "rank", "chosen", "winner", "n_seeds", "n_failed", *column_names("accuracy")]
 TEST = ["test_accuracy", "test_lo", "test_hi"]
 COLUMNS += [*TEST, "published_accuracy", *COSTS, "settings"]
 
@@ -58,16 +47,12 @@ def reference_rows(
     Their intervals include what another draw of test examples would change, by `sampling`.
     """
     for name, runs in ranked(search):
-        row = {
-            "kind": "reference",
-            "chosen": False,
-            "winner": False,
-            "published_accuracy": runs["published_accuracy"].iloc[0],
-        }
+        row = {"kind": "reference", "chosen": False, "winner": False} | _describe(name, runs, confidence)
+        row["published_accuracy"] = runs["published_accuracy"].iloc[0]
         test = of_arm(trials, REFERENCES, name)["accuracy"]
         further = float(of_arm(sampling, REFERENCES, name)["accuracy_se"].sum())
         measured = mean_interval(test, confidence, further) if len(test) else ()
-        yield row | _describe(name, runs, confidence) | dict(zip(TEST, measured, strict=False))
+        yield row | dict(zip(TEST, measured, strict=False))
 
 
 def _describe(name: str, runs: pd.DataFrame, confidence: float) -> dict[str, Any]:

@@ -7,8 +7,8 @@ from typing import Any
 import pandas as pd
 
 from phasegate.params.phases import Claim, acting_in
+from phasegate.verdicts.decisions import of_arm
 from phasegate.verdicts.statistics import bounded_columns, column_names, share_interval
-from phasegate.verdicts.wording import of_arm
 
 PHASE, SHAM = "p7c3", "sham"  # the phase, and the arm in which no expert is killed
 COLUMNS = ["arm", "n_seeds", "dead", *column_names("found"), *column_names("false"), *column_names("false_share")]

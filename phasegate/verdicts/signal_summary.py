@@ -10,16 +10,9 @@ from typing import Any
 import pandas as pd
 
 from phasegate.params.names import MEASURED
-from phasegate.verdicts import wording
-from phasegate.verdicts.decisions import BETTER, NOTHING_DONE, WORSE, Decision, decision_rows
-from phasegate.verdicts.statistics import (
-    bounded_columns,
-    column_names,
-    holm,
-    interval_columns,
-    margin_p_value,
-    paired_difference,
-)
+from phasegate.verdicts import statistics, wording
+from phasegate.verdicts.decisions import BETTER, NOTHING_DONE, WORSE, Decision, decision_rows, of_arm
+from phasegate.verdicts.statistics import column_names, interval_columns, margin_p_value
 from phasegate.verdicts.wording import measure, number, rows_of
 
 PHASE = "p7b4"
@@ -48,20 +41,20 @@ def signal_summary(signals: pd.DataFrame, confidence: float) -> pd.DataFrame:
         for name, chance in CHANCE.items():
             if runs[name].notna().all():
                 given = name, runs[name], confidence
-                row |= bounded_columns(*given, 1.0) if name == DEAD else interval_columns(*given)
+                row |= statistics.bounded_columns(*given, 1.0) if name == DEAD else interval_columns(*given)
                 row[f"p_{name}"] = margin_p_value(runs[name], -chance)
         for gone, name in zip(GONE, REGRETS, strict=True):
             regret, at_random = runs[name], runs[f"chance_{gone}"]
             row[f"chance_{gone}"] = at_random.mean()
             if regret.notna().all():
-                less = paired_difference(at_random, regret)
+                less = statistics.paired_difference(at_random, regret)
                 row |= interval_columns(name, regret, confidence) | {f"p_{name}": margin_p_value(less, 0)}
                 row |= interval_columns(f"saved_{gone}", less, confidence)
         rows.append(row)
     table = pd.DataFrame(rows, columns=COLUMNS)
     for column in [f"p_{name}" for name in (*CHANCE, *REGRETS)]:
         known = table[column].notna()
-        table.loc[known, column] = holm(table.loc[known, column])
+        table.loc[known, column] = statistics.holm(table.loc[known, column])
     return table
 
 
@@ -81,16 +74,12 @@ def signal_findings(
 ) -> list[str]:
     """Return in a sentence each which signals beat chance, what each costs, and whether acting on ground truth pays."""
     kinds = [_describe_kind(summary, name, confidence) for name in CORRELATIONS]
-    return [
-        *kinds,
-        _describe_dead(summary, confidence),
-        _describe_regret(summary, confidence),
-        *acting_findings(decisions, surgeries),
-    ]
+    others = [_describe_dead(summary, confidence), _describe_regret(summary, confidence)]
+    return [*kinds, *others, *acting_findings(decisions, surgeries)]
 
 
 def _describe_kind(summary: pd.DataFrame, name: str, confidence: float) -> str:
-    better, rest = _divide(_rank(summary, name), name, confidence)
+    _, better, rest = _rank(summary, name, confidence)
     if not better:
         text = f"no signal's rank correlation is shown to be better than chance: {_list(rest, name)}"
     else:
@@ -102,7 +91,7 @@ def _describe_kind(summary: pd.DataFrame, name: str, confidence: float) -> str:
 
 
 def _describe_dead(summary: pd.DataFrame, confidence: float) -> str:
-    better, others = _divide(_rank(summary, DEAD), DEAD, confidence)
+    _, better, others = _rank(summary, DEAD, confidence)
     worse = [row for row in others if getattr(row, f"{DEAD}_hi") < CHANCE[DEAD]]
     rest = [row for row in others if row not in worse]
     parts = [f"above chance (0.50) for {_list(better, DEAD)}"] if better else []
@@ -113,10 +102,9 @@ def _describe_dead(summary: pd.DataFrame, confidence: float) -> str:
 
 
 def _describe_regret(summary: pd.DataFrame, confidence: float) -> str:
-    rows = _rank(summary, REGRET)
+    rows, better, rest = _rank(summary, REGRET, confidence)
     if not rows:
         return f"{regret_title(summary, confidence)}."
-    better, rest = _divide(rows, REGRET, confidence)
     parts = [_list(better, REGRET)] if better else []
     parts += [f"not shown to cost less than chance, {_list(rest, REGRET)}"] if rest else []
     return (
@@ -127,23 +115,20 @@ def _describe_regret(summary: pd.DataFrame, confidence: float) -> str:
 
 def correlation_finding(summary: pd.DataFrame, confidence: float) -> str:
     """Return how many signals predict better than chance what a removal and a split would do, and which are dead."""
-    parts = []
+    scored, parts = summary[summary["signal"] != MEASURED], []
     for name, what in CORRELATIONS.items():
-        rows = _rank(summary[summary["signal"] != MEASURED], name)
-        better, _ = _divide(rows, name, confidence)
+        rows, better, _ = _rank(scored, name, confidence)
         best = f", {words(better[0].signal)} best" if better else ""
         parts.append(f"{len(better)} of {len(rows)} signals predict better than chance what {what}{best}")
-    rows = _rank(summary[summary["signal"] != MEASURED], DEAD)
-    better, _ = _divide(rows, DEAD, confidence)
+    rows, better, _ = _rank(scored, DEAD, confidence)
     return "; ".join([*parts, f"{len(better)} of {len(rows)} score killed experts below living ones"])
 
 
 def regret_title(summary: pd.DataFrame, confidence: float) -> str:
     """Return which signal costs least when it chooses, measurement aside, beside chance."""
-    rows = _rank(summary[summary["signal"] != MEASURED], REGRET)
+    rows, better, _ = _rank(summary[summary["signal"] != MEASURED], REGRET, confidence)
     if not rows:
         return "No signal could choose 4 experts to remove"
-    better, _ = _divide(rows, REGRET, confidence)
     return (
         f"When 4 experts are removed, {len(better)} of {len(rows)} signals choose better than chance; "
         f"{words(rows[0].signal)} costs least, {_value(rows[0], REGRET)} nats beyond the best choice, where chance "
@@ -179,16 +164,12 @@ def signal_cells(summary: pd.DataFrame, confidence: float) -> wording.Cells:
     ]
 
 
-def _rank(summary: pd.DataFrame, name: str) -> list[Any]:
-    """Return the rows that have a measure, best first."""
-    rows = rows_of(summary[summary[name].notna()])
-    return sorted(rows, key=lambda row: getattr(row, name) if name in REGRETS else -getattr(row, name))
-
-
-def _divide(rows: list[Any], name: str, confidence: float) -> tuple[list[Any], list[Any]]:
-    """Return the rows that are better than chance, and the rows not shown to be, each in their order."""
+def _rank(summary: pd.DataFrame, name: str, confidence: float) -> tuple[list[Any], list[Any], list[Any]]:
+    """Return the rows that have a measure, best first: all, those better than chance, and those not shown to be."""
+    ranked = summary.dropna(subset=name).sort_values(name, ascending=name in REGRETS, kind="stable")
+    rows = rows_of(ranked)
     better = [row for row in rows if beats_chance(row, name, confidence)]
-    return better, [row for row in rows if row not in better]
+    return rows, better, [row for row in rows if row not in better]
 
 
 def _list(rows: list[Any], name: str) -> str:
@@ -201,7 +182,7 @@ def _value(row: Any, name: str) -> str:
 
 def _count(row: Decision, control: Decision, surgeries: pd.DataFrame) -> str:
     """Return how often an arm operated. Seeds that the control failed are not among the seeds of the row."""
-    done = wording.of_arm(surgeries, PHASE, row.arm)
+    done = of_arm(surgeries, PHASE, row.arm)
     if done.empty:
         return f"not once in {row.n_seeds} seeds"
     kinds = ", ".join(f"{count} {wording.TIMES} {name}" for name, count in done["operation"].value_counts().items())

@@ -8,9 +8,9 @@ import numpy as np
 import pandas as pd
 
 from phasegate.params.names import CONTROL, START
-from phasegate.verdicts.decisions import decision_rows, key_of
+from phasegate.verdicts.decisions import decision_rows, key_of, of_arm
 from phasegate.verdicts.statistics import column_names, interval_columns, paired_difference
-from phasegate.verdicts.wording import Cells, measure, number, of_arm, phase_label, rows_of
+from phasegate.verdicts.wording import Cells, measure, number, phase_label, rows_of
 
 COLUMNS = ["phase", "arm", "operation", "n_seeds", "surgeries", "seeds_operated", "output_change", "output_change_max"]
 COLUMNS += [*column_names("accuracy_lost"), "recovery_steps", "recovered"]

@@ -14,18 +14,12 @@ from phasegate.params.names import CONTINUED, START
 from phasegate.params.phases import Decisions, Stated
 from phasegate.records.tables import COSTS
 from phasegate.verdicts import decisions as words
-from phasegate.verdicts.decisions import Decision, decision_rows, key_of
+from phasegate.verdicts.decisions import Decision, decision_rows, key_of, of_arm
 from phasegate.verdicts.statistics import column_names, half_width, mean_interval
 
 MINUS = "\N{MINUS SIGN}"
 TIMES = "\N{MULTIPLICATION SIGN}"
-SAID = {
-    words.BETTER: "is BETTER than",
-    words.WORSE: "is WORSE than",
-    words.EQUIVALENT: "is EQUIVALENT to",
-    words.NO_WORSE: "is NO WORSE than",
-    words.UNDECIDED: "is UNDECIDED against",
-}
+PREPOSITIONS = {words.EQUIVALENT: "to", words.UNDECIDED: "against"}  # after these words; after others: than
 CONTROLS = {  # what people call the controls of the study, and what they are
     CONTINUED: "the same 7a checkpoints, without control head or surgery",
     "p7c1/small": "the few experts of the start",
@@ -104,7 +98,7 @@ def _compare(row: Decision) -> str:
     if row.word == words.NOTHING_DONE:
         finished = " that finished" if row.n_failed else ""
         return f"never operated and equals {beside(row)} in every seed{finished} ({row.word})"
-    said = SAID.get(row.word, "stands beside")
+    said = f"is {row.word} {PREPOSITIONS.get(row.word, 'than')}" if row.word else "stands beside"
     difference = measure(row, "delta_pp", signed=True, unit="pp")
     return f"{said} {beside(row)}, {difference}, NLL {nll(row)}"
 
@@ -145,11 +139,6 @@ def spending(row: Decision, control: Decision) -> str:
 def rows_of(table: pd.DataFrame) -> list[Any]:
     """Return the rows of any table with columns as attributes (Any: the stubs take a cell for any scalar)."""
     return list(table.itertuples(index=False))
-
-
-def of_arm(table: pd.DataFrame, phase: str, arm: str) -> pd.DataFrame:
-    """Return the rows of one arm, of any table that has phases and arms."""
-    return table[(table["phase"] == phase) & (table["arm"] == arm)]
 
 
 def headline_rows(decisions: pd.DataFrame) -> list[Decision]:
@@ -326,10 +315,8 @@ def stated(claim: Stated) -> str:
 def leaderboard_cells(table: pd.DataFrame) -> Cells:
     """Return a leaderboard as people read it."""
     return [
-        {
-            "rank": number(row.rank, 0),
-            "candidate": f"{row.candidate}{' (chosen)' * row.chosen or ' (winner)' * row.winner}",
-        }
+        {"rank": number(row.rank, 0)}
+        | {"candidate": f"{row.candidate}{' (chosen)' * row.chosen or ' (winner)' * row.winner}"}
         | {"gate accuracy, %": measure(row, "accuracy")}
         | {"test accuracy, %": interval(row.test_accuracy, row.test_lo, row.test_hi)}
         | {"published, %": number(row.published_accuracy)}
