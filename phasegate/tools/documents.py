@@ -24,10 +24,8 @@ from phasegate.verdicts import attribution, signal_summary, surgery_summary, wor
 
 DOCUMENTS = ("README.md", "docs/study.md", "docs/architecture.md")
 SPEED = ("case", "threads", "ours", "limit's time / ours", "best peer's time / ours")
-NEEDED = (
-    *("decisions", "attribution", "surgery_summary", "signal_summary", "surgeries", "failures", "trials"),
-    *("growth", "arrival", "repair"),
-)
+NEEDED = ["decisions", "attribution", "surgery_summary", "signal_summary", "surgeries", "failures", "trials"]
+NEEDED += story.CELLS_OF
 Tables = Mapping[str, pd.DataFrame]
 """The tables of a study, by name; or the decisions of several studies, by data set."""
 
@@ -65,11 +63,6 @@ def blocks(studies: Mapping[str, Tables], params: Params) -> dict[str, str]:
             study["signal_summary"], study["decisions"], study["surgeries"], confidence
         ),
     }
-    further = {
-        "growth": story.growth_cells(study["growth"]),
-        "arrival": story.arrival_cells(study["arrival"]),
-        "repair": story.repair_cells(study["repair"]),
-    }
     decisions = {name: tables["decisions"] for name, tables in studies.items()}
     named = {DATA_SETS[name]: table for name, table in decisions.items()}
     results = wording.markdown_table(story.story_table(named, params))
@@ -79,7 +72,7 @@ def blocks(studies: Mapping[str, Tables], params: Params) -> dict[str, str]:
         "answer": "\n\n".join(answers(studies, params)),
         "results": "\n".join(results),
         "verdicts": "\n".join(side_by_side(decisions)),
-        **{name: "\n".join(wording.markdown_table(cells)) for name, cells in further.items()},
+        **{name: "\n".join(wording.markdown_table(cells(study[name]))) for name, cells in story.CELLS_OF.items()},
         "rule": wording.rule(study["decisions"], params.decisions),
         "phases": "\n".join(claims(decisions, params)),
         **{name: "\n".join(f"- {sentence}" for sentence in sentences) for name, sentences in findings.items()},
@@ -125,8 +118,7 @@ def claims(decisions: Tables, params: Params) -> Iterator[str]:
         yield f"- **{wording.phase_label(phase)}** {wording.verbatim(wording.stated(params.claims()[phase]))}"
         for name, table, row in primary:
             if row.phase == phase:
-                text = wording.outcome(row, table)
-                yield f"  - {DATA_SETS[name]}: {wording.escaped(text)}"
+                yield f"  - {DATA_SETS[name]}: {wording.escaped(wording.outcome(row, table))}"
 
 
 def flowchart(dag: str) -> str:
