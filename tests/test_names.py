@@ -2,6 +2,7 @@
 
 import copy
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,7 @@ def test_a_repeated_key_is_refused(text: str, tmp_path: Path) -> None:
 @given(st.text("0123456789_.:eExob+-", max_size=7))
 @example("+_1")
 @example("._1")
+@example("._")
 @example("1.e5")
 @example("0:1")
 def test_no_number_is_read_in_two_ways(text: str) -> None:
@@ -126,7 +128,8 @@ def test_no_number_is_read_in_two_ways(text: str) -> None:
             ours = load_yaml(path)
         except UserError as error:
             if "read differently" in str(error):
-                assert repr(yaml.safe_load(f"a: {text}\n")) != repr(dict(parse_yaml(f"a: {text}\n", "a")))
+                with suppress(ValueError):  # one of the two refuses it
+                    assert repr(yaml.safe_load(f"a: {text}\n")) != repr(dict(parse_yaml(f"a: {text}\n", "a")))
             return
     assert repr(ours) == repr(parse_yaml(f"a: {text}\n", "a"))
 

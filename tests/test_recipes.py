@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 import sys
 from dataclasses import replace
@@ -76,6 +77,38 @@ def test_a_command_that_fails_or_is_missing_is_told_in_a_sentence(tmp_path: Path
         output("dvcc", "status")
 
 
+def test_a_plan_without_stages_to_read_is_refused(tmp_path: Path) -> None:
+    study = Checkout(tmp_path / "study")
+    (study.folder / "dvc.yaml").write_text("stages: [\n")
+    said = study.command(sys.executable, "-m", "phasegate.tools.plan", ok=False)
+    assert said == "plan: dvc status failed: './dvc.yaml' is invalid.\n"
+    (study.folder / "dvc.yaml").unlink()
+    said = study.command(sys.executable, "-m", "phasegate.tools.plan", ok=False)
+    assert said == f"plan: there is no dvc.yaml in {study.folder}: run this where the study is\n"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "clone --quiet --depth=1 {url}",
+        "clone --quiet --config=core.autocrlf=true {url}",
+        "worktree add --quiet --detach",
+        "-C {outer} -c protocol.file.allow=always submodule --quiet add {url}",
+    ],
+)
+def test_every_kind_of_checkout_has_the_bytes_that_were_hashed(words: str, tmp_path: Path) -> None:
+    study, folder = Checkout(tmp_path / "study"), tmp_path / "my copy's"
+    shutil.copy(ROOT / ".gitattributes", study.folder)
+    study.command("dvc", "repro", "check")
+    study.command("git", "add", "-A")
+    study.command("git", "commit", "-qm", "one stage")
+    study.command("git", "init", "-q", str(tmp_path))
+    study.command("git", *words.format(url=f"file://{study.folder}", outer=tmp_path).split(), str(folder))
+    study.folder = folder
+    said = study.command(sys.executable, "-m", "phasegate.tools.plan")
+    assert "  prepare (" in said and "  check (" not in said
+
+
 def test_dvc_compares_phases_saved_as_experiments(checkout: Checkout) -> None:
     save = partial(checkout.command, "python", "-m", "phasegate.tools.experiments")
     plan = partial(checkout.command, "python", "-m", "phasegate.tools.plan")
@@ -99,7 +132,9 @@ def test_dvc_compares_phases_saved_as_experiments(checkout: Checkout) -> None:
     assert [metrics["accuracy"][side] for side in ("old", "new")] == pytest.approx([old["accuracy"], new["accuracy"]])
     params = json.loads(checkout.command("dvc", "params", "diff", "--json", *pair))["params.yaml"]
     assert params["headline.phase"] == {"old": "p7a", "new": "p7b2"}
-    table = checkout.command("dvc", "exp", "show", "--md", "--only-changed")
+    written = next(line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("dvc exp show"))
+    table = checkout.command(*shlex.split(written, comments=True), "--md")
+    assert "params.yaml" not in table.splitlines()[0] and "/" not in table.splitlines()[0]
     assert all(
         any(name in line and verdict in line for line in table.splitlines())
         for name, verdict in zip(pair, (old["verdict"], new["word"]), strict=True)

@@ -59,7 +59,7 @@ def read_bounded(path: Path, at_most: int = 1 << 20) -> bytes:
         raise UserError(f"{path} can't be read: {one_line(error)}") from None
     if len(content) > at_most:
         raise UserError(f"{path} has more than {at_most:,} bytes: it is not the file that was expected")
-    if re.search(rb"^(<{7} |>{7} )", content, re.MULTILINE):
+    if re.search(rb"^(<{7} |={7}\r?$|>{7} )", content, re.MULTILINE):
         hint = f"keep one side, as `git checkout --ours {path}` does; `dvc repro` then runs what differs"
         raise UserError(f"{path} has the marks of a merge conflict: {hint}")
     return content

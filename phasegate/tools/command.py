@@ -21,7 +21,7 @@ def output(*words: str, folder: Path = Path()) -> str:
     if done.returncode:
         refuse_conflicts(folder)
         lines = [line for line in done.stderr.splitlines() if line.strip()]
-        reason = next((line for line in lines if line.startswith(("fatal: ", "ERROR: "))), " ".join(lines[-1:]))
+        reason = next((line for line in lines if line.startswith(("fatal: ", "ERROR: ", "'"))), " ".join(lines[-1:]))
         raise UserError(f"{words[0]} {words[1]} failed: {reason.removeprefix('fatal: ').removeprefix('ERROR: ')}")
     return done.stdout
 

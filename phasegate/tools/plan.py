@@ -5,6 +5,7 @@ How long each stage will take is guessed from `reports/timings.csv`: as long as 
 
 import json
 import sys
+from pathlib import Path
 
 from phasegate.base import settings, timings
 from phasegate.base.errors import UserError, report_user_errors, visible
@@ -16,6 +17,8 @@ MADE = (f"{MODELS}/", f"{PREPARED}/", f"{EVALUATED}/", str(SCHEMA))  # by stages
 
 def stale(*options: str) -> dict[str, list[str]]:
     """Ask DVC which stages would run because of a change, and name for each what changed."""
+    if not Path("dvc.yaml").exists():  # DVC says nothing
+        raise UserError(f"there is no dvc.yaml in {Path.cwd()}: run this where the study is")
     status = json.loads(output("dvc", "status", "--json", *options))
     found = {stage: [name for entry in status[stage] for name in changed(entry)] for stage in sorted(status)}
     return {stage: names for stage, names in found.items() if names}
