@@ -5,9 +5,11 @@ import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from threading import Thread
 from types import FrameType
@@ -16,51 +18,110 @@ from typing import Any, NoReturn, TypeVar
 from filelock import FileLock, Timeout
 
 from phasegate.base import used
+from phasegate.base.errors import UserError
 
 LOCK = Path(".phasegate/lock")
 SECONDS_TO_NOTICE = 0.2
 T = TypeVar("T")
 
 
+class WorkerKilled(Exception):
+    """Report that a worker process ended before its call did."""
+
+
 def in_workers(act: Callable[..., T], calls: list[tuple[Any, ...]], count: int, start_method: str) -> Generator[T]:
     """Make calls of `act` in `count` processes, and yield what they return in the order in which they end.
 
-    A process that is forked is a copy of this one: it runs the code that is loaded here, and begins at once.
+    A process that is forked is a copy of this one: it runs the code that is loaded here, and begins at once. Each has
+    a pipe of its own, so that one which is killed in the middle of its answer is noticed and holds up nobody.
 
     Raises:
-        BrokenProcessPool: if a process is killed.
+        WorkerKilled: if a process ends before its call does.
     """
-    context = multiprocessing.get_context(start_method)
-    pool = ProcessPoolExecutor(count, context, _start_worker, (os.getpid(), used.begun()))
+    context: Any = multiprocessing.get_context(start_method)
+    left, workers = iter(calls), dict[Any, BaseProcess]()
     try:
-        with _deaf_to_ctrl_c():  # or a worker that begins would end with a traceback
-            ends = as_completed([pool.submit(act, *call) for call in calls])
-        for done in ends:
-            yield done.result()
-    except BaseException:  # also of whoever uses the results
-        _kill_workers()
-        raise
+        with _signals_later():
+            for _ in range(min(count, len(calls))):
+                here, there = context.Pipe()
+                worker = context.Process(target=_serve, args=(there, act, os.getpid(), used.begun()), daemon=True)
+                worker.start()
+                there.close()
+                workers[here] = worker
+        busy = [*workers]
+        for here in busy:
+            _ask(here, next(left))
+        while busy:
+            ready: list[Any] = wait(busy)
+            for here in ready:
+                error, result = _answer(here)
+                if (call := next(left, None)) is None:
+                    busy.remove(here)
+                else:
+                    _ask(here, call)
+                if error:
+                    raise error
+                yield result
     finally:
-        pool.shutdown(cancel_futures=True)
+        for worker in workers.values():
+            worker.kill()
+            worker.join()
 
 
-def _start_worker(parent: int, note_used: bool) -> None:
-    """Make this process ignore Ctrl-C, which `parent` handles, end with `parent`, and perhaps note what it uses."""
+def _ask(worker: Connection, call: tuple[Any, ...]) -> None:
+    with suppress(OSError):  # it is gone, and has no answer
+        worker.send(call)
+
+
+def _answer(worker: Connection) -> Any:
+    try:
+        return worker.recv()
+    except (EOFError, OSError):
+        raise WorkerKilled from None
+
+
+def _serve(calls: Connection, act: Callable[..., object], parent: int, note_used: bool) -> None:
+    """Answer calls with an error, if there is one, and a result. Ignore Ctrl-C, and end with the parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     end_with(parent)
     if note_used:
         used.begin()
+    with suppress(EOFError, OSError):  # the parent is gone
+        while True:
+            call = calls.recv()
+            calls.send(_outcome(act, call))
+
+
+def _outcome(act: Callable[..., object], call: tuple[Any, ...]) -> tuple[Exception | None, object]:
+    try:
+        return None, act(*call)
+    except UserError as error:
+        return UserError(str(error)), None
+    except OSError as error:
+        return OSError(error.errno, error.strerror or str(error), error.filename), None
+    except BaseException:  # not every error survives a pipe, but its words do
+        return RuntimeError(f"in a worker:\n{traceback.format_exc()}"), None
 
 
 @contextmanager
-def _deaf_to_ctrl_c() -> Iterator[None]:
-    """Hold back SIGINT until the end; processes and threads that begin meanwhile never get one."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+def _signals_later() -> Iterator[None]:
+    """Act on SIGINT and SIGTERM at the end: what Python does at a fork would swallow what their handlers raise.
+
+    Processes that begin meanwhile never hear a SIGINT.
+    """
+    noted: list[int] = []
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    on_stop(lambda number, _: noted.append(number))
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for known, act in before.items():
+            signal.signal(known, act)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    for number in noted:
+        os.kill(os.getpid(), number)
 
 
 def on_stop(act: Callable[[int, FrameType | None], object]) -> None:
@@ -74,13 +135,9 @@ def say_stopped(*_: object) -> NoReturn:
     """Say that this run was stopped and how to resume it, then end this process and its workers."""
     print(f"{Path(sys.argv[0]).stem}: stopped; `dvc repro` resumes it", file=sys.stderr, flush=True)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # a thread that waits for the workers would complain
-    _kill_workers()
-    os._exit(130)
-
-
-def _kill_workers() -> None:
     for worker in multiprocessing.active_children():
         worker.kill()
+    os._exit(130)
 
 
 def end_with(parent: int) -> None:

@@ -9,7 +9,6 @@ import shutil
 import sys
 import time
 from collections.abc import Generator, Iterator
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -75,7 +74,7 @@ def _run_part(trials: list[Trial], output: Path, failures: dict[str, Failure], k
             for name, files in _with_progress(results, len(missing), label):
                 used.check(_found(missing[name]))
                 store.keep(kept[name], files)
-    except BrokenProcessPool:
+    except processes.WorkerKilled:
         hint = "`dvc repro` resumes, and PHASEGATE_WORKERS=1 needs the least memory"
         raise UserError(f"a worker of {label} was killed, perhaps because memory ran out: {hint}") from None
     for trial in trials:
@@ -129,9 +128,9 @@ def _results(trials: list[Trial], kept: dict[str, Path]) -> Generator[Result]:
         here = Path("trial")  # in a folder of the call's own
         return cluster.results([(partial(_run, trial, here, {}), (*trial.inputs, *trial.reads)) for trial in trials])
     calls = [(trial, store.unfinished_folder(kept[trial.name]), _found(trial)) for trial in trials]
-    if not calls or (count := workers()) == 1:
+    if (count := workers()) == 1:
         return (_run(*call) for call in calls)
-    return processes.in_workers(_run, calls, min(count, len(calls)), start_method())
+    return processes.in_workers(_run, calls, count, start_method())
 
 
 def _run(trial: Trial, folder: Path, found: dict[str, used.State]) -> Result:
@@ -153,6 +152,8 @@ def _run(trial: Trial, folder: Path, found: dict[str, used.State]) -> Result:
         trial.run(folder, **trial.arguments)
     except Diverged as error:
         write_failure(folder, Failure(trial.phase, trial.arm, trial.seed, error.step, error.what))
+    except SystemExit as error:  # it would end this process as if all were done
+        raise RuntimeError(f"{trial.name} of {trial.phase} called sys.exit({error.code!r})") from error
     if strangers := [path for path in used.strangers(found) if package_of(path) not in OUTSIDE]:
         named = os.path.relpath(strangers[0])
         raise UserError(f"{trial.name} of {trial.phase} used {named}, which is none of its inputs")
