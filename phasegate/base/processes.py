@@ -133,8 +133,9 @@ def on_stop(act: Callable[[int, FrameType | None], object]) -> None:
 
 def say_stopped(*_: object) -> NoReturn:
     """Say that this run was stopped and how to resume it, then end this process and its workers."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # once is enough
     print(f"{Path(sys.argv[0]).stem}: stopped; `dvc repro` resumes it", file=sys.stderr, flush=True)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # a thread that waits for the workers would complain
     for worker in multiprocessing.active_children():
         worker.kill()
     os._exit(130)
