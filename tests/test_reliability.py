@@ -48,6 +48,8 @@ def record(folder: Path, *, log: Path, seed: int, harm: str = "", at: int = 0, k
         harmed.touch()
         if harm == "diverges":
             raise Diverged("the loss is nan", 210)
+        if harm == "exits":
+            sys.exit(0)
         if harm == "killed" and first:
             wait_for(lambda: len(list(log.parent.glob("store/trials/*/result.txt"))) >= kept)
             (folder / SNAPSHOT).write_text("a snapshot")
@@ -130,6 +132,29 @@ def test_what_an_earlier_run_left_is_not_mixed_with_a_later_result(tmp_path: Pat
         for seed in range(3):
             files = {path.name for path in (tmp_path / f"out/arm/seed-{seed}").iterdir()}
             assert files == {"begun.txt", FAILURE if seed in seeds else "result.txt"}
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_bug_in_a_trial_keeps_its_traceback_and_no_trial_ends_its_stage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: str
+) -> None:
+    monkeypatch.setenv("PHASEGATE_WORKERS", workers)
+    with pytest.raises(RuntimeError, match=r"arm/seed-1 of p called sys.exit\(0\)"):
+        run_trials(wanted(tmp_path, harm="exits", at=1), tmp_path / "out")
+    bug = Trial("p", "arm", 0, record, {"log": 0, "seed": 0})
+    with pytest.raises((RuntimeError, AttributeError), match="'int' object has no attribute 'open'") as caught:
+        run_trials([bug], tmp_path / "out")
+    if workers == "2":
+        assert "in record\n    with log.open" in str(caught.value)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_that_comes_while_workers_begin_acts_when_they_have_begun(number: int) -> None:
+    heard, before = list[int](), signal.signal(number, lambda number, _: heard.append(number))
+    with processes._signals_later():
+        os.kill(os.getpid(), number)
+        assert not heard
+    assert heard == [number] and signal.signal(number, before) != before
 
 
 def test_a_trial_whose_start_failed_fails_too_and_does_not_begin(tmp_path: Path) -> None:
@@ -223,24 +248,35 @@ def wait_for(condition: Callable[[], Any]) -> None:
 
 
 LEAVES = """
-import multiprocessing, time
+import multiprocessing, psutil
 from phasegate.base import processes
 if __name__ == "__main__":
-    running = processes.in_workers(time.sleep, [(0,), (600,)], 2, "{}")
+    running = processes.in_workers(bytes, [(0,), (1 << 28,)], 2, "{}")
     next(running)
-    print(*(worker.pid for worker in multiprocessing.active_children()), flush=True)
+    workers = multiprocessing.active_children()
+    answers = lambda worker: psutil.Process(worker.pid).memory_info().rss > 1 << 28
+    while not any(map(answers, workers)):
+        pass
+    print(*(worker.pid for worker in workers), flush=True)
     {}
-"""
+"""  # a worker is in the middle of its answer, which nobody reads
 
 
 @pytest.mark.parametrize("start_method", ["fork", "spawn"])
-@pytest.mark.parametrize(("end", "code"), [("processes.say_stopped()", 130), ("running.close()", 0)])
+@pytest.mark.parametrize(
+    ("end", "code", "said"),
+    [
+        ("processes.say_stopped()", 130, "script: stopped; `dvc repro` resumes it\n"),
+        ("running.close()", 0, ""),
+        ("max(workers, key=answers).kill(); next(running)", 1, "phasegate.base.processes.WorkerKilled\n"),
+    ],
+)
 def test_who_does_not_wait_for_workers_ends_them_first_and_silently(
-    tmp_path: Path, start_method: str, end: str, code: int
+    tmp_path: Path, start_method: str, end: str, code: int, said: str
 ) -> None:
     done = run_code(LEAVES.format(start_method, end), tmp_path)
     workers = [int(pid) for pid in done.stdout.split()]
-    assert done.returncode == code and done.stderr == code // 130 * "script: stopped; `dvc repro` resumes it\n"
+    assert done.returncode == code and (done.stderr == said if code != 1 else done.stderr.endswith(said))
     assert len(workers) == 2 and not any(psutil.pid_exists(pid) and alive(psutil.Process(pid)) for pid in workers)
 
 
