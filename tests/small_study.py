@@ -53,7 +53,7 @@ class Checkout:
         self.command("git", "commit", "-qm", "small profile")
 
     def command(self, *words: str, ok: bool = True) -> str:
-        done = subprocess.run(words, cwd=self.folder, env=self.environment, capture_output=True, text=True, check=False)
+        done = ended(*words, cwd=self.folder, env=self.environment)
         output = done.stdout + done.stderr
         assert (done.returncode == 0) == ok, f"{' '.join(words)} ended with {done.returncode}:\n{output}"
         return output
@@ -68,6 +68,11 @@ class Checkout:
 
     def table(self, name: str) -> pd.DataFrame:
         return pd.read_csv(self.folder / f"reports/tables/{name}.csv")
+
+
+def ended(*words: str, **where: Any) -> subprocess.CompletedProcess[str]:
+    """How a command ended, whether well or not, and what it said."""
+    return subprocess.run(words, capture_output=True, text=True, check=False, **where)
 
 
 def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

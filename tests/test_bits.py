@@ -12,7 +12,7 @@ import pytest
 import phasegate
 from phasegate.base import processor
 from tests.bits import COMMITTED, digests
-from tests.small_study import ROOT
+from tests.small_study import ROOT, ended
 
 promised = pytest.mark.skipif(not phasegate.PROMISED, reason="bits are promised on x86-64 processors with AVX2 alone")
 CLEAN = {name: value for name, value in os.environ.items() if name not in phasegate.PINNED}
@@ -20,9 +20,7 @@ CLEAN = {name: value for name, value in os.environ.items() if name not in phaseg
 
 def python(code: str, folder: Path = ROOT, *options: str) -> subprocess.CompletedProcess[str]:
     """Run code in a process that nobody has told anything."""
-    words = [sys.executable, *options, "-c", code]
-    environment = CLEAN | {"PYTHONPATH": str(ROOT)}
-    return subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    return ended(sys.executable, *options, "-c", code, cwd=folder, env=CLEAN | {"PYTHONPATH": str(ROOT)})
 
 
 @promised

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.small_study import PATH, ROOT
+from tests.small_study import PATH, ROOT, ended
 
 FILES = sorted(path for name in ("phasegate", "stages", "bench", "plugins") for path in (ROOT / name).rglob("*.py"))
 
@@ -51,8 +51,7 @@ def test_names_of_tests_have_under_80_characters() -> None:
 
 def test_an_import_of_a_higher_package_breaks_the_contract(tmp_path: Path) -> None:
     def lint() -> subprocess.CompletedProcess[str]:
-        words = ["lint-imports", "--no-cache", "--no-logo"]
-        return subprocess.run(words, cwd=tmp_path, env={"PATH": PATH}, capture_output=True, text=True, check=False)
+        return ended("lint-imports", "--no-cache", "--no-logo", cwd=tmp_path, env={"PATH": PATH})
 
     shutil.copytree(ROOT / "phasegate", tmp_path / "phasegate", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", tmp_path)

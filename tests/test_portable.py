@@ -12,7 +12,7 @@ from pathlib import Path
 
 import yaml
 
-from tests.small_study import PATH, ROOT
+from tests.small_study import PATH, ROOT, ended
 
 TRACKED = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
 MAKEFILE = (ROOT / "Makefile").read_text()
@@ -52,7 +52,7 @@ def test_an_environment_behind_a_link_is_not_emptied(tmp_path: Path) -> None:
         (tmp_path / name).write_text((ROOT / name).read_text())
     (tmp_path / "precious").touch()
     (tmp_path / ".venv").symlink_to(".")
-    done = subprocess.run(["make", "lint"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = ended("make", "lint", cwd=tmp_path)
     assert done.returncode and ".venv is a link" in done.stderr
     assert (tmp_path / "precious").exists()
 
@@ -90,8 +90,7 @@ def test_the_hook_for_parameters_says_what_is_wrong(tmp_path: Path) -> None:
     for name, code, sentence in (("lowdest", 2, wrong), ("loudest", 0, "")):
         values["plugins"]["arms"] = {"mine": {"signal": name}}
         (tmp_path / "params.yaml").write_text(yaml.safe_dump(values))
-        words = hook["entry"].split()
-        done = subprocess.run(words, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+        done = ended(*hook["entry"].split(), cwd=tmp_path, env=ENVIRONMENT)
         assert (done.returncode, done.stdout) == (code, "") and re.fullmatch(sentence, done.stderr)
         assert sorted(path.name for path in tmp_path.iterdir()) == ["params.yaml", "plugins"]
 

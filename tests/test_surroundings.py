@@ -18,7 +18,7 @@ from phasegate.params import Params
 from phasegate.tools.repair import is_cut_off, repair
 from phasegate.training import device
 from stages import check as check_stage
-from tests.small_study import ROOT, Checkout
+from tests.small_study import ROOT, Checkout, ended
 
 Break = Callable[[Checkout, Path], None]
 
@@ -52,10 +52,7 @@ def test_what_is_wrong_around_is_one_sentence(words: str, wrong: Break, tmp_path
     study = Checkout(tmp_path / "study")
     wrong(study, small_disk)
     for program in ("repair", "plan", "experiments"):  # with which make's repro, study, plan, report and phases begin
-        command = [sys.executable, "-m", f"phasegate.tools.{program}"]
-        done = subprocess.run(
-            command, cwd=study.folder, env=study.environment, capture_output=True, text=True, check=False
-        )
+        done = ended(sys.executable, "-m", f"phasegate.tools.{program}", cwd=study.folder, env=study.environment)
         assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1, done.stderr
         known = words in done.stderr or (program == "experiments" and "changed since the last commit" in done.stderr)
         assert known and done.stderr.startswith(f"{program}: ")
@@ -66,7 +63,7 @@ def test_make_says_in_one_line_that_it_may_not_write(small_disk: Path) -> None:
         shutil.copy(ROOT / name, small_disk)
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     for target in ("clean", "lock", "repro"):  # which makes the environment
-        done = subprocess.run(["make", target], cwd=small_disk, capture_output=True, text=True, check=False)
+        done = ended("make", target, cwd=small_disk)
         assert done.returncode == 2 and done.stdout == ""
         assert done.stderr.splitlines()[0] == f"{small_disk} can't be written" and done.stderr.count("\n") == 2
 
@@ -75,9 +72,7 @@ def test_verdicts_need_a_commit_to_compare_with(tmp_path: Path) -> None:
     shutil.copy(ROOT / "Makefile", tmp_path)
     environment = os.environ | {"GIT_CEILING_DIRECTORIES": str(tmp_path.parent)}
     for _ in range(2):
-        done = subprocess.run(
-            ["make", "verdicts"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
-        )
+        done = ended("make", "verdicts", cwd=tmp_path, env=environment)
         assert done.returncode == 2 and done.stdout == ""
         assert "verdicts: there is no commit origin/main to compare with: set BASE" in done.stderr
         subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
@@ -113,9 +108,7 @@ def test_what_make_starts_escapes_what_the_terminal_cannot_show() -> None:
     rule = f"show:\n\t@{sys.executable} -c 'print(chr(0x2212))'"
     for encoding in ("ascii", "ascii:strict", ":strict"):
         environment = os.environ | ASCII | {"PYTHONIOENCODING": encoding}
-        done = subprocess.run(
-            ["make", "--eval", rule, "show"], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-        )
+        done = ended("make", "--eval", rule, "show", cwd=ROOT, env=environment)
         assert done.stdout == "\\u2212\n", done.stderr
 
 
