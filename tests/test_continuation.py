@@ -47,9 +47,7 @@ OPERATIONS = {
     **{f"surgery/remove_by_{signal}": {"remove"} for signal in ("usage", "loss")},
     "surgery/merge": {"split", "merge"},
 }
-MAY_REST = {
-    f"{phase}/{arm}" for phase in ("p7b4", "p7c3") for arm in ("counterfactual_head", "oracle", "sham", "yoked")
-}
+RESTING = {f"{phase}/{arm}" for phase in ("p7b4", "p7c3") for arm in ("counterfactual_head", "oracle", "sham", "yoked")}
 """Arms in which nothing may be worth doing."""
 DEAD = 2  # experts of each layer in p7c3
 CONTROL = "p7a/continue"
@@ -129,7 +127,7 @@ def test_every_arm_starts_at_the_accuracy_of_its_checkpoint(arm: str, ended: Fol
 
 
 def alike(one: Path, other: Path) -> bool:
-    files = (WEIGHTS, "curve.csv", "surgeries.csv")
+    files = (WEIGHTS, "curve.csv", "surgeries.csv", "loads.csv")
     return all((one / file).read_bytes() == (other / file).read_bytes() for file in files)
 
 
@@ -191,7 +189,7 @@ def test_the_log_of_surgeries_explains_the_number_of_experts(arm: str, trials: T
     (curve, log), schedule = tables(ended[arm]), trials[arm].arguments["schedule"]
     done, possible = set(log["operation"]), OPERATIONS.get(arm, set())
     assert done == possible or (done < possible and not arm.startswith("surgery/"))
-    assert done or not possible or arm in MAY_REST
+    assert done or not possible or arm in RESTING
     change = log["n_routed_after"] - log["n_routed_before"]
     assert (change == log["operation"].map({"remove": -1, "merge": -1}).fillna(1)).all()
     for point in curve.to_dict("records"):

@@ -7,7 +7,6 @@ from typing import Any
 
 import pandas as pd
 import pytest
-import safetensors.torch
 import yaml
 from torch import Tensor
 
@@ -29,6 +28,7 @@ from phasegate.trials.trial import Trial
 from tests.layers import same
 from tests.models import ARCHITECTURE
 from tests.small_study import ROOT
+from tests.test_continuation import Trials, alike, tables, weights
 from tests.tiny_data import TRAINING
 
 SMALL, LARGE, TOP_K, BLOCKS, LAST = 3, 6, 2, ARCHITECTURE.blocks, 125
@@ -48,7 +48,6 @@ ARMS = {f"{phase}/{arm}": case for phase, arms in (("p7c1", P7C1), ("p7c2", P7C2
 RATES = {"small": 2.0, "large": 1.0, "birth": 4.0, "handover": 2.0, "upcycle": 4.0, "upcycle_carried": 2.0}
 RATES |= {"reinit": 1.0, "split": 2.0}
 each_arm = pytest.mark.parametrize("arm", ARMS)
-Trials = dict[str, Trial]
 
 
 @pytest.fixture(scope="module")
@@ -105,22 +104,8 @@ def folder_of(name: str, seed: int = 0) -> Path:
     return Path("models", name, f"seed-{seed}")
 
 
-def weights(folder: Path) -> dict[str, Tensor]:
-    return safetensors.torch.load_file(folder / WEIGHTS)
-
-
 def model_of(folder: Path) -> dict[str, Tensor]:
     return {name: value for name, value in weights(folder).items() if name.startswith("model.")}
-
-
-def tables(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """A trial's learning curve and log of surgeries."""
-    return pd.read_csv(folder / "curve.csv"), pd.read_csv(folder / "surgeries.csv")
-
-
-def alike(one: Path, other: Path) -> bool:
-    files = (WEIGHTS, "curve.csv", "surgeries.csv", "loads.csv")
-    return all((one / file).read_bytes() == (other / file).read_bytes() for file in files)
 
 
 def test_stages_run_the_declared_arms(trials: Trials, params: Params) -> None:
