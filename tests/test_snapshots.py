@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from phasegate.base.errors import Diverged
 from phasegate.model.classifier import ModelSpec
 from phasegate.model.references import ReferenceSpec
-from phasegate.params.phases import EntropyLabels, GroundTruth, GrowMany, RandomLabels, Schedule
+from phasegate.params.phases import GroundTruth, GrowMany, Schedule
 from phasegate.params.pretraining import Training
 from phasegate.pretraining.pretrain import pretrain
 from phasegate.records.trial_folder import CURVE, LAST_GOOD
@@ -32,14 +32,13 @@ from phasegate.training.adamw import AdamW
 from phasegate.training.batches import Examples
 from phasegate.training.killed_trials import SNAPSHOT, Snapshots
 from phasegate.training.loop import fit
+from tests.bits import ENTROPY, NOISE, TASKS
 from tests.small_study import content
 
-NOISE = RandomLabels(grow=0.4, prune=0.3, loss_weight=1.0, head_lr=0.02)
-ENTROPY = EntropyLabels(grow_below=1.0, prune_above=1.0, head_lr=0.02)
-TASKS = ((0, 0, 1, 1), (0, 1, 0, 1))
 BORN = 12  # the step of the birth in trials of 7c
 ARMS = "continue noise split clone merge entropy_loss task_gates oracle counterfactual_head trained_hyperplanes"
 Run = Callable[[Path], None]
+Runs = dict[str, Run]
 Kill = Callable[[int, Run, Path], None]
 
 
@@ -91,9 +90,9 @@ def early(
 def runs(
     prepared: Path, baselines: Path, heads: Path, spec: ModelSpec, training: Training, schedule: Schedule,
     truth: GroundTruth, early: Path,
-) -> dict[str, Run]:  # fmt: skip
+) -> Runs:  # fmt: skip
     """Every kind of trial that trains, by name."""
-    start = baselines / "seed-0"
+    course: Any = {"prepared": prepared, "start": baselines / "seed-0", "seed": 0, "schedule": schedule}
     split = Treatment(HeadPolicy(ENTROPY, acts="argmax"))
     arms = {
         "continue": Arm(),
@@ -106,7 +105,7 @@ def runs(
         "oracle": Arm(Treatment(MeasuredPolicy(1e-8, 0.9, 1, 3, 2, 1))),
         "counterfactual_head": Arm(Treatment(PredictedPolicy(heads, 1e-8, 0.9))),
     }
-    proceed = partial(run_arm, prepared=prepared, start=start, phase="p7b", seed=0, schedule=schedule)
+    proceed = partial(run_arm, **course, phase="p7b")
     trained = schedule.model_copy(update={"hyperplanes": "balanced", "split_direction": "loss"})
     begin = partial(pretrain, prepared=prepared, phase="p7a", arm="base", seed=0, training=training)
     longer = schedule.model_copy(update={"steps": 124, "max_experts": 12})
@@ -123,15 +122,13 @@ def runs(
         "handover": grown("handover"),
         "pretraining": partial(begin, spec=spec, keep_optimizer=True),
         "reference": partial(begin, spec=ReferenceSpec((1, 8), 4, (6,), None)),
-        "survey": partial(
-            survey, prepared=prepared, start=start, seed=0, schedule=schedule, truth=truth, steps=truth.last_survey
-        ),
+        "survey": partial(survey, **course, truth=truth, steps=truth.last_survey),
     }
 
 
 @pytest.mark.parametrize("name", [*ARMS.split(), "pretraining", "reference", "survey"])
 def test_a_trial_killed_three_times_ends_with_the_bits_of_an_undisturbed_one(
-    runs: dict[str, Run], kill: Kill, tmp_path: Path, undisturbed: Path, name: str
+    runs: Runs, kill: Kill, tmp_path: Path, undisturbed: Path, name: str
 ) -> None:
     runs[name](undisturbed)
     for step in (0, 1, 4 if name == "survey" else 30):
@@ -144,7 +141,7 @@ def test_a_trial_killed_three_times_ends_with_the_bits_of_an_undisturbed_one(
 
 @pytest.mark.parametrize("way", ["birth", "handover"])
 def test_a_trial_killed_during_a_birth_and_after_it_ends_with_the_same_bits(
-    runs: dict[str, Run], kill: Kill, tmp_path: Path, undisturbed: Path, way: str, monkeypatch: pytest.MonkeyPatch
+    runs: Runs, kill: Kill, tmp_path: Path, undisturbed: Path, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rates, step = list[float](), AdamW.step
 
@@ -192,7 +189,7 @@ def change_fit(
 
 
 def test_what_was_trained_before_the_snapshot_is_not_trained_again(
-    runs: dict[str, Run], kill: Kill, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    runs: Runs, kill: Kill, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kill(28, runs["continue"], tmp_path)
     steps = list[int]()
@@ -202,7 +199,7 @@ def test_what_was_trained_before_the_snapshot_is_not_trained_again(
 
 
 def test_the_seconds_before_a_snapshot_count(
-    runs: dict[str, Run], kill: Kill, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    runs: Runs, kill: Kill, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = []
     for step in (8, 30):
@@ -213,7 +210,7 @@ def test_the_seconds_before_a_snapshot_count(
 
 
 def test_a_model_that_overflows_before_a_controller_looks_at_it_has_diverged(
-    runs: dict[str, Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def blow_up(model: nn.Module, step: int) -> None:
         if step == 4:  # at which a controller acts
@@ -225,9 +222,7 @@ def test_a_model_that_overflows_before_a_controller_looks_at_it_has_diverged(
 
 
 @pytest.mark.parametrize("harm", ["truncated", "flipped", "empty"])
-def test_a_damaged_snapshot_is_not_used(
-    runs: dict[str, Run], kill: Kill, tmp_path: Path, undisturbed: Path, harm: str
-) -> None:
+def test_a_damaged_snapshot_is_not_used(runs: Runs, kill: Kill, tmp_path: Path, undisturbed: Path, harm: str) -> None:
     kill(30, runs["noise"], tmp_path)
     whole = (tmp_path / SNAPSHOT).read_bytes()
     flipped = whole[:5000] + bytes([whole[5000] ^ 1]) + whole[5001:]
@@ -258,7 +253,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, what: str, at: int, done: int) -> No
 @pytest.mark.parametrize("what", ["loss", "gradient", "value"])
 @pytest.mark.parametrize(("name", "resumed"), [("split", False), ("split", True), ("pretraining", False)])
 def test_a_trial_that_diverges_stops_and_leaves_its_last_good_checkpoint(
-    runs: dict[str, Run], kill: Kill, tmp_path: Path, undisturbed: Path, gate: Examples,
+    runs: Runs, kill: Kill, tmp_path: Path, undisturbed: Path, gate: Examples,
     monkeypatch: pytest.MonkeyPatch, what: str, name: str, resumed: bool,
 ) -> None:  # fmt: skip
     runs[name](undisturbed)
