@@ -88,13 +88,13 @@ def operate(manager: ExpertManager, operation: str, pick: int) -> Surgery:
     return manager.remove(expert) if operation == "remove" else manager.clone(expert)
 
 
-def content(manager: ExpertManager) -> dict[str, Tensor]:
+def state(manager: ExpertManager) -> dict[str, Tensor]:
     """Every number of the layer and of its optimizer, by name."""
     assert manager.optimizer is not None
     named = dict(manager.moe.state_dict())
     for name, parameter in manager.moe.named_parameters():
-        state = manager.optimizer.state.get(parameter, {})
-        named |= {f"{name}.{key}": value for key, value in state.items()}
+        kept = manager.optimizer.state.get(parameter, {})
+        named |= {f"{name}.{key}": value for key, value in kept.items()}
     return {name: value.clone() for name, value in named.items()}
 
 
@@ -104,7 +104,7 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 def by_id(manager: ExpertManager) -> dict[int, dict[str, Tensor]]:
     """Weights and moments of every expert, and its router row."""
-    now, experts = {name: value for name, value in content(manager).items() if value.dim()}, {}
+    now, experts = {name: value for name, value in state(manager).items() if value.dim()}, {}
     for e, expert in enumerate(now["expert_id"].tolist()):
         family = now["family_of"][e]
         router = {name: rows[:, family] for name, rows in now.items() if name.startswith("router")}

@@ -18,7 +18,7 @@ from phasegate.params.phases import BIRTH_STEPS
 from phasegate.surgery.operations import ExpertManager, SurgeryRefused, grow_older, kill
 from phasegate.surgery.tasks import add_tasks
 from phasegate.training.loop import make_optimizer
-from tests.layers import EXPERT, WIDTH, by_id, check_sizes, content, managers, operate, picks, same, train, trained
+from tests.layers import EXPERT, WIDTH, by_id, check_sizes, managers, operate, picks, same, state, train, trained
 from tests.models import ARCHITECTURE, cases, draws, seeds
 from tests.tiny_data import TRAINING
 
@@ -122,10 +122,10 @@ def test_a_birth_leaves_old_rows_and_moments_and_newborns_have_none(
     manager: Any, retires: bool, count: int, seed: int
 ) -> None:
     moe = manager.moe
-    before, whole = by_id(manager), content(manager)
+    before, whole = by_id(manager), state(manager)
     manager.birth(count, retires, draws(seed))
     check_sizes(manager)
-    after, now = by_id(manager), content(manager)
+    after, now = by_id(manager), state(manager)
     born = sorted(after.keys() - before.keys())
     assert born == [int(whole["next_id"]) + i for i in range(count)]
     assert all(same(after[expert], before[expert]) for expert in before)
@@ -156,16 +156,14 @@ def test_during_a_birth_a_layer_puts_out_what_the_formulas_say(seed: int, kind: 
 
 @settings(max_examples=30)
 @given(seeds, kinds, ways, st.integers(0, BIRTH_STEPS - 1), st.booleans())
-def test_during_a_birth_kernels_and_torch_agree(
-    seed: int, kind: Any, retires: bool, age: int, hyperplanes: bool
-) -> None:
+def test_during_a_birth_kernels_and_torch_agree(seed: int, kind: Any, retires: bool, age: int, learn: bool) -> None:
     moe = halfway(seed, retires, age, **kind)
     x, slope = torch.randn(2, kind["n_gates"], N, WIDTH)
     logit_slope = torch.randn(kind["n_gates"], N, moe.n_families)
     results = []
     for layer in (moe, copy.deepcopy(moe).double()):
         for plane in (layer.node_weight, layer.node_offset):
-            plane.requires_grad_(hyperplanes)
+            plane.requires_grad_(learn)
         given = x.to(layer.w_in.dtype).requires_grad_()
         y, routing = layer(given)
         loss = (y * slope).sum() + (routing.logits * logit_slope).sum()
@@ -188,7 +186,7 @@ def test_at_its_end_a_birth_leaves_a_plain_layer(manager: Any, retires: bool, co
         assert moe.under_way == Birth(n_old, age, retires) and moe.birth.tolist() == [n_old, age, retires]
     x = torch.randn(1, 10, WIDTH).double()
     wanted = reference(copy.deepcopy(moe).double(), x, BIRTH_STEPS)
-    before, whole = by_id(manager), content(manager)
+    before, whole = by_id(manager), state(manager)
     n_nodes = moe.path.shape[1]
     grow_older(moe, manager.optimizer)
     check_sizes(manager)
@@ -202,18 +200,16 @@ def test_at_its_end_a_birth_leaves_a_plain_layer(manager: Any, retires: bool, co
         assert all(same(after[expert], before[expert]) for expert in after)
     else:
         assert moe.path.shape[1] == n_nodes
-        factors = {
-            f"{name}.exp_avg{squared}": q ** (1 + len(squared) // 3) for name in EXPERT for squared in ("", "_sq")
-        }
+        factors = {f"{name}.exp_avg{suffix}": q ** (1 + len(suffix) // 3) for name in EXPERT for suffix in ("", "_sq")}
         for expert, rows in before.items():
             wants = {name: value * factors.get(name, 1) if expert in old else value for name, value in rows.items()}
             assert wants.keys() == after[expert].keys()
             for name, value in wants.items():
                 torch.testing.assert_close(after[expert][name], value, rtol=1e-6, atol=0)
-    whole_after = content(manager)
+    whole_after = state(manager)
     assert all(torch.equal(whole_after[name], whole[name]) for name in whole if name in ("w_in.step", "router.step"))
     grow_older(moe, manager.optimizer)
-    assert same(content(manager), whole_after)
+    assert same(state(manager), whole_after)
     train(manager)
     operate(manager, "split", 0)
 
@@ -235,10 +231,10 @@ def test_an_operation_while_a_birth_is_under_way_is_refused(operation: str, reti
     manager.birth(4, retires)
     for age in (0, 99):
         assert moe.under_way and moe.under_way.age == age
-        before, parameters, tables = content(manager), list(moe.parameters()), (moe._root.clone(), moe._child.clone())
+        before, parameters, tables = state(manager), list(moe.parameters()), (moe._root.clone(), moe._child.clone())
         with pytest.raises(SurgeryRefused, match=f"a birth is under way for {age} steps, and takes 100: wait"):
             OPERATIONS[operation](manager)
-        assert same(before, content(manager)) and moe.under_way == Birth(5, age, retires)
+        assert same(before, state(manager)) and moe.under_way == Birth(5, age, retires)
         assert all(one is other for one, other in zip(parameters, moe.parameters(), strict=True))
         assert all(map(torch.equal, tables, (moe._root, moe._child)))
         for _ in range(99):
@@ -258,10 +254,10 @@ def test_an_operation_while_a_birth_is_under_way_is_refused(operation: str, reti
 )
 def test_growth_by_too_few_experts_is_refused(why: str, refused: Any) -> None:
     moe, manager = trained(0)
-    before = content(manager)
+    before = state(manager)
     with pytest.raises(SurgeryRefused, match=f"^{why}$"):
         refused(manager)
-    assert same(before, content(manager)) and moe.under_way is None
+    assert same(before, state(manager)) and moe.under_way is None
 
 
 def test_no_birth_is_set_that_does_not_fit_the_layer() -> None:
@@ -277,9 +273,7 @@ def test_no_birth_is_set_that_does_not_fit_the_layer() -> None:
 
 @settings(max_examples=30)
 @given(managers(), st.integers(1, 70), seeds, st.sampled_from(["scaled", "carried"]))
-def test_upcycling_copies_experts_in_turn_with_their_router_rows(
-    manager: Any, count: int, seed: int, moments: Any
-) -> None:
+def test_upcycling_copies_experts_in_turn_with_router_rows(manager: Any, count: int, seed: int, moments: Any) -> None:
     moe, manager.moments = manager.moe, moments
     before, n, known = by_id(manager), moe.n_routed, moe.expert_id.tolist()
     parents = [known[i % n] for i in range(count)]
@@ -314,4 +308,4 @@ def test_a_killed_expert_stays_exactly_zero_in_training(manager: Any, pick: int)
         train(manager)
         rows = by_id(manager)[int(moe.expert_id[dead])]
         assert not any(value.count_nonzero() for name, value in rows.items() if name.startswith(EXPERT))
-    assert content(manager)["w_in"].count_nonzero() > 0 or moe.n_routed == 1
+    assert state(manager)["w_in"].count_nonzero() > 0 or moe.n_routed == 1

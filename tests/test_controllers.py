@@ -16,16 +16,7 @@ from phasegate.model.routing_statistics import ExpertSignals
 from phasegate.params.phases import EntropyLabels, RandomLabels, UsageLabels
 from phasegate.records.trial_folder import SURGERY_COLUMNS
 from phasegate.surgery import controllers
-from phasegate.surgery.controllers import (
-    Allowed,
-    Controller,
-    HeadPolicy,
-    LabelPolicy,
-    PlannedPolicy,
-    Policy,
-    YokedPolicy,
-    label,
-)
+from phasegate.surgery.controllers import Allowed, Controller, HeadPolicy, LabelPolicy, PlannedPolicy, Policy, label
 from tests.models import draws, seeds
 
 GROW, PRUNE, KEEP = controllers.Action
@@ -165,12 +156,11 @@ def test_a_yoked_controller_repeats_operations_on_any_allowed_expert(
 ) -> None:
     log = pd.DataFrame({"step": [*plan, *plan], "block": [0] * len(plan) + [1] * len(plan)}, dtype=int)
     grew = [*plan.values(), *(not grew for grew in plan.values())]
-    log = log.assign(n_routed_before=5, n_routed_after=[6 if grew else 4 for grew in grew]).reindex(
-        columns=SURGERY_COLUMNS
-    )
+    log = log.assign(n_routed_before=5, n_routed_after=[6 if grew else 4 for grew in grew])
+    log = log.reindex(columns=SURGERY_COLUMNS)
     optimizer, course = mock.Mock(), mock.Mock(seed=seed)
     with mock.patch.object(controllers, "read_table", return_value=log) as read:
-        controller = YokedPolicy(Path("models/p7b1/split")).build(MODEL, optimizer, course)
+        controller = controllers.YokedPolicy(Path("models/p7b1/split")).build(MODEL, optimizer, course)
     assert read.call_args.args[0] == Path(f"models/p7b1/split/seed-{seed}/surgeries.csv")
     for step, masks in enumerate(rounds, start=1):
         allowed = Allowed(*torch.tensor(masks).T)
@@ -186,7 +176,7 @@ def test_a_yoked_controller_repeats_operations_of_one_step_on_different_experts(
 ) -> None:
     log = pd.DataFrame({"step": [4] * removed, "block": 0, "n_routed_before": 5, "n_routed_after": 4})
     with mock.patch.object(controllers, "read_table", return_value=log):
-        controller = YokedPolicy(Path("oracle")).build(MODEL, mock.Mock(), mock.Mock(seed=seed))
+        controller = controllers.YokedPolicy(Path("oracle")).build(MODEL, mock.Mock(), mock.Mock(seed=seed))
     yes = torch.ones(6, dtype=torch.bool)
     planned = controller.plan(situation(signals(6), Allowed(yes, yes, at_once)))
     assert [proposal.action for proposal in planned] == [PRUNE] * min(removed, at_once)

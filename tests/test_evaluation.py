@@ -13,14 +13,7 @@ import torch
 from phasegate.base.errors import UserError
 from phasegate.data_sets.prepare import prepare
 from phasegate.evaluation import evaluate as evaluation
-from phasegate.evaluation.evaluate import (
-    KEY,
-    TABLES,
-    balanced_accuracy,
-    calibration_error,
-    evaluate_phase,
-    mutual_information,
-)
+from phasegate.evaluation.evaluate import KEY, TABLES, calibration_error, evaluate_phase, mutual_information
 from phasegate.evaluation.split_halves import HALVES_COLUMNS
 from phasegate.model.classifier import Model, ModelSpec, cost
 from phasegate.model.references import Reference, ReferenceSpec
@@ -60,8 +53,8 @@ def test_calibration_error_is_the_weighted_gap_between_confidence_and_accuracy()
 def test_balanced_accuracy_gives_every_class_that_is_there_the_same_weight() -> None:
     y = np.array([0] * 6 + [1] * 2 + [3])
     right = np.array([True] * 5 + [False] + [True, False] + [False])
-    assert balanced_accuracy(right, y) == pytest.approx(100 * (5 / 6 + 1 / 2 + 0) / 3)
-    assert balanced_accuracy(right[:6], y[:6]) == pytest.approx(100 * right[:6].mean())
+    assert evaluation.balanced_accuracy(right, y) == pytest.approx(100 * (5 / 6 + 1 / 2 + 0) / 3)
+    assert evaluation.balanced_accuracy(right[:6], y[:6]) == pytest.approx(100 * right[:6].mean())
 
 
 def test_few_examples_of_a_class_and_none_on_gate_and_test_leave_no_blank(

@@ -12,20 +12,7 @@ from torch import Tensor
 
 from phasegate.model.moe import MoE
 from phasegate.surgery.operations import ExpertManager, SurgeryRefused
-from tests.layers import (
-    EXPERT,
-    WIDTH,
-    by_id,
-    check_sizes,
-    content,
-    managers,
-    operate,
-    picks,
-    plans,
-    same,
-    train,
-    trained,
-)
+from tests.layers import EXPERT, WIDTH, by_id, check_sizes, managers, operate, picks, plans, same, state, train, trained
 from tests.models import seeds, siblings
 
 MOMENTS = {"exp_avg": 1, "exp_avg_sq": 2}
@@ -53,12 +40,12 @@ def test_surgery_leaves_every_other_expert_and_its_moments_as_they_were(manager:
     moe = manager.moe
     used = set(moe.expert_id.tolist())
     for operation, pick in plan:
-        before, whole = by_id(manager), content(manager)
+        before, whole = by_id(manager), state(manager)
         family = dict(zip(moe.expert_id.tolist(), moe.family_of.tolist(), strict=True))
         try:
             surgery = operate(manager, operation, pick)
         except SurgeryRefused:
-            assert same(whole, content(manager))
+            assert same(whole, state(manager))
             assert operation == "merge" or (operation == "remove" and moe.n_families == moe.top_k)
             assert operation == "remove" or all(manager.sibling(expert) is None for expert in before)
             continue
@@ -100,19 +87,17 @@ def test_a_split_keeps_the_function_and_the_chosen_families(manager: Any, pick: 
 
 @settings(max_examples=40)
 @given(managers(), picks, st.floats(0, 1), st.sampled_from(["scaled", "carried"]))
-def test_merging_right_after_a_split_restores_the_layer_to_the_bit(
-    manager: Any, pick: int, share: float, moments: str
-) -> None:
+def test_merging_right_after_a_split_restores_every_bit(manager: Any, pick: int, share: float, moments: str) -> None:
     moe, manager.moments = manager.moe, moments
     x = torch.randn(1, 200, WIDTH, dtype=moe.w_in.dtype)
-    y, before, ids = moe(x)[0], content(manager), ids_run(moe, x[0])
+    y, before, ids = moe(x)[0], state(manager), ids_run(moe, x[0])
     surgery = operate(manager, "split", pick)
     assert surgery.parent is not None
     backwards = copy.deepcopy(manager)
 
     merger = manager.merge(surgery.expert, surgery.parent, share)
     assert (merger.expert, merger.parent) == (surgery.expert, surgery.parent)
-    after = content(manager)
+    after = state(manager)
     for counter in ("load", "next_id"):
         del before[counter], after[counter]
     assert same(before, after)
@@ -224,10 +209,10 @@ def test_a_refused_operation_says_why_and_changes_nothing(why: str, refused: Any
     for _ in range(2):
         operate(manager, "split", 0)  # the tree of expert 0 is now ((0, 4), 3)
         train(manager)
-    before, parameters, tables = content(manager), list(moe.parameters()), (moe._root.clone(), moe._child.clone())
+    before, parameters, tables = state(manager), list(moe.parameters()), (moe._root.clone(), moe._child.clone())
     with pytest.raises(SurgeryRefused, match=why):
         refused(manager)
-    assert same(before, content(manager))
+    assert same(before, state(manager))
     assert all(one is other for one, other in zip(parameters, moe.parameters(), strict=True))
     assert all(map(torch.equal, tables, (moe._root, moe._child)))
 
@@ -239,7 +224,7 @@ def test_training_goes_on_while_a_graph_from_before_is_alive(operation: str) -> 
     train(manager)
     y, routing = moe(torch.randn(1, 64, WIDTH))
     operate(manager, operation, 1)
-    before = content(manager)
+    before = state(manager)
     train(manager)
     y.sum().backward()
     assert routing.probs.requires_grad
