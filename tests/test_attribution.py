@@ -128,15 +128,11 @@ def test_whole_families_are_counted_as_a_layer_would(operations: list[tuple[str,
 )
 def test_the_finding_tells_which_of_adding_and_removing_does_the_harm(lost: dict[str, float], harm: str) -> None:
     noise = np.array([0.1, -0.1, 0.05, -0.05])
-    trials = trials_of(
-        {arm: 80 - lost.get(arm.removeprefix("p7b1/"), 0) + noise * (arm != CONTINUED) for arm in NEEDED}
-    )
-    first, _, third = findings(attribution(trials, NONE, LOGS, 0.95), 0.95)
+    study = trials_of({arm: 80 - lost.get(arm.removeprefix("p7b1/"), 0) + noise * (arm != CONTINUED) for arm in NEEDED})
+    first, _, third = findings(attribution(study, NONE, LOGS, 0.95), 0.95)
     assert first.startswith("7b.1, random labels: adding alone, ") and f"; {harm}; choosing the experts" in first
     assert "by 2.5 added experts (" in first and "by 2.5 whole families removed (" in first
-    assert third == (
-        "7b.4, usage: choosing the experts and not drawing them, 0.00 pp [0.00, 0.00], not certain (Holm)."
-    )
+    assert third == "7b.4, usage: choosing the experts and not drawing them, 0.00 pp [0.00, 0.00], not certain (Holm)."
 
 
 def test_a_contrast_is_over_the_seeds_that_all_its_arms_finished() -> None:

@@ -37,6 +37,7 @@ from phasegate.training.predictions import correct, predict
 from tests.models import ARCHITECTURE
 
 Tensors = dict[str, Tensor]
+Change = Callable[[Tensors], None]
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +180,7 @@ def test_weights_that_claim_more_than_the_memory_are_not_read(folder: Path, many
         load(folder, many)
 
 
-def cut(name: str, *index: Any) -> Callable[[Tensors], None]:
+def cut(name: str, *index: Any) -> Change:
     """Replace a tensor by a part of it."""
     return lambda tensors: tensors.update({f"model.{name}": tensors[f"model.{name}"][index].contiguous()})
 
@@ -199,9 +200,7 @@ def only_one(tensors: Tensors) -> None:
         (cut("blocks.0.moe.w_out", slice(-1)), "moe.w_out should have shape (8, 8, 16), and has (7, 8, 16)"),
     ],
 )
-def test_tensors_that_do_not_fit_are_named(
-    folder: Path, many: Examples, change: Callable[[Tensors], None], said: str
-) -> None:
+def test_tensors_that_do_not_fit_are_named(folder: Path, many: Examples, change: Change, said: str) -> None:
     edit_weights(folder, change)
     with pytest.raises(UserError, match=re.escape(said)):
         load(folder, many)

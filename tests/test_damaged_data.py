@@ -226,9 +226,7 @@ def test_labels_beyond_the_classes_are_refused(prepared: Path) -> None:
         load_splits(prepared / FIT)
 
 
-def test_prepared_files_that_are_damaged_or_of_other_kinds_are_refused(
-    prepared: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_prepared_files_damaged_or_of_other_kinds_are_refused(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = (prepared / FIT).read_bytes()
     for damaged in (whole[:-9], whole[:-9] + b"12345678}"):
         (prepared / FIT).write_bytes(damaged)

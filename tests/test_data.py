@@ -49,9 +49,7 @@ def test_a_sorted_source_is_shuffled_like_any_other() -> None:
     assert (y[first].sum(1) == 1).all() and 400 < y[first[:, 0]].sum() < 600
 
 
-def test_every_split_of_a_sorted_source_begins_with_all_classes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_each_split_of_a_sorted_source_begins_with_all_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     own = Split(np.arange(60.0)[:, None, None], np.arange(60) // 20)
     monkeypatch.setattr(preparing, "load_source", lambda *_: Raw(own, own, published=own))
     prepare("own", tmp_path, tmp_path, 12, 0, {"first": [1, 0, 0]})
@@ -160,9 +158,7 @@ def test_a_validation_of_ones_own_is_used_and_what_is_not_used_is_named(tmp_path
 NAMES = ("zero", "Ünique\u00a0name", "null")
 
 
-@pytest.mark.parametrize(
-    "names", [np.array(NAMES), np.array([name.encode() for name in NAMES]), np.array(NAMES, ">U20")]
-)
+@pytest.mark.parametrize("names", [np.array(NAMES), np.array([*map(str.encode, NAMES)]), np.array(NAMES, ">U20")])
 def test_names_of_classes_come_from_the_file(tmp_path: Path, names: Any) -> None:
     assert load_meta(prepare_own(tmp_path, class_names=names)).class_names == NAMES
 

@@ -148,9 +148,8 @@ def test_the_example_of_your_own_data_is_prepared(
     assert meta.class_names == ("ash", "beech", "oak") and "1 channel of 8 x 8" in capsys.readouterr().out
     monkeypatch.setattr(prepare, "refuse_too_large", lambda _, *known: seen.append(known))
     apply_overrides(tmp_path / "params.yaml", ["p7c2.classes=3"])
-    with pytest.raises(
-        UserError, match=r"^p7c2.classes is 3, and npz has 3: it must be lower, since the other classes"
-    ):
+    said = r"^p7c2.classes is 3, and npz has 3: it must be lower, since the other classes"
+    with pytest.raises(UserError, match=said):
         prepare.main(load_params())
     assert seen == [((1, 8, 8), 3, 2000)]
 

@@ -143,12 +143,10 @@ def test_figures_say_what_failed(study: Path) -> None:
 
 def test_a_finding_says_what_failed_and_failures_alike_share_a_line() -> None:
     rows = {row.phase: row for row in wording.headline_rows(decided())}
-    inconclusive = rows["p7b2"]._replace(
-        verdict="INCONCLUSIVE", word="UNDECIDED", as_expected="open", n_seeds=2, n_failed=1
-    )
-    text = wording.finding(inconclusive)
+    unsure = rows["p7b2"]._replace(verdict="INCONCLUSIVE", word="UNDECIDED", as_expected="open", n_seeds=2, n_failed=1)
+    text = wording.finding(unsure)
     assert re.match(r"INCONCLUSIVE: split is UNDECIDED against continue, \+2.*, but 1 of 3 trials failed$", text)
-    assert wording.outcome(inconclusive, decided()).endswith("but 1 of 3 trials failed (2 seeds).")
+    assert wording.outcome(unsure, decided()).endswith("but 1 of 3 trials failed (2 seeds).")
     no_go = wording.finding(rows["p7b1"]._replace(n_seeds=2, n_failed=1))
     assert no_go.startswith("NO-GO: noise_acting is WORSE than") and no_go.endswith(", and 1 of 3 trials failed")
     idle = rows["surgery"]._replace(word="NOTHING DONE", verdict="INCONCLUSIVE", n_seeds=2, n_failed=1)

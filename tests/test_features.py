@@ -52,15 +52,8 @@ def test_every_model_learns_is_evaluated_loads_and_is_exported(
         spec = ModelSpec(architecture.model_copy(update={"stem": model}), (7, 1), (3,))
     prepared, folder = table / "data/prepared", tmp_path / "models/arm/seed-0"
     folder.mkdir(parents=True)
-    pretrain(
-        folder,
-        prepared=prepared,
-        phase="p7a",
-        arm="arm",
-        seed=0,
-        spec=spec,
-        training=training.model_copy(update={"steps": 200}),
-    )
+    longer = training.model_copy(update={"steps": 200})
+    pretrain(folder, prepared=prepared, phase="p7a", arm="arm", seed=0, spec=spec, training=longer)
     evaluate_phase(tmp_path / "models", prepared, tmp_path / "evaluated")
     accuracy = pd.read_csv(tmp_path / "evaluated/trials.csv")["accuracy"].item()
     assert accuracy > 90

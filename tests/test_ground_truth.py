@@ -90,9 +90,7 @@ class Bench:
 
     def gains(self, split: int, plans: list[Plan], price: float, errors: float) -> dict[Plan, float]:
         change, error = estimate(self.changes_of(split, plans))
-        prices = (
-            torch.tensor([sum(-price if action == PRUNE else price for action, _ in plan) for plan in plans]) * SIZE
-        )
+        prices = torch.tensor([sum(-price if a == PRUNE else price for a, _ in plan) for plan in plans]) * SIZE
         return dict(zip(plans, (-change - errors * error - prices).tolist(), strict=True))
 
     def plan(

@@ -68,19 +68,17 @@ def test_the_gap_closed_is_paired_and_stands_beside_step_rate_and_slots() -> Non
         for seed in range(2)
     )
     tables = {"trials": trials[~gone], "failures": failures, "curves": curves, "surgeries": surgeries, "rates": rates}
-    table: Any = growth(tables, claims("p7c1", "small", "small", "large", "birth_early", "birth"), 0.95).set_index(
-        "arm"
-    )
-    assert table["gap_closed"].to_dict() == pytest.approx({"small": 0, "large": 1, "birth": 0.75, "birth_early": 0.875})
-    assert table.loc["birth", ["gap_closed_lo", "gap_closed_hi"]].tolist() == pytest.approx([0.75, 0.75])
-    assert table["lead_pp"].to_dict() == {"small": 3, "large": -1, "birth_early": -0.5, "birth": 0}
+    rows: Any = growth(tables, claims("p7c1", "small", "small", "large", "birth_early", "birth"), 0.95).set_index("arm")
+    assert rows["gap_closed"].to_dict() == pytest.approx({"small": 0, "large": 1, "birth": 0.75, "birth_early": 0.875})
+    assert rows.loc["birth", ["gap_closed_lo", "gap_closed_hi"]].tolist() == pytest.approx([0.75, 0.75])
+    assert rows["lead_pp"].to_dict() == {"small": 3, "large": -1, "birth_early": -0.5, "birth": 0}
     lead = mean_interval([-1, 0], 0.95)
-    assert table.loc["birth_early", ["lead_pp", "lead_lo", "lead_hi"]].tolist() == pytest.approx(lead)
-    assert table["n_seeds"].tolist() == [3, 3, 2, 3]
-    assert table["operator"].to_dict() == {"small": "small", "large": "large", "birth": "birth", "birth_early": "birth"}
-    assert table["factor"].tolist() == [4, 8, 2, 2]
-    assert table["step"].fillna(-1).tolist() == [-1, -1, 10, 20]
-    assert table["slot_ratio"].to_dict() == pytest.approx({"small": 1, "large": 1, "birth": 1.25, "birth_early": 1.125})
+    assert rows.loc["birth_early", ["lead_pp", "lead_lo", "lead_hi"]].tolist() == pytest.approx(lead)
+    assert rows["n_seeds"].tolist() == [3, 3, 2, 3]
+    assert rows["operator"].to_dict() == {"small": "small", "large": "large", "birth": "birth", "birth_early": "birth"}
+    assert rows["factor"].tolist() == [4, 8, 2, 2]
+    assert rows["step"].fillna(-1).tolist() == [-1, -1, 10, 20]
+    assert rows["slot_ratio"].to_dict() == pytest.approx({"small": 1, "large": 1, "birth": 1.25, "birth_early": 1.125})
     means = mean_rates(rates.assign(accuracy=rates["accuracy"].mask(rates.index == 0)), 0.95)
     assert means["accuracy"].tolist()[:3] == [73, 74.5, 78.5] and means["n_seeds"].tolist()[:3] == [1, 2, 2]
     assert means[means["chosen"]]["factor"].tolist() == [4, 8, 2]

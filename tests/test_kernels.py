@@ -74,9 +74,8 @@ def test_operands_may_lie_in_memory_as_they_like() -> None:
                 found, of_negatives = product(one, other, begin), any(x.is_neg() for x in (one, other, begin))
                 torch.testing.assert_close(found, wanted)
                 assert of_negatives or torch.equal(found, wanted)
-    assert torch.equal(
-        product(a, b[:, :1].expand(8, 5), start[:1].expand(5)), product(a, b[:, :1], start[:1]).expand(3, 5)
-    )
+    expanded = product(a, b[:, :1].expand(8, 5), start[:1].expand(5))
+    assert torch.equal(expanded, product(a, b[:, :1], start[:1]).expand(3, 5))
     learnt = a.clone().requires_grad_()
     for slope in (wanted, torch._neg_view(-wanted), wanted.T.contiguous().T, wanted.double()):
         (found,) = torch.autograd.grad(product(learnt, b), learnt, slope)
@@ -392,9 +391,7 @@ def test_two_processes_may_compile_together(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("kernels-*.bin"))) == 1
 
 
-def test_the_lock_of_an_editor_beside_the_kernels_is_none_of_their_sources(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_lock_of_an_editor_beside_the_kernels_is_no_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled, "HERE", tmp_path / "kernels")
     shutil.copytree(ROOT / "phasegate/model/kernels", compiled.HERE)
     (compiled.HERE / ".#source.py").symlink_to("somebody@somewhere.1234:1")

@@ -131,9 +131,7 @@ def test_trained_hyperplanes_learn_from_tokens_that_pass_and_change_no_value(see
 
 
 @given(seeds, splits, st.integers(1, 4), few)
-def test_the_load_counts_tokens_that_each_expert_ran_in_training(
-    seed: int, splits: int, top_k: int, gates: int
-) -> None:
+def test_the_load_counts_the_tokens_each_expert_ran_in_training(seed: int, splits: int, top_k: int, gates: int) -> None:
     moe = grown(seed, splits, top_k, gates)
     expected = [0] * moe.n_routed
     for training in (True, False, True):

@@ -145,17 +145,15 @@ def test_a_hyperplane_starts_with_the_second_moment_of_its_familys_router_row(ma
 def test_moments_of_copies_are_those_of_their_share_of_the_tokens(
     manager: Any, pick: int, share: float, moments: Moments
 ) -> None:
-    for operation, kept in (("split", 1 - share), ("clone", share)):
+    for clones, kept in ((False, 1 - share), (True, share)):
         grown = copy.deepcopy(manager)
         grown.moments, moe, e = moments, grown.moe, pick % manager.moe.n_routed
         expert, before = int(moe.expert_id[e]), by_id(grown)[int(moe.expert_id[e])]
-        surgery = (
-            grown.clone(expert, share) if operation == "clone" else grown.split(expert, torch.ones(WIDTH), 0, share)
-        )
+        surgery = grown.clone(expert, share) if clones else grown.split(expert, torch.ones(WIDTH), 0, share)
         after = by_id(grown)
         for one, part in ((expert, kept), (surgery.expert, share)):
             for name, rows in after[one].items():
-                changes = moments == "scaled" and (operation == "clone" or not name.startswith("router"))
+                changes = moments == "scaled" and (clones or not name.startswith("router"))
                 power = {"exp_avg": 1, "exp_avg_sq": 2}.get(name.split(".")[-1], 0) * changes
                 torch.testing.assert_close(rows, before[name] * part**power, msg=name)
 

@@ -48,9 +48,8 @@ def test_a_name_that_means_something_else_is_refused_wherever_people_choose_one(
             f"{key}.{name}: the name {name!r} means something else in YAML or in tables: take another one",
         )
     if isinstance(name, str):
-        assert f"decisions.phases.p7b2.arms.0 is {name!r}: {GOOD_NAME}" == refusal(
-            "decisions.phases.p7b2.arms", [name]
-        ) or "means something else" in refusal("decisions.phases.p7b2.arms", [name])
+        said = refusal("decisions.phases.p7b2.arms", [name])
+        assert said == f"decisions.phases.p7b2.arms.0 is {name!r}: {GOOD_NAME}" or "means something else" in said
 
 
 def test_a_name_that_means_another_arm_beside_ones_own_is_refused_and_no_other() -> None:

@@ -234,9 +234,7 @@ def weights(model: Network) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def test_the_limit_of_a_container_or_a_shell_counts_as_its_memory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_limit_of_a_container_or_a_shell_counts_as_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     physical = memory.memory()
     monkeypatch.setattr(memory, "CGROUP", tmp_path / "memory.max")
     assert memory.memory() >= physical

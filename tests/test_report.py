@@ -128,12 +128,10 @@ BORN = pd.DataFrame(
 def tables(seeds: int = 3, /, **changes: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """The tables of the study above, some of them changed; the others are the committed tables."""
     boards = dict.fromkeys(("leaderboard_q1", "leaderboard_q2"), board(seeds))
-    boards |= {"growth": GROWTH, "trials": tried(seeds)} | {
-        name: STORY[name] for name in ("arrival", "repair", "rates")
-    }
+    boards |= {"growth": GROWTH} | {name: STORY[name] for name in ("arrival", "repair", "rates")}
     same = {"failures": NONE, "surgeries": SURGERIES, "split_halves": HALVES, "attribution": ATTRIBUTION}
     made = {"decisions": decided(seeds), "surgery_summary": summed(), "curves": curves(seeds), "routing": routing()}
-    return COMMITTED | boards | same | made | {"loads": LOADS} | changes
+    return COMMITTED | boards | same | made | {"loads": LOADS, "trials": tried(seeds)} | changes
 
 
 def titles(name: str, **changes: pd.DataFrame) -> list[str]:
@@ -166,9 +164,8 @@ def test_each_finding_agrees_with_its_row() -> None:
     rows = {row.phase: row for row in wording.headline_rows(decided())}
     assert wording.finding(rows["p7b1"]).startswith("NO-GO: noise_acting is WORSE than continue, −4.90 pp [")
     nll = "NLL 0.000 [0.000, 0.000]"
-    assert re.fullmatch(
-        rf"GO: split is BETTER than continue, \+2\.10 pp \[.*\], {re.escape(nll)}", wording.finding(rows["p7b2"])
-    )
+    better = rf"GO: split is BETTER than continue, \+2\.10 pp \[.*\], {re.escape(nll)}"
+    assert re.fullmatch(better, wording.finding(rows["p7b2"]))
     near = rows["p7b2"]._replace(delta_pp=0.5, delta_lo=-0.2, delta_hi=0.8, word="EQUIVALENT", nll_delta=-0.0123)
     said = f"GO: split is EQUIVALENT to continue, +0.50 pp [−0.20, +0.80], {nll.replace('0.000 ', '−0.012 ')}"
     assert wording.finding(near) == said
@@ -184,9 +181,8 @@ def test_an_outcome_says_whether_it_was_expected_and_why_there_is_no_assay() -> 
         assert f"(3 seeds; {remark})" in wording.outcome(rows[phase], decided())
     assert "(3 seeds)" in wording.outcome(rows["p7b3"], decided())
     failed = rows["p7b2"]._replace(verdict="NO ASSAY", as_expected="open", assay_pp=0.1, assay_lo=-0.1, assay_hi=0.3)
-    assert "the assay's better arm against its worse one: +0.10 pp [−0.10, +0.30])" in wording.outcome(
-        failed, decided()
-    )
+    said = wording.outcome(failed, decided())
+    assert "the assay's better arm against its worse one: +0.10 pp [−0.10, +0.30])" in said
 
 
 def test_the_rule_names_the_margins_and_what_so_many_seeds_can_decide() -> None:

@@ -72,17 +72,14 @@ def test_the_lock_knows_the_schema_that_the_first_stage_writes(results: Path) ->
 def test_the_decisions_follow_from_the_trials_by_textbook_formulas(results: Path) -> None:
     claims = yaml.safe_load((results / "params.yaml").read_text())["decisions"]
     folder = ROOT / TABLES if results == ROOT else results / "tables"
-    trials, surgeries, decisions = (
-        pd.read_csv(folder / f"{name}.csv") for name in ("trials", "surgeries", "decisions")
-    )
+    trials, surgeries, decided = (pd.read_csv(folder / f"{name}.csv") for name in ("trials", "surgeries", "decisions"))
     operated = set(zip(surgeries["phase"], surgeries["arm"], strict=True))
     keys = ["phase", "arm"]
-    expected = textbook(trials[trials["phase"] != "references"], operated, **claims).sort_values(
-        keys, ignore_index=True
-    )
-    decisions = decisions[decisions["phase"] != "plugins"]
+    expected = textbook(trials[trials["phase"] != "references"], operated, **claims)
+    expected = expected.sort_values(keys, ignore_index=True)
+    decided = decided[decided["phase"] != "plugins"]
     texts = dict.fromkeys(["verdict", "word", "as_expected"], "")
-    found = decisions[expected.columns].fillna(texts).sort_values(keys, ignore_index=True)
+    found = decided[expected.columns].fillna(texts).sort_values(keys, ignore_index=True)
     pd.testing.assert_frame_equal(found, expected, rtol=1e-6, atol=1e-8)
 
 
@@ -125,9 +122,8 @@ def textbook(
         adjusted = (ordered * np.arange(len(ordered), 0, -1)).cummax().clip(upper=1)
         table.loc[ordered.index, "p_holm"] = adjusted.mask(table["p_value"].isna())
     said = [judge(row, arms, confidence, phases.get(row["phase"])) for row in table.to_dict("records")]
-    return pd.concat(
-        [table.drop(columns="idle"), pd.DataFrame(said, columns=["word", "verdict", "as_expected"])], axis=1
-    )
+    judged = pd.DataFrame(said, columns=["word", "verdict", "as_expected"])
+    return pd.concat([table.drop(columns="idle"), judged], axis=1)
 
 
 def interval(x: "pd.Series[float]", confidence: float) -> tuple[float, float, float, float]:

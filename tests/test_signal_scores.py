@@ -178,7 +178,5 @@ def test_a_head_that_learned_the_truth_ranks_by_it(study: Path, score: Score, tm
     predictor.save_head(predictor.train_head(truth, 0), tmp_path / "heads/seed-0")
     (tmp_path / "surveys").symlink_to(study / "surveys")
     predicted = score(tmp_path).loc[PREDICTED]
-    assert all(predicted[f"spearman_{change}"] > 0.45 for change in CHANGES), (
-        predicted
-    )  # five experts: a multiple of 0.1
+    assert all(predicted[f"spearman_{change}"] > 0.45 for change in CHANGES), predicted  # five experts: steps of 0.1
     assert predicted["regret_1"] < predicted["chance_1"]

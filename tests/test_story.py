@@ -135,17 +135,14 @@ def test_the_first_paragraph_says_which_arms_gain_and_what_does_the_harm() -> No
     ],
 )
 def test_growing_is_told_by_the_word_of_its_arm(effect: float, short: str, said: str) -> None:
-    start = (
-        "A model that starts with 4 experts and grows to 24 by births (`birth`) at step 300 of 1,500, which at first"
-    )
+    start = "A model that starts with 4 experts and grows to 24 by births (`birth`) at step 300 of 1,500, which at"
     text = told(1, p7c1__birth=effect)
     question = f"**Does growing pay in a model that started too small? {short}**"
-    assert text.startswith(f"{question} {start} changes no bit of the output, {said}")
+    assert text.startswith(f"{question} {start} first changes no bit of the output, {said}")
 
 
 @pytest.mark.parametrize(
-    ("effect", "said"),
-    [(1.6, "ahead of routed"), (2.46, "not certainly apart from routed"), (4.0, "behind routed")],
+    ("effect", "said"), [(1.6, "ahead of routed"), (2.46, "not certainly apart from routed"), (4.0, "behind routed")]
 )
 def test_the_answer_says_where_births_end_beside_routed_copies_and_many_experts(effect: float, said: str) -> None:
     text = told(1, p7c1__upcycle=effect)

@@ -66,9 +66,8 @@ def test_batches_cover_every_example_once_per_epoch(seed: int, size: int, count:
 def test_the_draws_of_a_batch_stay_as_they_are() -> None:
     x, y = Batches(numbered(23), 4, 0, CONFIGURATION)(25)
     assert y.tolist() == [1, 12, 9, 4]
-    torch.testing.assert_close(
-        x[0, 0], torch.tensor([1.0843, 0.7219, 1.2751, 0.6299, 0.9126, 0.7582]), atol=1e-4, rtol=0
-    )
+    wanted = torch.tensor([1.0843, 0.7219, 1.2751, 0.6299, 0.9126, 0.7582])
+    torch.testing.assert_close(x[0, 0], wanted, atol=1e-4, rtol=0)
 
 
 def test_another_seed_draws_other_batches_and_a_batch_is_at_most_the_data_set() -> None:
