@@ -77,7 +77,7 @@ def study(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(decide, "sampling", lambda *_: pd.read_csv(ROOT / TABLES / "sampling.csv"))
-        patch.setattr(decide, "read_predictions", lambda _: ())
+        patch.setattr(decide, "read_predictions", lambda _: ((), {}))
         patch.setattr(decide, "arrival", lambda *_: pd.read_csv(ROOT / TABLES / "arrival.csv"))
         for stage in (decide, report, headline):
             stage.main(PARAMS.model_copy(update={"headline": PARAMS.headline.model_copy(update={"phase": "p7b1"})}))

@@ -277,7 +277,8 @@ def test_who_does_not_wait_for_workers_ends_them_first_and_silently(
     done = run_code(LEAVES.format(start_method, end), tmp_path)
     workers = [int(pid) for pid in done.stdout.split()]
     assert done.returncode == code and (done.stderr == said if code != 1 else done.stderr.endswith(said))
-    assert len(workers) == 2 and not any(psutil.pid_exists(pid) and alive(psutil.Process(pid)) for pid in workers)
+    assert len(workers) == 2
+    wait_for(lambda: not any(psutil.pid_exists(pid) and alive(psutil.Process(pid)) for pid in workers))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

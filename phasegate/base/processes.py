@@ -48,36 +48,26 @@ def in_workers(act: Callable[..., T], calls: list[tuple[Any, ...]], count: int, 
                 worker.start()
                 there.close()
                 workers[here] = worker
-        busy = [*workers]
-        for here in busy:
-            _ask(here, next(left))
-        while busy:
-            ready: list[Any] = wait(busy)
-            for here in ready:
-                error, result = _answer(here)
-                if (call := next(left, None)) is None:
-                    busy.remove(here)
-                else:
-                    _ask(here, call)
+        idle, busy, answers = list[Any](workers), list[Any](), list[Any]()
+        while idle:
+            for here, call in zip(idle, left, strict=False):
+                with suppress(OSError):  # it is gone, and will have no answer
+                    here.send(call)
+                busy.append(here)
+            for error, result in answers:
                 if error:
                     raise error
                 yield result
+            idle = [*wait(busy)] if busy else []
+            try:
+                answers = [here.recv() for here in idle]
+            except (EOFError, OSError):
+                raise WorkerKilled from None
+            busy = [here for here in busy if here not in idle]
     finally:
         for worker in workers.values():
             worker.kill()
             worker.join()
-
-
-def _ask(worker: Connection, call: tuple[Any, ...]) -> None:
-    with suppress(OSError):  # it is gone, and has no answer
-        worker.send(call)
-
-
-def _answer(worker: Connection) -> Any:
-    try:
-        return worker.recv()
-    except (EOFError, OSError):
-        raise WorkerKilled from None
 
 
 def _serve(calls: Connection, act: Callable[..., object], parent: int, note_used: bool) -> None:
@@ -90,28 +80,20 @@ def _serve(calls: Connection, act: Callable[..., object], parent: int, note_used
     with suppress(EOFError, OSError):  # the parent is gone
         while True:
             call = calls.recv()
-            calls.send(_outcome(act, call))
-
-
-def _outcome(act: Callable[..., object], call: tuple[Any, ...]) -> tuple[Exception | None, object]:
-    try:
-        return None, act(*call)
-    except UserError as error:
-        return UserError(str(error)), None
-    except OSError as error:
-        return OSError(error.errno, error.strerror or str(error), error.filename), None
-    except BaseException:  # not every error survives a pipe, but its words do
-        return RuntimeError(f"in a worker:\n{traceback.format_exc()}"), None
+            try:
+                answer: tuple[Any, Any] = None, act(*call)
+            except (UserError, OSError) as error:
+                answer = error, None
+            except BaseException:  # not every error survives a pipe, but its words do
+                answer = RuntimeError(f"in a worker:\n{traceback.format_exc()}"), None
+            calls.send(answer)
 
 
 @contextmanager
 def _signals_later() -> Iterator[None]:
-    """Act on SIGINT and SIGTERM at the end: what Python does at a fork would swallow what their handlers raise.
-
-    Processes that begin meanwhile never hear a SIGINT.
-    """
+    """Act on SIGINT and SIGTERM at the end: what Python does at a fork would swallow what their handlers raise."""
     noted: list[int] = []
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # for good in processes that begin meanwhile
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     on_stop(lambda number, _: noted.append(number))
     try:
@@ -124,7 +106,7 @@ def _signals_later() -> Iterator[None]:
         os.kill(os.getpid(), number)
 
 
-def on_stop(act: Callable[[int, FrameType | None], object]) -> None:
+def on_stop(act: Callable[[int, FrameType | None], object] | signal.Handlers) -> None:
     """Install a handler for SIGINT and SIGTERM, unless they are ignored."""
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) is not signal.SIG_IGN:
@@ -133,8 +115,7 @@ def on_stop(act: Callable[[int, FrameType | None], object]) -> None:
 
 def say_stopped(*_: object) -> NoReturn:
     """Say that this run was stopped and how to resume it, then end this process and its workers."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # once is enough
+    on_stop(signal.SIG_IGN)  # once is enough
     print(f"{Path(sys.argv[0]).stem}: stopped; `dvc repro` resumes it", file=sys.stderr, flush=True)
     for worker in multiprocessing.active_children():
         worker.kill()

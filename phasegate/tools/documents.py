@@ -31,11 +31,7 @@ Tables = Mapping[str, pd.DataFrame]
 
 
 def written(root: Path) -> dict[str, str]:
-    """Write all blocks, from dvc.yaml, and the committed results below `root` with the parameters that made them.
-
-    Raises:
-        UserError: if parameters were edited after the results were made.
-    """
+    """Write all blocks, from dvc.yaml and committed results below `root`; `UserError` if other parameters made them."""
     studies, params = dict[str, Tables](), load_params(root / "params.yaml")
     for lock in (root / "dvc.lock", *sorted((root / REPORTS).glob("*/dvc.lock"))):
         path = lock.with_name("params.yaml")
