@@ -102,7 +102,7 @@ def test_q2_takes_its_base_from_q1_and_names_the_winner_that_the_limit_shuts_out
 ) -> None:
     means, trained = {"base": 80.0, "few": 70.0, "many": 95.0, "wide": 90.0}, []
 
-    def pretend(trials: list[Trial], folder: Path) -> None:
+    def pretend(trials: list[Trial], folder: Path, all_may_fail: bool) -> None:
         trained.append([trial.name for trial in trials])
 
     def result(folder: Path) -> dict[str, float]:
