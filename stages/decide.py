@@ -54,6 +54,7 @@ def main(params: Params) -> None:
     }
     for name, table in tables.items():
         write_table(TABLES / f"{name}.csv", table)
+    decisions = read_table(TABLES / "decisions.csv")  # rounded, as figures and documents have it
     write_atomic(REPORTS / "decisions.md", decisions_markdown(decisions, failures, claims, params.decisions))
 
 
