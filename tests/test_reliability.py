@@ -248,7 +248,7 @@ def wait_for(condition: Callable[[], Any]) -> None:
 
 
 LEAVES = """
-import multiprocessing, psutil
+import multiprocessing, psutil, time
 from phasegate.base import processes
 if __name__ == "__main__":
     running = processes.in_workers(bytes, [(0,), (1 << 28,)], 2, "{}")
@@ -256,7 +256,7 @@ if __name__ == "__main__":
     workers = multiprocessing.active_children()
     answers = lambda worker: psutil.Process(worker.pid).memory_info().rss > 1 << 28
     while not any(map(answers, workers)):
-        pass
+        time.sleep(0.02)
     print(*(worker.pid for worker in workers), flush=True)
     {}
 """  # a worker is in the middle of its answer, which nobody reads
