@@ -103,7 +103,7 @@ def _signals_later() -> Iterator[None]:
             signal.signal(known, act)
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     for number in noted:
-        os.kill(os.getpid(), number)
+        signal.raise_signal(number)
 
 
 def on_stop(act: Callable[[int, FrameType | None], object] | signal.Handlers) -> None:
