@@ -373,10 +373,11 @@ def test_the_page_is_well_formed_self_contained_and_escapes_what_people_wrote(tm
 
 def test_the_documents_tell_the_answer_of_every_study_and_then_one_table() -> None:
     made = blocks({"mnist1d": tables(), "fashion_mnist": tables()}, PARAMS)
-    first, points, other, _ = made["answer"].split("\n\n")
-    assert first.startswith("**MNIST-1D**, 3 seeds per arm; pp is of test accuracy; in brackets stand 95 % intervals")
+    (first, points), (other, _) = made["answer"].split("\n\n"), made["elsewhere"].split("\n\n")
+    how = "differences of test accuracy in percentage points (pp), [95 % interval], (verdict):"
+    assert first == f"**MNIST-1D**, 3 seeds per arm; {how}"
     assert other.startswith("**Fashion-MNIST**, 3 seeds per arm")
-    assert points.startswith("- **Does adding or") and "by births (`birth`) at step 300" in points
+    assert points.startswith("- **Does adding or") and "to 24 at step 300 of 1,500 by births (`birth`)" in points
     header, _, *rows = made["results"].splitlines()
     assert header.endswith("| word | as expected | Fashion-MNIST |") and len(rows) == 6
     assert made["growth"].count("\n") == 5

@@ -35,7 +35,10 @@ STILL = {"continue", "baseline", "noise", "task_gates", "heads", "drowned", "ent
 STILL |= {"large", "restart", "sham"}
 CONTROLS = ("continue", "small", "stay", "leave")
 STEPS = {"birth_early": 100, "birth_late": 600}
-CLOSING = "gains +2.46 pp [+2.26, +2.66] (GO). Of the gap to 24 experts from the start, it closes 73 % [67, 79] if"
+GAP = (
+    "Of the gap to 24 experts from the start (+6.27 pp [+5.98, +6.56]), it closes 73 % [67, 79] if it grows at step 100"
+)
+CLOSING = f"gains +2.46 pp [+2.26, +2.66] (GO). At the moment of growth no bit of the output changes. {GAP}, 39 % ["
 
 
 def tried(seeds: int = 10, /, **effects: float) -> pd.DataFrame:
@@ -111,10 +114,10 @@ def told(question: int, **changes: Any) -> str:
 
 def test_the_first_paragraph_says_which_arms_gain_and_what_does_the_harm() -> None:
     text = told(0)
-    question = "**Does adding or removing experts pay in a model that has converged?"
-    start = f"{question} No arm that does shows a gain.** Of 25 arms that add or remove experts, "
+    question = "**Does adding or removing experts help a model that has converged?"
+    start = f"{question} No gain is shown.** Of 25 arms that add or remove experts, "
     assert text.startswith(f"{start}none is shown to be better than the ")
-    assert "trained on unchanged, and 7 are worse. " in text
+    assert "trained for as many steps, and 7 are worse. " in text
     assert "by random labels or by routing entropy, removing does the harm, and adding, by splits, none" in text
     better = told(0, surgery__merge=3.0, p7b2__clone=2.0)
     assert "2 of 25 arms gain.** Of 25 arms that add or remove experts, 2 are better (`clone` of 7b.2 (+" in better
@@ -129,36 +132,39 @@ def test_the_first_paragraph_says_which_arms_gain_and_what_does_the_harm() -> No
     ("effect", "short", "said"),
     [
         (2.8, "Yes.", CLOSING),
-        (-2.0, "No, it costs.", "loses: −2.34 pp [−2.54, −2.14] (NO-GO)."),
+        (-2.0, "No, it harms.", "loses: −2.34 pp [−2.54, −2.14] (NO-GO)."),
         (0.34, "No.", "neither gains nor loses more than the margin: 0.00 pp [−0.20, +0.20] (NO-GO)."),
         (0.6, "Yes.", "gains +0.26 pp [+0.06, +0.46] (GO)."),
     ],
 )
 def test_growing_is_told_by_the_word_of_its_arm(effect: float, short: str, said: str) -> None:
-    start = "A model that starts with 4 experts and grows to 24 by births (`birth`) at step 300 of 1,500, which at"
+    start = "A model that starts with 4 experts and grows to 24 at step 300 of 1,500 by births (`birth`)"
     text = told(1, p7c1__birth=effect)
-    question = f"**Does growing pay in a model that started too small? {short}**"
-    assert text.startswith(f"{question} {start} first changes no bit of the output, {said}")
+    question = f"**Does growing help a model that started too small? {short}**"
+    assert text.startswith(f"{question} {start} {said}")
 
 
 @pytest.mark.parametrize(
     ("effect", "said"), [(1.6, "ahead of routed"), (2.46, "not certainly apart from routed"), (4.0, "behind routed")]
 )
-def test_the_answer_says_where_births_end_beside_routed_copies_and_many_experts(effect: float, said: str) -> None:
-    text = told(1, p7c1__upcycle=effect)
-    assert f" Grown at step 300, `birth` ends {said} copies (`upcycle`), " in text
-    assert " pp [−4.07, −3.56]; all learning rates were" in text and "and behind 24 experts from the start" in text
+def test_the_answer_says_where_births_end_beside_routed_copies(effect: float, said: str) -> None:
     lead = story_tables(p7c1__upcycle=effect)["growth"].set_index("arm").loc["upcycle"]
-    assert f"(`upcycle`), {measure(lead, 'lead_pp', 2, True, 'pp')}, and" in text
+    end = f" When both grow at step 300, `birth` ends {said} copies (`upcycle`): "
+    assert told(1, p7c1__upcycle=effect).endswith(f"{end}{measure(lead, 'lead_pp', 2, True, 'pp')}.")
 
 
 def test_without_an_assay_there_is_no_verdict_and_without_a_gap_no_share_of_it() -> None:
+    short = "**Does growing help a model that started too small? Not decided.**"
+    start = f"{short} For a verdict, `large` had to be certainly more than 2 pp ahead of `small`, and its lead is +1.6"
+    end = "] (NO ASSAY). The arm on trial, `birth`, gains +2.46 pp [+2.26, +2.66]."
     text = told(1, p7c1__large=1.5)
-    assert "too small? Not decided.** " in text
-    assert "(NO ASSAY: `large` is not certainly ahead of `small` by 2 pp, but +1.6" in text and "Of the gap" in text
+    assert text.startswith(start) and text.endswith(end) and text.count(". ") == 1
     assert "Of the gap" not in told(1, p7c1__large=0.0)
+    failures = pd.DataFrame({"phase": "p7c1", "arm": "large", "seed": range(10)}).assign(step=7, reason="it is nan")
+    assert "ahead of `small`, and no seed finished both (NO ASSAY)." in told(1, failures=failures)
     text = told(3, p7c3__removed=0.0)
-    assert "(NO ASSAY: `removed` is not certainly ahead of `leave` by 0.5 pp, but 0.00 pp [0.00" in text
+    assert "more than 0.5 pp ahead of `leave`, and its lead is 0.00 pp [0.00, 0.00] (NO ASSAY). The arm on" in text
+    assert " It removes 100 % [100, 100] of the dead experts, and no living one. Where none is dead, it" in text
 
 
 def test_failed_and_idle_arms_are_told_as_such() -> None:
@@ -167,7 +173,7 @@ def test_failed_and_idle_arms_are_told_as_such() -> None:
     assert ", though 1 of 10 trials failed (INCONCLUSIVE)." in told(1, failures=failures.head(1))
     text = told(2, idle=["p7c2/measured"], p7c2__measured=0.0)
     assert "arrive? It never acted.** " in text and "It grows in 0 of 10 seeds." in text
-    assert "to grow (`measured`) never acts: 0.00 pp [0.00, 0.00] (INCONCLUSIVE). " in text
+    assert "whether growing lowers the loss (`measured`) never acts: 0.00 pp [0.00, 0.00] (INCONCLUSIVE). " in text
     failures = pd.DataFrame({"phase": "p7c2", "arm": "stay", "seed": range(3)}).assign(step=7, reason="it is nan")
     assert "It grows in 10 of 10 seeds." in told(2, failures=failures)
 
@@ -177,39 +183,39 @@ def test_an_arm_that_never_grew_closes_no_gap_and_ends_nowhere(fails: bool) -> N
     failures = pd.DataFrame({"phase": "p7c1", "arm": "birth", "seed": range(10)}).assign(step=7, reason="it is nan")
     tables = story_tables(failures=failures) if fails else story_tables(idle=["p7c1/birth"], p7c1__birth=0.0)
     text = answer(tables, PARAMS)[1]
-    assert "Grown" not in text and (fails or "Of the gap" not in text)
+    assert "When both grow" not in text and (fails or "Of the gap" not in text)
     assert "birth closes" in gap(tables, PARAMS).get_suptitle()
 
 
 def test_arriving_and_repairing_have_the_numbers_of_their_tables() -> None:
     text = told(2)
-    question = "**Does a controller that decides when to grow pay when classes arrive? Yes.**"
+    question = "**Does a controller that decides when to grow help when classes arrive? Yes.**"
     assert text.startswith(f"{question} When further classes join the first 5 at step 500, a controller that ")
     assert "It grows in 10 of 10 seeds. Growing when told (`informed`) gains +2.67 pp" in text
-    assert "(GO). Its difference is +5.00 pp [+5.00, +5.00] on old classes and +5.00 pp [+5.00, +5.00] on new" in text
+    assert "(GO). By classes: +5.00 pp [+5.00, +5.00] on old classes and +5.00 pp [+5.00, +5.00] on new cla" in text
     text = told(3)
     assert text.startswith(
-        "**Does finding and removing dead experts pay? Yes.** Where 4 of 12 experts are dead "
-        "(with weights of zero), a controller that measures what each removal costs (`oracle`) removes 100 % "
-        "[100, 100] of them, and no living one; it gains"
+        "**Does finding and removing dead experts help? Yes.** Where 4 of 12 experts are dead "
+        "(their weights set to zero), a controller that measures what each removal costs (`oracle`) gains "
     )
-    assert text.endswith(" Where none is dead, it still removes experts in 0 of 10 seeds (0 % [0, 31]).")
+    assert "(GO). It removes 100 % [100, 100] of the dead experts, and no living one. Where none is dead, it" in text
+    assert text.endswith(" Where none is dead, it removes experts in 0 of 10 seeds (0 % [0, 31]).")
 
 
 @pytest.mark.parametrize(
     ("lead", "said"),
     [
-        ([-0.5, -0.99, -0.1], "is shown: −0.50 pp [−0.99, −0.10]"),
-        ([-0.8, -1.0, -0.6], "is not shown: −0.80 pp [−1.00, −0.60]"),
-        ([-1.5, -1.99, -1.01], "is refuted: −1.50 pp [−1.99, −1.01]"),
+        ([-0.5, -0.99, -0.1], "is shown: −0.50 pp [−0.99, −0.10]."),
+        ([-0.8, -1.0, -0.6], "is not shown: −0.80 pp [−1.00, −0.60]."),
+        ([-1.5, -1.99, -1.01], "is refuted: −1.50 pp [−1.99, −1.01]."),
     ],
 )
 def test_whether_the_controller_is_near_who_was_told_decides_no_verdict(lead: list[float], said: str) -> None:
     table = STORY["arrival"].copy()
     table.loc[(table["arm"] == "informed") & (table["classes"] == "all"), ["lead_pp", "lead_lo", "lead_hi"]] = lead
     text = answer(STORY | {"arrival": table}, PARAMS)[2]
-    claimed = "The claim had a second half, which decides no verdict: `measured` ends less than 1 pp below `informed`."
-    assert text.endswith(f"{claimed} This {said}.") and "(GO)" in text
+    half = "A second half of the claim decides no verdict: `measured` ends less than 1 pp below `informed`. This"
+    assert text.endswith(f" {half} {said}") and "(GO)" in text
 
 
 def test_the_first_table_shows_every_primary_arm_and_the_other_study_beside_it() -> None:

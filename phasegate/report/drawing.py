@@ -69,8 +69,8 @@ def wrapped(title: str, width: int = 58) -> str:
 
 
 def unbroken(text: str) -> str:
-    """Return a text in which no line breaks inside an interval."""
-    return re.sub(r"\[.*?\]", lambda match: match[0].replace(" ", "\N{NO-BREAK SPACE}"), text)
+    """Return a text in which no line breaks inside an interval, or before a unit."""
+    return re.sub(r"\[.*?\]| (?:pp|%)", lambda match: match[0].replace(" ", "\N{NO-BREAK SPACE}"), text)
 
 
 def dot(axes: Axes, y: float, value: Sequence[float], style: DotStyle) -> None:

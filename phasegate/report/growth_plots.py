@@ -60,8 +60,8 @@ def gap(tables: Tables, params: Params) -> Figure:
     for way, points in lines.items():
         axes.plot(*zip(*points, strict=True), color=STYLES.get(way, (drawing.BLACK, "h"))[0])
     furthest = max([row.step for row in grown], default=params.p7c.steps / 2)
-    axes.set(xlim=(0, 1.2 * furthest), xlabel=f"step of growth, of {params.p7c.steps:,} (side by side: the same step)")
-    axes.set_ylabel("test accuracy above the small model's, pp")
+    axes.set(xlim=(0, 1.2 * furthest), ylabel="test accuracy above the small model's, pp")
+    axes.set_xlabel(f"step of growth, of {params.p7c.steps:,} (marks close together: the same step)")
     if large.delta_lo > 0:
         scales = partial(np.multiply, 100 / large.delta_pp), partial(np.multiply, large.delta_pp / 100)
         closed = axes.secondary_yaxis("right", functions=scales)

@@ -21,13 +21,13 @@ Tables = Mapping[str, pd.DataFrame]
 CONVERGED = ("p7b1", "p7b2", "p7b3", "p7b4", "surgery")
 """The phases that begin with a converged model of which nothing is broken."""
 QUESTIONS = {
-    growth.PHASE: "Does growing pay in a model that started too small?",
-    arrival.PHASE: "Does a controller that decides when to grow pay when classes arrive?",
-    repair.PHASE: "Does finding and removing dead experts pay?",
+    growth.PHASE: "Does growing help a model that started too small?",
+    arrival.PHASE: "Does a controller that decides when to grow help when classes arrive?",
+    repair.PHASE: "Does finding and removing dead experts help?",
 }
-ANSWERS = {  # by the word of a primary arm: what it says of a question whether something pays
+ANSWERS = {  # by the word of a primary arm: what it says of a question whether something helps
     words.BETTER: "Yes.",
-    words.WORSE: "No, it costs.",
+    words.WORSE: "No, it harms.",
     words.EQUIVALENT: "No.",
     words.NO_WORSE: "Not shown.",
     words.UNDECIDED: "Not shown.",
@@ -43,19 +43,16 @@ GAINED = {  # by the word of a row; each goes on with the difference
 }
 ACTOR = {  # who acts, in plain words
     "birth": "births (`birth`)",
-    "measured": "a controller that measures whether to grow (`measured`)",
+    "measured": "a controller that measures in short trainings whether growing lowers the loss (`measured`)",
     "oracle": "a controller that measures what each removal costs (`oracle`)",
 }
-BESIDE = {  # arms of 7c.1 that the primary arm is compared with, in plain words
-    "upcycle": "routed copies (`upcycle`)",
-    "large": "{large} experts from the start (`large`)",
-}
+COPIES = "upcycle"  # the arm of 7c.1 that grows by routed copies
 DONE = {
     "p7b1/noise_acting": "a head trained on random labels adds and removes experts",
     "p7b1/grow": "random labels only add",
     "p7b1/prune": "random labels only remove",
     "p7b2/split": "routing entropy adds and removes experts",
-    "p7b3/task_gates": "further tasks, with gates of their own",
+    "p7b3/task_gates": "further tasks are learned, with gates of their own",
     "p7b4/counterfactual_head": "a head that predicts ground truth adds and removes experts",
     "surgery/split": "the busiest experts are split",
     "p7c1/large": "started with {large} experts, not {small}",
@@ -77,25 +74,29 @@ def answer(tables: Tables, params: Params) -> list[str]:
     paragraphs = [f"{_converged(rows)} {_breaking(tables['attribution'], params.decisions.confidence)}"]
     tell = {growth.PHASE: _growing, arrival.PHASE: _arriving, repair.PHASE: _repairing}
     for row in (primary[phase] for phase in QUESTIONS if phase in primary):
-        short = "Not decided." if row.verdict == words.NO_ASSAY else ANSWERS.get(row.word, "No trial finished.")
-        paragraphs.append(f"**{QUESTIONS[row.phase]} {short}** {tell[row.phase](row, tables, params)}")
+        if row.verdict == words.NO_ASSAY:
+            short, text = "Not decided.", _undecided(row, params)
+            text += _removals(row, tables) if row.phase == repair.PHASE else ""
+        else:
+            short, text = ANSWERS.get(row.word, "No trial finished."), tell[row.phase](row, tables, params)
+        paragraphs.append(f"**{QUESTIONS[row.phase]} {short}** {text}")
     return paragraphs
 
 
 def _converged(rows: Iterable[Decision]) -> str:
     """Say which arms that added or removed experts of a converged model are better or worse than no surgery."""
     rewired = [row for row in rows if row.phase in CONVERGED and row.operations > 0]
-    question = "Does adding or removing experts pay in a model that has converged?"
+    question = "Does adding or removing experts help a model that has converged?"
     if not rewired:
         return f"**{question} No arm did.**"
     better, worse = ([row for row in rewired if row.word == word] for word in (words.BETTER, words.WORSE))
     are, also = ("are" if len(rows) > 1 else "is" for rows in (better, worse))
     named = [f"`{row.arm}` of {phase_label(row.phase)} ({measure(row, 'delta_pp', 2, True, 'pp')})" for row in better]
     gain = f"{len(better)} {are} better ({listed(named)})" if better else "none is shown to be better"
-    short = f"{len(better)} of {len(rewired)} arms gain." if better else "No arm that does shows a gain."
+    short = f"{len(better)} of {len(rewired)} arms gain." if better else "No gain is shown."
     return (
-        f"**{question} {short}** Of {len(rewired)} arms that add or remove experts, {gain} than the same model trained "
-        f"on unchanged, and {len(worse) or 'none'} {also} worse."
+        f"**{question} {short}** Of {len(rewired)} arms that add or remove experts, {gain} than the unchanged model, "
+        f"trained for as many steps, and {len(worse) or 'none'} {also} worse."
     )
 
 
@@ -125,84 +126,80 @@ def gained(row: Decision) -> str:
     return f"{text}, though {wording.failed(row)}" if row.n_failed else text
 
 
-def _verdict(row: Decision, params: Params) -> str:
-    """Return the verdict in brackets; without an assay, what was not shown."""
-    if row.verdict != words.NO_ASSAY:
-        return f"({row.verdict})"
+def _undecided(row: Decision, params: Params) -> str:
+    """Say which two arms had to differ for a verdict, by how much they do, and what became of the arm on trial."""
     assay = params.claims()[row.phase].assay
-    found = measure(row, "assay_pp", 2, True, "pp") or "no seed finished both"
+    lead = measure(row, "assay_pp", 2, True, "pp")
+    found = f"its lead is {lead}" if lead else "no seed finished both"
     better, worse = (f"`{name.partition('/')[2]}`" for name in (assay.better, assay.worse))
-    return f"({row.verdict}: {better} is not certainly ahead of {worse} by {assay.margin_pp:g} pp, but {found})"
+    had = f"{better} had to be certainly more than {assay.margin_pp:g} pp ahead of {worse}"
+    return f"For a verdict, {had}, and {found} ({row.verdict}). The arm on trial, `{row.arm}`, {gained(row)}."
 
 
 def _growing(row: Decision, tables: Tables, params: Params) -> str:
     """Say what growing a model that started too small gains, how much of the gap it closes, and when."""
     small, large, steps = params.p7c.small, params.p7c.large, params.p7c.steps
     table = {each.arm: each for each in rows_of(tables["growth"])}
-    own, exact = table[row.arm], ""
-    done = of_arm(tables["surgery_summary"], row.phase, row.arm)
-    if len(done) and done["output_change_max"].max() == 0:
-        exact = ", which at first changes no bit of the output,"
+    own, copies = table[row.arm], table.get(COPIES)
     at, of = (f" at step {own.step:.0f}", f" of {number(steps, 0)}") if pd.notna(own.step) else ("", "")
-    text = (
-        f"A model that starts with {small} experts and grows to {large} by {_actor(row)}{at}{of}{exact} "
-        f"{gained(row)} {_verdict(row, params)}."
-    )
+    who = f"A model that starts with {small} experts and grows to {large}{at}{of} by {_actor(row)}"
+    text = f"{who} {gained(row)} ({row.verdict})."
     if pd.isna(own.step):  # it never grew
         return text
+    done = of_arm(tables["surgery_summary"], row.phase, row.arm)
+    text += " At the moment of growth no bit of the output changes." if done["output_change_max"].max() == 0 else ""
     alike = tables["growth"].query("operator == @own.operator").dropna(subset=["step", "gap_closed"])
     by_step = rows_of(alike.drop_duplicates("step").sort_values("step"))
     shares = [f"{share(each, 'gap_closed')} if it grows at step {each.step:.0f}" for each in by_step]
     if shares and pd.notna(own.gap_closed):
-        text += f" Of the gap to {large} experts from the start, it closes {listed(shares)}."
-    leads = [
-        f"{_standing(table[arm])} {what.format(large=large)}, {measure(table[arm], 'lead_pp', 2, True, 'pp')}"
-        for arm, what in BESIDE.items()
-        if arm in table and arm != row.arm and pd.notna(table[arm].lead_pp)
-    ]
-    ends = f" Grown{at}, `{row.arm}` ends {', and '.join(leads)}; all learning rates were chosen in other seeds."
-    return text + ends if leads else text
-
-
-def _standing(row: Any) -> str:
-    """Return where the primary arm stands beside that of a row, by the interval of its lead."""
-    return "ahead of" if row.lead_lo > 0 else "behind" if row.lead_hi < 0 else "not certainly apart from"
+        [best] = decision_rows(of_arm(tables["decisions"], row.phase, growth.LARGE))
+        gap = measure(best, "delta_pp", 2, True, "pp")
+        text += f" Of the gap to {large} experts from the start ({gap}), it closes {listed(shares)}."
+    if copies and row.arm != COPIES and copies.step == own.step and pd.notna(copies.lead_pp):
+        ends = "ahead of" if copies.lead_lo > 0 else "behind" if copies.lead_hi < 0 else "not certainly apart from"
+        lead = measure(copies, "lead_pp", 2, True, "pp")
+        text += f" When both grow{at}, `{row.arm}` ends {ends} routed copies (`{COPIES}`): {lead}."
+    return text
 
 
 def _arriving(row: Decision, tables: Tables, params: Params) -> str:
     """Say whether a controller gains when classes arrive, on old classes too, and where it stands beside being told."""
     start = f"When further classes join the first {params.p7c2.classes} at step {params.p7c2.at}, {_actor(row)}"
-    text = f"{start} {gained(row)} {_verdict(row, params)}."
+    text = f"{start} {gained(row)} ({row.verdict})."
     table = {(each.arm, each.classes): each for each in rows_of(tables["arrival"])}
     own = [table[row.arm, part] for part in ("old", "new") if (row.arm, part) in table]
     parts = [f"{measure(each, 'delta_pp', 2, True, 'pp')} on {each.classes} classes" for each in own if each.n_seeds]
-    text += f" Its difference is {listed(parts)}." if parts else ""
+    text += f" By classes: {listed(parts)}." if parts and row.word != words.NOTHING_DONE else ""
     seeds, acting = (set(of_arm(tables[name], row.phase, row.arm)["seed"]) for name in ("trials", "surgeries"))
     text += f" It grows in {len(seeds & acting)} of {number(len(seeds), 0)} seeds." if seeds else ""
     for told in decision_rows(of_arm(tables["decisions"], row.phase, arrival.TOLD)):
         text += f" Growing when told (`{told.arm}`) {gained(told)}."
     near = table.get((arrival.TOLD, "all"))
     if near and row.arm != arrival.TOLD and pd.notna(near.lead_pp):
-        half = f"`{row.arm}` ends less than {arrival.NEAR_PP:g} pp below `{arrival.TOLD}`"
-        least = -arrival.NEAR_PP
-        shown = "shown" if near.lead_lo > least else "refuted" if near.lead_hi < least else "not shown"
-        found = f"This is {shown}: {measure(near, 'lead_pp', 2, True, 'pp')}."
-        text += f" The claim had a second half, which decides no verdict: {half}. {found}"
+        lo, hi = near.lead_lo + arrival.NEAR_PP, near.lead_hi + arrival.NEAR_PP
+        shown = "shown" if lo > 0 else "refuted" if hi < 0 else "not shown"
+        half = f"`{row.arm}` ends less than {arrival.NEAR_PP:g} pp below `{arrival.TOLD}`. This is {shown}"
+        lead = measure(near, "lead_pp", 2, True, "pp")
+        text += f" A second half of the claim decides no verdict: {half}: {lead}."
     return text
 
 
 def _repairing(row: Decision, tables: Tables, params: Params) -> str:
-    """Say how many dead experts ground truth finds, how many living ones it removes, and what it does where none is."""
-    counts = {each.arm: each for each in rows_of(tables["repair"])}
+    """Say what removing experts gains where some are dead, and which it removes."""
+    where = f"Where {params.p7c3.dead} of {params.p7a.n_routed} experts are dead (their weights set to zero)"
+    return f"{where}, {_actor(row)} {gained(row)} ({row.verdict}).{_removals(row, tables)}"
+
+
+def _removals(row: Decision, tables: Tables) -> str:
+    """Say how many dead experts an arm removes, how many living ones, and what it does where none is dead."""
+    counts, text = {each.arm: each for each in rows_of(tables["repair"])}, ""
     own, sham = counts.get(row.arm), counts.get(repair.SHAM)
-    text = f"Where {params.p7c3.dead} of {params.p7a.n_routed} experts are dead (with weights of zero), {_actor(row)} "
     if own and own.n_seeds:
-        living = "no living one" if own.false_hi == 0 else f"{measure(own, 'false')} living ones a seed"
-        text += f"removes {share(own, 'found')} of them, and {living}; it "
-    text += f"{gained(row)} {_verdict(row, params)}."
+        living = "no living one" if own.false_hi == 0 else f"{measure(own, 'false')} living ones per seed"
+        text = f" It removes {share(own, 'found')} of the dead experts, and {living}."
     if sham and sham.n_seeds:
         seeds, of = round(sham.acting * sham.n_seeds), f"{sham.n_seeds} seeds ({share(sham, 'acting')})"
-        text += f" Where none is dead, it still removes experts in {seeds} of {of}."
+        text += f" Where none is dead, it removes experts in {seeds} of {of}."
     return text
 
 

@@ -52,6 +52,7 @@ def written(root: Path) -> dict[str, str]:
 def blocks(studies: Mapping[str, Tables], params: Params) -> dict[str, str]:
     """Write every block of results from studies by data set: the findings are the first one's."""
     study, confidence = next(iter(studies.values())), params.decisions.confidence
+    answer, *others = answers(studies, params)
     findings = {
         "attribution": attribution.attribution_findings(study["attribution"], confidence),
         "surgery": surgery_summary.surgery_finding(study["surgery_summary"]),
@@ -65,7 +66,8 @@ def blocks(studies: Mapping[str, Tables], params: Params) -> dict[str, str]:
     for name, tables in studies.items():
         results += wording.failed_lines(tables["failures"], f"Failed trials on {DATA_SETS[name]}")
     return {
-        "answer": "\n\n".join(answers(studies, params)),
+        "answer": answer,
+        "elsewhere": "\n\n".join(others),
         "results": "\n".join(results),
         "verdicts": "\n".join(side_by_side(decisions)),
         **{name: "\n".join(wording.markdown_table(cells(study[name]))) for name, cells in story.CELLS_OF.items()},
@@ -79,9 +81,9 @@ def answers(studies: Mapping[str, Tables], params: Params) -> Iterator[str]:
     """Write the answer of every study as a Markdown list, a point for each question, below its data set."""
     for name, tables in studies.items():
         seeds = int(tables["decisions"]["n_seeds"].max())
-        how = f"in brackets stand {100 * params.decisions.confidence:g} % intervals, and verdicts"
-        yield f"**{DATA_SETS[name]}**, {seeds} seed{'s' * (seeds != 1)} per arm; pp is of test accuracy; {how}:"
-        yield "\n".join(f"- {wording.escaped(paragraph)}" for paragraph in story.answer(tables, params))
+        how = f"test accuracy in percentage points (pp), [{100 * params.decisions.confidence:g} % interval], (verdict):"
+        head = f"**{DATA_SETS[name]}**, {seeds} seed{'s' * (seeds != 1)} per arm; differences of {how}\n"
+        yield "\n".join([head, *(f"- {wording.escaped(paragraph)}" for paragraph in story.answer(tables, params))])
 
 
 def side_by_side(decisions: Tables) -> list[str]:
