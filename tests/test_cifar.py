@@ -1,6 +1,8 @@
-"""CIFAR's archives, in their exact binary form, go through every stage of the pipeline."""
+"""CIFAR's archives in their exact binary form are prepared, and smaller ones go through every stage."""
 
 import json
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -8,9 +10,10 @@ import pandas as pd
 import pytest
 import yaml
 
-from phasegate.data_sets.cifar import CIFAR10, CIFAR100, CifarFormat
+from phasegate.data_sets.cifar import CIFAR10, CIFAR100, CifarFormat, load_cifar
 from phasegate.params import Params
 from phasegate.records.prepared import load_meta
+from stages import prepare
 from tests.one_process import run_all
 from tests.small_study import ROOT, merge
 from tests.test_data_sets import cifar_archive
@@ -18,8 +21,8 @@ from tests.test_data_sets import cifar_archive
 TRAINED = {"steps": 20, "batch": 64, "lr": 0.01, "weight_decay": 0.0}
 BRIEF = {  # the small profile, and a little less
     "seeds": {"count": 2},
-    "data": {"validation": 1000},
-    "training": {"steps": 40, "warmup": 5},
+    "data": {"validation": 400},
+    "training": {"steps": 40, "warmup": 5, "batch": 32},
     "references": {"default": {"logistic": TRAINED | {"hidden": []}, "mlp": TRAINED | {"hidden": [16]}}},
     "q1": {"seeds": {"count": 1}, "candidates": {}},
     "q2": {"seeds": {"count": 1}, "candidates": {}},
@@ -28,7 +31,7 @@ NOISE = 40  # standard deviation of an example's patches about those of its clas
 
 
 def write_archive(path: Path, form: CifarFormat) -> None:
-    """Write a .tar.gz with the files that the form lists, each of the published size, of images that can be learned.
+    """Write a .tar.gz with the files that the form lists, each of its size, of images that can be learned.
 
     An image (3, 32, 32) is made of 4 x 4 even patches, which have their class's colours and noise.
     """
@@ -49,17 +52,26 @@ def write_archive(path: Path, form: CifarFormat) -> None:
 @pytest.mark.parametrize(
     ("name", "form", "task", "labels"), [("cifar10", CIFAR10, "vehicle", 2), ("cifar100", CIFAR100, "coarse", 20)]
 )
-def test_an_archive_goes_through_every_stage(
+def test_an_archive_is_prepared_and_a_smaller_one_goes_through_every_stage(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, form: CifarFormat, task: str, labels: int
 ) -> None:
-    write_archive(tmp_path / "cifar.tar.gz", form)
+    archive = tmp_path / "cifar.tar.gz"
     values, small = (yaml.safe_load((ROOT / path).read_text()) for path in ("params.yaml", "tests/small.yaml"))
-    data = {"data": {"name": name, "path": str(tmp_path / "cifar.tar.gz")}, "plugins": {"arms": {}}}
+    data = {"data": {"name": name, "path": str(archive)}, "plugins": {"arms": {}}}
     params = Params.model_validate(merge(merge(merge(values, small), BRIEF), data))
-    run_all(params, tmp_path, monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    write_archive(archive, form)
+    prepare.main(params)
+    splits = {"train": 49_600, "signal": 200, "gate": 200, "test": 10_000, "published": 0}
+    assert load_meta(tmp_path / "data/prepared").splits == splits
 
+    train, test = ({file: count // 20 for file, count in records.items()} for records in (form.train, form.test))
+    form = replace(form, train=train, test=test)
+    monkeypatch.setattr(f"phasegate.data_sets.{name}.load", partial(load_cifar, form=form))
+    write_archive(archive, form)
+    run_all(params, tmp_path, monkeypatch, without="report" if name == "cifar10" else "")
     meta = load_meta(tmp_path / "data/prepared")
-    assert meta.splits == {"train": 49_000, "signal": 500, "gate": 500, "test": 10_000, "published": 0}
+    assert meta.splits == splits | {"train": 2100, "test": 500}
     assert meta.input_shape == (3, 32, 32) and meta.classes == form.names[[*form.names][-1]]
     assert list(meta.tasks) == [task] and len(set(meta.tasks[task])) == labels
 
@@ -71,4 +83,4 @@ def test_an_archive_goes_through_every_stage(
     assert set(tasks["task"]) == {task} and set(tasks["arm"]) == {"task_gates", "heads", "drowned"}
     assert tasks["accuracy"].between(100 / labels, 100).all()
     assert json.loads((tmp_path / "metrics.json").read_text())["phase"] == "p7b2"
-    assert "CIFAR-10" in (tmp_path / "reports/report.html").read_text()
+    assert name == "cifar10" or "On CIFAR-100, 2 seeds per arm." in (tmp_path / "reports/report.html").read_text()
