@@ -25,7 +25,7 @@ from phasegate.signals.plugin_arms import plugin_arms
 from phasegate.surgery.continuation import run_arm
 from phasegate.tools.documents import flowchart
 from stages import prepare
-from tests.small_study import ROOT
+from tests.small_study import ROOT, ended
 
 MAKEFILE = (ROOT / "Makefile").read_text()
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -68,9 +68,13 @@ def test_every_link_and_figure_leads_somewhere(page: Path) -> None:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_is_one_that_there_is(command: str) -> None:
     match COMMANDS[command]:
-        case ["make", *targets]:
-            targets = [word for word in targets if "=" not in word]
+        case ["make", *words]:
+            targets = [word for word in words if "=" not in word]
             assert targets and all(re.search(rf"^{target}:", MAKEFILE, re.MULTILINE) for target in targets)
+            words = [word.replace("$PWD", "/here") for word in words]
+            dry = ended("make", "--dry-run", "--old-file=.venv/.ready", *words, cwd=ROOT)
+            given = [word.partition("=")[2] for word in words if "=" in word and word != "STUDY=1"]
+            assert dry.returncode == 0 and all(value in dry.stdout for value in given), dry
         case ["dvc", *rest]:
             parsed = parse_args(rest)
             for changes in product(*map(sweep, getattr(parsed, "set_param", None) or [])):

@@ -136,11 +136,3 @@ def test_a_wrong_parameter_stops_before_any_result_is_touched(checkout: Checkout
     output = checkout.command("dvc", "exp", "run", "-S", "p7b2.labels.growbelow=1", ok=False)
     assert "growbelow" in output and "Running stage" not in output  # without the plus, DVC itself refuses a new key
     assert {path: path.stat().st_mtime_ns for path in (checkout.folder / "reports").iterdir()} == results
-
-
-def test_the_dvc_commands_work(checkout: Checkout) -> None:
-    assert "p7b2" in checkout.command("dvc", "dag")
-    assert "metrics.json" in checkout.command("dvc", "metrics", "diff", "--all")
-    assert "accuracy" in checkout.command("dvc", "exp", "show", "--csv")
-    checkout.command("dvc", "plots", "show")
-    assert (checkout.folder / "dvc_plots/index.html").exists()

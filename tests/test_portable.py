@@ -57,6 +57,17 @@ def test_an_environment_behind_a_link_is_not_emptied(tmp_path: Path) -> None:
     assert (tmp_path / "precious").exists()
 
 
+def test_make_clean_keeps_data_models_and_reports_and_a_study_needs_data(tmp_path: Path) -> None:
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    kept, gone = ("data", "models", "reports", ".dvc/cache"), (".venv", ".phasegate", "phasegate/__pycache__")
+    for name in (*kept, *gone):
+        (tmp_path / name).mkdir(parents=True)
+    done = ended("make", "--old-file=.venv/.ready", "study", cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.startswith("study: DATA is empty: name a data set, as in make study")
+    assert ended("make", "clean", cwd=tmp_path).returncode == 0
+    assert [name for name in (*kept, *gone) if (tmp_path / name).exists()] == [*kept]
+
+
 def test_the_workflow_runs_commands_that_exist_with_few_rights() -> None:
     workflow = yaml.safe_load((ROOT / ".github/workflows/test.yml").read_text())
     triggers = workflow[True]  # YAML 1.1 takes the key `on` for a truth value

@@ -12,12 +12,15 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from dvc.compare import diff_table
+from dvc.utils.diff import diff
 from scipy import stats
 
 from phasegate.base.errors import UserError
 from phasegate.base.paths import SCHEMA, TABLES
+from phasegate.records.tables import read_table
 from phasegate.tools.documents import DOCUMENTS, refreshed, written
-from phasegate.verdicts.decisions import decide
+from phasegate.verdicts.decisions import decide, metrics
 from stages.check import schema
 from tests.small_study import ROOT
 from tests.test_decisions import RULE, controlled, tables_of
@@ -175,17 +178,11 @@ def test_the_documents_go_by_the_parameters_that_made_the_tables(clone: Path) ->
 
 
 def test_the_recipes_show_what_dvc_metrics_diff_prints() -> None:
-    recipes = (ROOT / "docs/recipes.md").read_text()
-    lines = re.findall(r"^metrics\.json +(\w+) +(\S+) +(\S+) +\S+$", recipes, re.MULTILINE)
-    decisions = pd.read_csv(ROOT / TABLES / "decisions.csv").query("primary").set_index("phase")
-    assert len(lines) >= 15
-    for name, *shown in lines:
-        for phase, text in zip(("p7a", "p7b2"), shown, strict=True):
-            value = phase if name == "phase" else decisions.loc[phase, name]
-            if text == "-" or isinstance(value, str):
-                assert text == ("-" if pd.isna(value) else value)
-            else:
-                assert float(text) == pytest.approx(value, abs=1e-5)
+    decisions = read_table(ROOT / TABLES / "decisions.csv")
+    old, new = ({"metrics.json": {"data": metrics(decisions, phase, "primary")}} for phase in ("p7a", "p7b2"))
+    table = diff_table(diff(old, new), "Metric", precision=5, round_digits=True)
+    lines = [line for line in (ROOT / "docs/recipes.md").read_text().splitlines() if line.startswith("metrics.json")]
+    assert [line.split() for line in lines] == [list(map(str, row)) for row in table]
 
 
 def test_the_reference_models_reach_their_published_accuracy() -> None:
