@@ -22,7 +22,7 @@ from phasegate.pretraining.pretrain import pretraining
 from phasegate.records.trial_folder import read_failure
 from phasegate.surgery import continuation
 from phasegate.training.checkpoint import WEIGHTS
-from phasegate.trials import code, store
+from phasegate.trials import code, run, store
 from phasegate.trials.run import run_trials
 from phasegate.trials.trial import Trial
 from stages import control, p7b1, p7b2, p7b3, p7b4
@@ -324,6 +324,19 @@ def test_a_kept_trial_that_is_damaged_is_dropped_and_trained_again(
     assert study.run(2) == [seed] and result.read_text() == content
     assert f"models: arm/seed-{seed} runs again, since {first}/" in capfd.readouterr().err
     assert study.run(2) == [] and not list((study.folder / "models").rglob(store.MANIFEST))
+
+
+def test_a_kept_trial_that_changes_while_others_train_is_not_copied(
+    study: Study, own_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study.run(1)
+    [kept], results = own_store.iterdir(), run._results
+    result = kept / "sub/result.txt"
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "_results", lambda *given: result.write_text("seed 0 lr 0.2") and results(*given))
+        with pytest.raises(UserError, match=r"/sub/result.txt changed after it was kept: `dvc repro` trains that"):
+            study.run(2)
+    assert study.run(2) == [0]
 
 
 def test_results_do_not_depend_on_the_number_of_workers(

@@ -22,6 +22,7 @@ from phasegate.base import used
 from phasegate.base.errors import UserError
 from phasegate.params.plugins import Plugin
 from phasegate.params.reading import load_yaml
+from phasegate.records.prepared import load_splits
 from phasegate.training.killed_trials import SNAPSHOT, Snapshots
 from phasegate.trials import run as trials_run
 from phasegate.trials import store
@@ -30,6 +31,7 @@ from phasegate.trials.trial import Trial
 from tests import chaos
 from tests.small_study import ROOT, Checkout
 from tests.test_reliability import SLOW_REFERENCES, start, wait_for
+from tests.tiny_data import write_tiny_data
 
 MOMENTS = ("before workers start", "while they import", "while they train")
 FILES = {"data": "data.txt", "checkpoint": "models/weights", "module": "module.py", "plugin": "plugins/mine.py"}
@@ -214,6 +216,21 @@ def test_an_edit_in_the_second_of_the_last_one_is_not_missed(tmp_path: Path) -> 
         words = [sys.executable, "script.py", *arguments]
         done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
         assert done.stdout.strip() == value
+
+
+@pytest.mark.usefixtures("project")
+def test_prepared_arrays_count_as_used() -> None:
+    path = write_tiny_data(Path("data/prepared")) / "test.safetensors"
+    used.begin()
+    load_splits(path)
+    path.touch()
+    with pytest.raises(UserError, match=r"^data/prepared/test.safetensors changed after it was read"):
+        used.check()
+
+
+def test_a_stage_notes_what_it_uses_from_its_first_import_on() -> None:
+    code = "import sys; sys.argv = ['-m']; import stages; from phasegate.base import used; sys.exit(not used.begun())"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 def recorded(study: Checkout) -> dict[str, Any]:

@@ -46,11 +46,8 @@ def find_damage(kept: Path) -> str | None:
     try:
         manifest = read_json(kept / MANIFEST)
         wanted = {MANIFEST: kept.name} | manifest["files"]
-        found = {MANIFEST: manifest["fingerprint"]} | {
-            str(path.relative_to(kept)): sha256(path)
-            for path in kept.rglob("*")
-            if path.is_file() and path != kept / MANIFEST
-        }
+        files = [path for path in kept.rglob("*") if path.is_file() and path != kept / MANIFEST]
+        found = {str(path.relative_to(kept)): sha256(path) for path in files} | {MANIFEST: manifest["fingerprint"]}
     except (UserError, TypeError, KeyError):
         return MANIFEST
     return min((name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)), default=None)
@@ -74,7 +71,7 @@ def keep(kept: Path, files: dict[str, bytes]) -> None:
 
 
 def copy_kept(kept: Path, destination: Path) -> None:
-    """Make a folder hold a kept trial's result, or raise `UserError` with the first file that can't be written.
+    """Make a folder hold a kept trial's result; raise `UserError` if a file can't be written, or is not what was kept.
 
     One that holds it, as when a search has trained another seed, stays as it is: the stage has read it.
     """
@@ -86,6 +83,9 @@ def copy_kept(kept: Path, destination: Path) -> None:
     except shutil.Error as error:
         _, path, reason = error.args[0][0]
         raise UserError(f"{path} can't be written: {reason}") from None
+    if damaged := find_damage(kept):
+        shutil.rmtree(destination)
+        raise UserError(f"{kept / damaged} changed after it was kept: `dvc repro` trains that trial again")
 
 
 def taken(kept: Path) -> Taken:
