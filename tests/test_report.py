@@ -329,6 +329,7 @@ def test_equal_data_gives_equal_figures(name: str, seeds: int, tmp_path: Path) -
 
 
 def test_titles_say_the_verdict_the_ranking_and_where_entropy_ends() -> None:
+    assert drawing.unbroken("by 2 pp [1, 3], 4 % of it") == "by 2\xa0pp [1,\xa03], 4\xa0% of it"
     verdicts = [text.split()[1].rstrip(":") for text in titles("learning_curves")[1:]]
     assert verdicts == ["BASELINE", "NO-GO", "GO", "INCONCLUSIVE", "GO", "GO"]
     ends = ["noise_acting: ends at 0.900, above the control", "split: ends at 0.800, the same as the control"]

@@ -151,6 +151,8 @@ def test_the_answer_says_where_births_end_beside_routed_copies(effect: float, sa
     lead = story_tables(p7c1__upcycle=effect)["growth"].set_index("arm").loc["upcycle"]
     end = f" When both grow at step 300, `birth` ends {said} copies (`upcycle`): "
     assert told(1, p7c1__upcycle=effect).endswith(f"{end}{measure(lead, 'lead_pp', 2, True, 'pp')}.")
+    early = STORY["growth"].assign(step=STORY["growth"]["step"].mask(STORY["growth"]["arm"] == "upcycle", 100))
+    assert "When both grow" not in answer(STORY | {"growth": early}, PARAMS)[1]
 
 
 def test_without_an_assay_there_is_no_verdict_and_without_a_gap_no_share_of_it() -> None:
@@ -173,7 +175,7 @@ def test_failed_and_idle_arms_are_told_as_such() -> None:
     assert ", though 1 of 10 trials failed (INCONCLUSIVE)." in told(1, failures=failures.head(1))
     text = told(2, idle=["p7c2/measured"], p7c2__measured=0.0)
     assert "arrive? It never acted.** " in text and "It grows in 0 of 10 seeds." in text
-    assert "whether growing lowers the loss (`measured`) never acts: 0.00 pp [0.00, 0.00] (INCONCLUSIVE). " in text
+    assert "whether growing lowers the loss (`measured`) never acts: 0.00 pp [0.00, 0.00] (INCONCLUSIVE). It " in text
     failures = pd.DataFrame({"phase": "p7c2", "arm": "stay", "seed": range(3)}).assign(step=7, reason="it is nan")
     assert "It grows in 10 of 10 seeds." in told(2, failures=failures)
 
