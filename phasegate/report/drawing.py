@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.style import context
 
 from phasegate.base.files import write_atomic
@@ -46,8 +47,9 @@ class DotStyle(NamedTuple):
 
 @styled
 def save(figure: Figure, path: Path) -> None:
-    """Write the figure as `path`.svg and `path`.png, without dates and versions."""
+    """Write the figure as `path`.svg and `path`.png, laid out once, without dates and versions."""
     svg, png = BytesIO(), BytesIO()
+    ConstrainedLayoutEngine().execute(figure)  # as the figure's own it would work, and all be drawn, twice for a file
     figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
     figure.savefig(png, format="png", metadata={"Software": None}, dpi=110)
     write_atomic(path.with_suffix(".svg"), svg.getvalue())
@@ -58,7 +60,7 @@ def new_figure(
     width: float, height: float, panels: int = 1, columns: int = 1, heights: list[int] | None = None
 ) -> tuple[Figure, list[Axes]]:
     """Return a figure of `width` by `height` inches with a grid of panels. Without panels it is just a title."""
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = Figure(figsize=(width, height))
     grid = figure.add_gridspec(max(1, ceil(panels / columns)), columns, height_ratios=heights)
     return figure, [figure.add_subplot(grid[index // columns, index % columns]) for index in range(panels)]
 
@@ -75,8 +77,7 @@ def unbroken(text: str) -> str:
 
 def dot(axes: Axes, y: float, value: Sequence[float], style: DotStyle) -> None:
     """Draw a mean with its interval, (mean, lo, hi). Without an interval draw just the mean; leave out blanks."""
-    mean, lo, hi = value
-    colour, marker, strong, fill = style
+    (mean, lo, hi), (colour, marker, strong, fill) = value, style
     if isfinite(lo) and isfinite(hi):
         axes.hlines(y, lo, hi, color=colour, linewidth=2.5 if strong else 1.3)
     if isfinite(mean):
