@@ -142,7 +142,7 @@ def _damaged_tensors(tensors: dict[str, Any], draw: random.Random) -> dict[str, 
             case "dtype":
                 tensors[name] = array.astype(draw.choice([np.float16, np.float64, np.int64, np.uint8, np.bool_]))
             case "flat":
-                tensors[name] = draw.choice([array.ravel(), array[None], array.T.copy(), array.ravel()[:1].reshape(())])
+                tensors[name] = draw.choice([array.ravel(), array[None], array.T.copy(), np.resize(array, ())])
             case "longer" if array.ndim:
                 tensors[name] = np.concatenate([array] * draw.choice([2, 100]))
             case "shorter" if array.ndim:
