@@ -179,7 +179,7 @@ def test_every_phase_may_be_the_headline_and_is_saved_unless_some_are_named(
 def test_the_recipes_work_one_after_the_other(checkout: Checkout, tmp_path: Path) -> None:
     checkout.command("git", "init", "-q", "--bare", str(tmp_path / "origin"))
     checkout.command("git", "remote", "add", "origin", str(tmp_path / "origin"))
-    checkout.command("dvc", "exp", "run", "--name", "gutsy-seat", "-S", "headline.phase=p7c1")
+    checkout.command("dvc", "exp", "run", "-n", "gutsy-seat", "-S", "headline.phase=p7c1", "-s", "headline")
     models, metrics = checkout.folder / "models/p7b2", checkout.folder / "metrics.json"
     said, trained = dict[str, str](), content(models)
     for words in commands(ROOT / "docs/recipes.md"):
