@@ -34,12 +34,13 @@ torch.set_num_threads(1)
 settings.register_profile("phasegate", deadline=None)  # a test may wait for a busy core
 settings.load_profile("phasegate")
 
-FIRST = [f"test_{name}.py" for name in ("pipeline", "cifar", "surroundings", "used", "reliability", "recipes")]
+FIRST = ["pipeline", "cifar", "surroundings", "kernels", "continuation", "recipes", "used", "reliability"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run the slowest files first; the first makes the study that the last three copy."""
-    items.sort(key=lambda item: FIRST.index(item.path.name) if item.path.name in FIRST else len(FIRST))
+    """Run the slowest files first; the first makes the study that the last three copy without waiting."""
+    place = {f"test_{name}.py": place for place, name in enumerate(FIRST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(FIRST)))
 
 
 @pytest.fixture(scope="session")
