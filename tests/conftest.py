@@ -39,8 +39,7 @@ FIRST = ["pipeline", "cifar", "surroundings", "kernels", "continuation", "recipe
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run the slowest files first; the first makes the study that the last three copy without waiting."""
-    place = {f"test_{name}.py": place for place, name in enumerate(FIRST)}
-    items.sort(key=lambda item: place.get(item.path.name, len(FIRST)))
+    items.sort(key=lambda item: FIRST.index(name) if (name := item.path.stem[5:]) in FIRST else len(FIRST))
 
 
 @pytest.fixture(scope="session")

@@ -241,21 +241,22 @@ def recorded(study: Checkout) -> tuple[dict[str, Any], dict[Path, bytes]]:
 
 
 SEEDS = (b"seeds:\n  first: 300\n  count: 2\n", b"seeds:\n  first: 300\n  count: 3\n")
-EDITS = {"phasegate/training/loop.py": MOMENTS[1], "params.yaml": MOMENTS[2]}
+IMPORTED = ("phasegate/training/loop.py", "stages/references.py")  # edited while workers import
+READ = ("data/prepared/fit.safetensors", "params.yaml")  # edited while they train
 
 
 def test_dvc_records_nothing_of_a_stage_whose_files_change(small_study: Path, tmp_path: Path) -> None:
     study = Checkout(tmp_path / "study", of=small_study, PHASEGATE_WORKERS="2", PHASEGATE_SNAPSHOT="0")
     hold, run = held(study), ("dvc", "repro", "references")
     study.command(*run)
-    before, kept, unfinished = recorded(study), study.folder / ".phasegate", f"{store.UNFINISHED}/*/*"
-    for name, moment in EDITS.items():
+    before, kept, begun = recorded(study), study.folder / ".phasegate", f"{store.UNFINISHED}/*/{SNAPSHOT}"
+    for name in (*IMPORTED, *READ):
         path = study.folder / name
         was = path.read_bytes()
         shutil.rmtree(kept)
         hold.touch()
         stage = start(["dvc", "repro", "--single-item", "--force", "references"], study.folder, study.environment)
-        wait_for(partial(chaos.find, stage, "worker") if moment == MOMENTS[1] else lambda: any(kept.glob(unfinished)))
+        wait_for(partial(chaos.find, stage, "worker") if name in IMPORTED else lambda: len([*kept.glob(begun)]) > 1)
         path.unlink()
         path.write_bytes(was.replace(*SEEDS) if name == "params.yaml" else was + b"\n# edited\n")
         hold.unlink()
