@@ -30,7 +30,7 @@ def backend() -> str:
     """Return where trials run: in processes of this machine, or on a Ray cluster (ray)."""
     value = _read_choice("PHASEGATE_BACKEND", "processes", "ray")
     if value == "ray" and not find_spec("ray"):
-        raise UserError("PHASEGATE_BACKEND is ray, but Ray is not installed here: pip install 'phasegate[cluster]'")
+        raise UserError("PHASEGATE_BACKEND is ray, but Ray is not installed here: pip install -e '.[cluster]'")
     return value
 
 
