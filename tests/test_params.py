@@ -173,6 +173,7 @@ def test_a_course_too_short_for_a_birth_is_refused() -> None:
 
 
 def test_a_model_that_cannot_fit_into_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check, "memory", lambda: 24 << 30)
     values = yaml.safe_load(PATH.read_text())
     check.refuse_too_large(parse(Params, values))
     values["q2"]["candidates"]["few"] |= {"expert_width": 60_000, "width": 60_000}

@@ -79,12 +79,11 @@ def test_a_command_that_fails_or_is_missing_is_told_in_a_sentence(tmp_path: Path
 
 def test_a_plan_without_stages_to_read_is_refused(tmp_path: Path) -> None:
     study = Checkout(tmp_path / "study")
+    plan = partial(study.command, sys.executable, "-m", "phasegate.tools.plan", ok=False)
     (study.folder / "dvc.yaml").write_text("stages: [\n")
-    said = study.command(sys.executable, "-m", "phasegate.tools.plan", ok=False)
-    assert said == "plan: dvc status failed: './dvc.yaml' is invalid.\n"
+    assert plan() == "plan: dvc status failed: './dvc.yaml' is invalid.\n"
     (study.folder / "dvc.yaml").unlink()
-    said = study.command(sys.executable, "-m", "phasegate.tools.plan", ok=False)
-    assert said == f"plan: there is no dvc.yaml in {study.folder}: run this where the study is\n"
+    assert plan() == f"plan: there is no dvc.yaml in {study.folder}: run this where the study is\n"
 
 
 @pytest.mark.parametrize(
@@ -109,7 +108,10 @@ def test_every_kind_of_checkout_has_the_bytes_that_were_hashed(words: str, tmp_p
     assert "  prepare (" in said and "  check (" not in said
 
 
-def test_dvc_compares_phases_saved_as_experiments(checkout: Checkout) -> None:
+def test_dvc_compares_phases_saved_as_experiments(checkout: Checkout, tmp_path: Path) -> None:
+    checkout = Checkout(tmp_path / "größer", of=checkout.folder.parent)
+    checkout.folder /= "my project's"
+    (checkout.folder.parent / ".git/shallow").write_text(checkout.command("git", "rev-parse", "HEAD"))
     save = partial(checkout.command, "python", "-m", "phasegate.tools.experiments")
     plan = partial(checkout.command, "python", "-m", "phasegate.tools.plan")
 

@@ -48,9 +48,9 @@ WRONG: list[tuple[str, Break]] = [
 
 
 @pytest.mark.parametrize(("words", "wrong"), WRONG, ids=[words for words, _ in WRONG])
-def test_what_is_wrong_around_is_one_sentence(words: str, wrong: Break, tmp_path: Path, small_disk: Path) -> None:
-    study = Checkout(tmp_path / "study")
-    wrong(study, small_disk)
+def test_what_is_wrong_around_is_told(words: str, wrong: Break, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    study, needs_disk = Checkout(tmp_path / "study"), wrong in (fill_the_disk_of_caches, make_read_only)
+    wrong(study, request.getfixturevalue("small_disk") if needs_disk else tmp_path)
     for program in ("repair", "plan", "experiments"):  # with which make's repro, study, plan, report and phases begin
         done = ended(sys.executable, "-m", f"phasegate.tools.{program}", cwd=study.folder, env=study.environment)
         assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1, done.stderr
@@ -137,10 +137,11 @@ def test_locks_go_if_their_owner_is_gone_and_stay_if_it_lives(tmp_path: Path) ->
     study.command("dvc", "status", "check")  # makes .dvc/tmp
     path, models = study.folder / ".dvc/tmp/rwlock", str(study.folder / "data/params.schema.json")
     mine = {"pid": os.getpid(), "cmd": " ".join(sys.orig_argv[1:])}
-    other, dead = {"pid": os.getpid(), "cmd": "/bin/dvc repro other"}, {"pid": 2**22, "cmd": "dvc repro"}
+    same = " ".join(sys.orig_argv[2:])  # arguments of another program
+    other, dead = {"pid": os.getpid(), "cmd": f"/bin/dvc {same}"}, {"pid": 2**22, "cmd": "dvc repro"}
     path.write_text(json.dumps({"write": {models: other}, "read": {"x": [mine, dead], "y": [dead]}}))
     said = study.command("dvc", "repro", "check", ok=False)
-    assert f"blocked by:\n  (PID {os.getpid()}): /bin/dvc repro other" in said
+    assert f"blocked by:\n  (PID {os.getpid()}): /bin/dvc {same}" in said
     assert repair(study.folder) == []
     assert json.loads(path.read_text()) == {"write": {}, "read": {"x": [mine]}}
     study.command("dvc", "repro", "check")

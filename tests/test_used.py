@@ -84,14 +84,10 @@ def run(moment: str = "") -> dict[str, str]:
     """Run the trial as a new stage would, and return what it read."""
     used.end()
     used.begin()
-    plugin = Plugin("mine", "signal")
-    inputs = tuple(Path(name) for name in TEXT)
-    log = Path("waits").absolute()
-    trial = Trial("p", "", 0, train, {"plugin": plugin, "moment": moment, "log": log}, inputs)
-    run_trials([trial], Path("out"))
+    given = {"plugin": Plugin("mine", "signal"), "moment": moment, "log": Path("waits").absolute()}
+    run_trials([Trial("p", "", 0, train, given, tuple(map(Path, TEXT)))], Path("out"))
     used.check()
-    result: dict[str, str] = json.loads(Path("out/seed-0/result.json").read_text())
-    return result
+    return dict(json.loads(Path("out/seed-0/result.json").read_text()))
 
 
 CASES = [(kind, moment, back, "1") for kind in FILES for moment in MOMENTS for back in (False, True)]

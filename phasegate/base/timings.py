@@ -32,8 +32,7 @@ def record(stage: str, taken: Mapping[str, Taken]) -> None:
     """Write what the trials of a stage took in place of its earlier trials, or, with the name "", the stage itself."""
     timings = read()
     kept = {trial: row for trial, row in timings.get(stage, {}).items() if bool(trial) == ("" in taken)}
-    text = StringIO()
-    writer = csv.writer(text, lineterminator="\n")
+    writer = csv.writer(text := StringIO(), lineterminator="\n")
     writer.writerow(COLUMNS)
     for name, trials in sorted((timings | {stage: kept | dict(taken)}).items()):
         writer.writerows((name, trial, f"{seconds:.3f}", machine) for trial, (seconds, machine) in trials.items())

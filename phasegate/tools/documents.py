@@ -133,8 +133,7 @@ def speed(bench: pd.DataFrame) -> list[str]:
         ours = f"{row.ours_ms:,.2f} ms" if row.ours_ms < 10_000 else f"{row.ours_ms / 1000:,.0f} s"
         limit, peer = wording.number(row.ratio_to_limit), wording.number(row.ratio_to_best_peer)
         peer += f" ({row.best_peer})" if peer else ""
-        values = (row.case, str(row.threads), ours, limit, peer)
-        rows.append(dict(zip(SPEED, values, strict=True)))
+        rows.append(dict(zip(SPEED, (row.case, str(row.threads), ours, limit, peer), strict=True)))
     return wording.markdown_table(rows)
 
 

@@ -9,6 +9,8 @@ reports/headline_curve.csv differ. Nothing is trained and no cache is needed: DV
 
 import json
 import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from phasegate.base.errors import UserError, report_user_errors
@@ -19,8 +21,6 @@ from phasegate.params.phases import Headline
 from phasegate.tools.command import output
 from phasegate.tools.plan import refuse_stale
 
-RUN = ["dvc", "exp", "run", "--temp", "--allow-missing", "--single-item", "headline", "--name"]
-
 
 def main(params: Params) -> None:
     """Save the arms that the command line names, or the primary arm of every phase, and print their verdicts."""
@@ -28,9 +28,13 @@ def main(params: Params) -> None:
     if edited := output("git", "status", "--porcelain", "--untracked-files=no", "-z").split("\0")[0][3:]:
         raise UserError(f"{edited} changed since the last commit, from which experiments start: commit first")
     refuse_stale()
-    for choice in wanted:
-        name = f"phase-{choice.phase.removeprefix('p')}" + (f"-{choice.arm}" if choice.arm != PRIMARY else "")
-        print(f"{name}: {summary(save(name, choice))}", flush=True)
+    with TemporaryDirectory() as folder:  # DVC's own, of --temp, need a whole clone, in a folder whose path is ASCII
+        output("git", "worktree", "add", "--quiet", "--detach", folder)
+        place = Path(folder, output("git", "rev-parse", "--show-prefix").rstrip("\n"))
+        for choice in wanted:
+            name = f"phase-{choice.phase.removeprefix('p')}" + (f"-{choice.arm}" if choice.arm != PRIMARY else "")
+            print(f"{name}: {summary(save(name, choice, place))}", flush=True)
+    output("git", "worktree", "prune")
 
 
 def headline(name: str, params: Params) -> Headline:
@@ -41,14 +45,15 @@ def headline(name: str, params: Params) -> Headline:
     return choice
 
 
-def save(name: str, choice: Headline) -> dict[str, Any]:
-    """Save one experiment in the place of all others of its name, and return its metrics."""
+def save(name: str, choice: Headline, place: Path) -> dict[str, Any]:
+    """Save one experiment, run at `place`, instead of all others of its name, and return its metrics."""
     find = ("git", "for-each-ref", "--format=%(refname)", f"refs/exps/*/*/{name}")
     for old in output(*find).split():  # DVC's commands refuse a name that experiments of several commits have
         output("git", "update-ref", "-d", old)
-    output(*RUN, name, *(f"--set-param=headline.{key}={value}" for key, value in choice))
-    metrics: dict[str, Any] = json.loads(output("git", "show", f"{output(*find).strip()}:./metrics.json"))
-    return metrics
+    output("git", "reset", "--quiet", "--hard", folder=place)
+    words = ["dvc", "exp", "run", "--allow-missing", "--single-item", "headline", "--name", name]
+    output(*words, *(f"--set-param=headline.{key}={value}" for key, value in choice), folder=place)
+    return dict(json.loads(output("git", "show", f"{output(*find).strip()}:./metrics.json")))
 
 
 def summary(metrics: dict[str, Any]) -> str:

@@ -81,19 +81,16 @@ def is_cut_off(text: str) -> bool:
 
 def without_gone(listed: dict[str, Any]) -> dict[str, Any]:
     """Return a list of paths in use without the processes that are gone: one writes a path, several may read it."""
-    write = {path: owner for path, owner in listed["write"].items() if lives(owner)}
-    read = {path: [owner for owner in owners if lives(owner)] for path, owners in listed["read"].items()}
-    return {"write": write, "read": {path: owners for path, owners in read.items() if owners}}
+    read = {path: left for path, owners in listed["read"].items() if (left := [*filter(lives, owners)])}
+    return {"write": {path: owner for path, owner in listed["write"].items() if lives(owner)}, "read": read}
 
 
 def lives(owner: dict[str, Any]) -> bool:
-    """Tell whether the process that DVC noted still runs: its number, with the arguments of its command line."""
-    try:
-        return " ".join(psutil.Process(owner["pid"]).cmdline()).endswith(str(owner["cmd"]).partition(" ")[2])
-    except psutil.NoSuchProcess:
-        return False
-    except psutil.AccessDenied:
-        return True
+    """Tell whether the process that DVC noted still runs: its number, with the name and arguments of its program."""
+    program, _, arguments = re.sub(r"^.*/(\w+)/__main__\.py", r"\1", str(owner["cmd"])).partition(" ")  # python -m dvc
+    with suppress(psutil.Error):  # it is another user's
+        return " ".join(psutil.Process(owner["pid"]).cmdline()).endswith(f"{Path(program).name} {arguments}".strip())
+    return bool(psutil.pid_exists(owner["pid"]))
 
 
 if __name__ == "__main__":
