@@ -26,7 +26,7 @@ def main(params: Params) -> None:
     """Save the arms that the command line names, or the primary arm of every phase, and print their verdicts."""
     wanted = list(dict.fromkeys(headline(name, params) for name in sys.argv[1:] or (START, *params.claims())))
     if edited := output("git", "status", "--porcelain", "--untracked-files=no", "-z").split("\0")[0][3:]:
-        raise UserError(f"{edited} changed since the last commit, from which experiments start: commit first")
+        raise UserError(f"{edited} changed since the last commit: `git commit -a` keeps it, `git restore .` drops it")
     refuse_stale()
     with TemporaryDirectory() as folder:  # DVC's own, of --temp, need a whole clone, in a folder whose path is ASCII
         output("git", "worktree", "add", "--quiet", "--detach", folder)
