@@ -31,7 +31,7 @@ report: $(READY) ## figures and the page from the tables that are there; no mode
 
 study: $(READY) ## the study on other data: make study DATA=fashion_mnist fills reports/fashion_mnist/; SET: more of dvc exp run's options
 	@test -n "$(DATA)" || { echo "study: DATA is empty: name a data set, as in make study DATA=fashion_mnist" >&2; exit 2; }
-	@[[ $$(git rev-parse --is-shallow-repository 2>/dev/null) != true && $$PWD != *[![:ascii:]]* ]] || \
+	@[[ ! ($$(git rev-parse --is-shallow-repository 2>/dev/null) = true || $$PWD = *[![:ascii:]]*) ]] || \
 	{ echo "study: DVC's --temp needs a whole clone (git fetch --unshallow) in a folder with an ASCII path" >&2; exit 2; }
 	@python -m phasegate.tools.repair
 	dvc exp remove --quiet $(DATA) 2>/dev/null || true

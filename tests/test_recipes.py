@@ -161,7 +161,7 @@ def test_dvc_compares_phases_saved_as_experiments(checkout: Checkout, tmp_path: 
 def test_every_phase_may_be_the_headline_and_is_saved_unless_some_are_named(
     small_study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def save(name: str, choice: Headline) -> Any:
+    def save(name: str, choice: Headline, place: Path) -> Any:
         headline.main(params.model_copy(update={"headline": choice}))
         return json.loads(Path("metrics.json").read_text())
 

@@ -180,7 +180,7 @@ def test_another_device_trains_again(study: Study) -> None:
 def test_where_ray_is_missing_the_message_says_what_to_install(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PHASEGATE_BACKEND", "ray")
     monkeypatch.setattr(settings, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"pip install 'phasegate\[cluster\]'$"):
+    with pytest.raises(UserError, match=r"pip install -e '\.\[cluster\]'$"):
         study.run(1)
 
 
