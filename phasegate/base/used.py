@@ -62,9 +62,8 @@ def note(path: str | Path) -> str | None:
     below = [name[len(root) :] for root in _roots if name == root or name.startswith(f"{root}/")]
     if not below or below[0].startswith("/.") or name.startswith(f"{sys.prefix}/"):
         return None
-    if "/__pycache__/" in name or below[0] == f"/{TIMINGS}":  # compiled kernels, and times: neither changes a result
-        return None
-    if not (state := _state(name)):
+    apart = "/__pycache__/" in name or below[0] == f"/{TIMINGS}"  # compiled kernels, and times: no result needs them
+    if apart or not (state := _state(name)):
         return None
     _states.setdefault(name, state)
     _trial.add(name)

@@ -20,8 +20,8 @@ def stale(*options: str) -> dict[str, list[str]]:
     if not Path("dvc.yaml").exists():  # DVC says nothing
         raise UserError(f"there is no dvc.yaml in {Path.cwd()}: run this where the study is")
     status = json.loads(output("dvc", "status", "--json", *options))
-    named = ((stage, [name for entry in status[stage] for name in changed(entry)]) for stage in sorted(status))
-    return {stage: names for stage, names in named if names}
+    found = {stage: [name for entry in status[stage] for name in changed(entry)] for stage in sorted(status)}
+    return {stage: names for stage, names in found.items() if names}
 
 
 def changed(entry: str | dict[str, dict[str, object]]) -> list[str]:

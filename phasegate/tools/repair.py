@@ -88,9 +88,10 @@ def without_gone(listed: dict[str, Any]) -> dict[str, Any]:
 def lives(owner: dict[str, Any]) -> bool:
     """Tell whether the process that DVC noted still runs: its number, with the name and arguments of its program."""
     program, _, arguments = re.sub(r"^.*/(\w+)/__main__\.py", r"\1", str(owner["cmd"])).partition(" ")  # python -m dvc
-    with suppress(psutil.Error):  # it is another user's
+    try:
         return " ".join(psutil.Process(owner["pid"]).cmdline()).endswith(f"{Path(program).name} {arguments}".strip())
-    return bool(psutil.pid_exists(owner["pid"]))
+    except psutil.Error as error:  # it is gone, or dead and not yet buried, or another user's
+        return isinstance(error, psutil.AccessDenied)
 
 
 if __name__ == "__main__":
