@@ -148,9 +148,6 @@ def _damaged_tensors(tensors: dict[str, Any], draw: random.Random) -> dict[str, 
             case "shorter" if array.ndim:
                 tensors[name] = array[: draw.randrange(len(array) + 1)]
             case "values":
-                tensors[name] = (
-                    draw.choice([array - 1, array + np.array(10**6).astype(array.dtype), -array])
-                    if array.dtype != bool
-                    else ~array
-                )
+                far = np.array(10**6).astype(array.dtype)
+                tensors[name] = draw.choice([array - 1, array + far, -array]) if array.dtype != bool else ~array
     return {name: np.asarray(array, order="C") for name, array in tensors.items()}

@@ -137,11 +137,10 @@ def test_locks_go_if_their_owner_is_gone_and_stay_if_it_lives(tmp_path: Path) ->
     study.command("dvc", "status", "check")  # makes .dvc/tmp
     path, models = study.folder / ".dvc/tmp/rwlock", str(study.folder / "data/params.schema.json")
     mine = {"pid": os.getpid(), "cmd": " ".join(sys.orig_argv[1:])}
-    same = " ".join(sys.orig_argv[2:])  # arguments of another program
-    other, dead = {"pid": os.getpid(), "cmd": f"/bin/dvc {same}"}, {"pid": 2**22, "cmd": "dvc repro"}
+    other, dead = mine | {"cmd": " ".join(["/bin/dvc", *sys.orig_argv[2:]])}, {"pid": 2**22, "cmd": "dvc repro"}
     path.write_text(json.dumps({"write": {models: other}, "read": {"x": [mine, dead], "y": [dead]}}))
     said = study.command("dvc", "repro", "check", ok=False)
-    assert f"blocked by:\n  (PID {os.getpid()}): /bin/dvc {same}" in said
+    assert f"blocked by:\n  (PID {os.getpid()}): {other['cmd']}" in said
     assert repair(study.folder) == []
     assert json.loads(path.read_text()) == {"write": {}, "read": {"x": [mine]}}
     study.command("dvc", "repro", "check")
