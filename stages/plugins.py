@@ -1,5 +1,6 @@
 """Run the arms that `plugins.arms` describes, with signals and surgeries from `plugins/`. There may be none."""
 
+from phasegate.base.files import write_atomic
 from phasegate.base.paths import BASELINES, MODELS, PREPARED
 from phasegate.params import Params
 from phasegate.params.names import PLUGINS
@@ -16,7 +17,10 @@ def main(params: Params) -> None:
     arms = plugin_arms(params, "p7b") | plugin_arms(params, "p7c3")
     trials = continuations(PREPARED, BASELINES, PLUGINS, arms, seeds, params.p7b)
     arriving = {name: ("few", arm, rates["small"]) for name, arm in plugin_arms(params, "p7c2", rates).items()}
-    run_trials([*trials, *late_trials(params, PLUGINS, seeds, arriving)], MODELS / PLUGINS)
+    trials += late_trials(params, PLUGINS, seeds, arriving)
+    run_trials(trials, MODELS / PLUGINS)
+    if not trials:
+        write_atomic(MODELS / PLUGINS / "none", "")  # DVC warns of an empty folder, whenever it saves or hashes one
 
 
 if __name__ == "__main__":

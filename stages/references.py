@@ -12,7 +12,7 @@ from phasegate.stage import run
 def main(params: Params) -> None:
     """Train each reference of this data set with every seed, and note the accuracy that was published."""
     meta = load_meta(PREPARED)
-    references = params.references_of(meta.name)
+    references = params.references.get(meta.name, params.references["default"])
     candidates = {
         name: (ReferenceSpec(meta.input_shape, meta.classes, model.hidden, model.channels), model.training())
         for name, model in references.items()

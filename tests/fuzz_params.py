@@ -17,16 +17,8 @@ SNIPPETS: list[str] = []  # YAML that no Python value is dumped as
 SNIPPETS += ["1" + "0" * 5000, "0x" + "f" * 100_000, "1e400", "1_000", "1:30:30", "0b12", "08", "-.inf", ".NaN", "~"]
 SNIPPETS += ["2024-02-30", "0000-00-00", "2024-01-01T25:61:61Z", "!!timestamp abc", "!!timestamp [1]", "!!binary abc"]
 SNIPPETS += ["!!binary =", "!!binary [1]", "!!int abc", "!!int []", "!!float abc", "!!float {}", "!!bool maybe"]
-SNIPPETS += [
-    "!!null abc",
-    "!!str {}",
-    "!!map []",
-    "!!seq {}",
-    "!!set {a, b}",
-    "!!set [a]",
-    "!!omap [a: 1]",
-    "!!omap [1]",
-]
+SNIPPETS += ["!!null abc", "!!str {}", "!!map []", "!!seq {}"]
+SNIPPETS += ["!!set {a, b}", "!!set [a]", "!!omap [a: 1]", "!!omap [1]"]
 SNIPPETS += ["!!python/object:os.system {}", "!!python/object/apply:os._exit [66]", "!x y"]
 SNIPPETS += ["!!python/name:os.system ''", "!!python/tuple [1]", "!<tag:yaml.org,2002:int> 3", "!<> 1", "=", "! 1"]
 SNIPPETS += ["&a [*a]", "&a {a: *a}", "*missing", "&a", "&a &b 1", "{<<: 3}", "{<<: [1]}", "{<<: {lr: 0.1}}"]
@@ -53,8 +45,7 @@ def case(state: tuple[str, Any], draw: random.Random, folder: Path) -> Case:
         case "tree":
             path.write_bytes(_yaml(damaged_tree(values, draw, VALUES)))
         case "snippet":
-            tree = damaged_tree(values, draw, [PLACE])
-            damaged = _yaml(tree).decode().replace(PLACE, draw.choice(SNIPPETS))
+            damaged = _yaml(damaged_tree(values, draw, [PLACE])).decode().replace(PLACE, draw.choice(SNIPPETS))
             path.write_bytes(damaged.encode(errors="surrogatepass"))
         case "lines":
             path.write_text(_damaged_lines(text, draw))

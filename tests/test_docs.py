@@ -140,12 +140,13 @@ def test_the_example_of_your_own_data_is_prepared(
     page, seen = ROOT / "docs/data.md", list[tuple[object, ...]]()
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data/raw").mkdir(parents=True)
-    shutil.copy(ROOT / "params.yaml", tmp_path)
     [example] = blocks(page, "python")
     exec(example, {})
-    [command] = [words for words in commands(page) if "data.name=npz" in words]
-    apply_overrides(tmp_path / "params.yaml", [word for word in command[3:] if word != "-S"])
-    prepare.main(load_params())
+    for command in [words for words in commands(page) if "data.name=npz" in words]:  # the study, then in small
+        shutil.copy(ROOT / "params.yaml", tmp_path)
+        apply_overrides(tmp_path / "params.yaml", [word for word in command[3:] if word != "-S"])
+        prepare.main(load_params())
+    assert load_params().seeds.count == 3
     meta = load_meta(tmp_path / "data/prepared")
     assert meta.splits == {"train": 2000, "signal": 200, "gate": 200, "test": 500, "published": 0}
     assert meta.input_shape == (1, 8, 8) and meta.tasks == {"first": (1, 0, 0)}

@@ -9,12 +9,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from phasegate.base.errors import UserError
 from phasegate.data_sets.prepare import prepare
 from phasegate.evaluation import evaluate as evaluation
 from phasegate.evaluation.evaluate import KEY, TABLES, calibration_error, evaluate_phase, mutual_information
 from phasegate.evaluation.split_halves import HALVES_COLUMNS
+from phasegate.model.births import Birth
 from phasegate.model.classifier import Model, ModelSpec, cost
 from phasegate.model.references import Reference, ReferenceSpec
 from phasegate.params.fields import override
@@ -120,6 +122,19 @@ def test_cost_is_what_one_counts_by_hand_and_of_the_reference_models_as_publishe
     assert tuple(cost(model).model_dump().values()) == (grown, active + 7, flops + 2 * 6)
     for hidden, channels, size in (((100, 100), None, 15_210), (None, (25, 25, 25), 5_210)):
         assert cost(Reference(ReferenceSpec((1, 40), 10, hidden, channels))).params_total == size
+
+
+@pytest.mark.parametrize("birth", [None, Birth(4, 5, retires=False), Birth(4, 5, retires=True)])
+def test_operations_are_as_many_as_torch_counts_in_images_and_births_too(birth: Birth | None) -> None:
+    architecture = override(ARCHITECTURE, {"stem": "conv", "n_routed": 7, "n_shared": 2}, "")
+    model = Model(ModelSpec(architecture, (3, 9, 11), (4, 2), n_gates=2)).eval()
+    for moe in model.layers:
+        ExpertManager(moe).split(0, torch.randn(moe.router.shape[-1]), 0.0)
+        moe.set_birth(birth)
+    found = cost(model).flops_per_example
+    with FlopCounterMode(display=False) as counter:
+        model.double()(torch.zeros(1, 3, 9, 11, dtype=torch.float64))
+    assert found == counter.get_total_flops()
 
 
 def test_a_trials_row_is_consistent_with_its_predictions(baselines: Path, gate: Examples) -> None:

@@ -199,8 +199,7 @@ def test_a_curve_counts_the_slots_of_each_step(arm: str, first: int, trials: Tri
     curve, plain = tables(folder_of(f"p7c1/{arm}"))[0], BLOCKS * TOP_K
     assert curve["slots"].isna().tolist() == [True] + [False] * (len(curve) - 1)
     slots = curve.set_index("step")["slots"].iloc[1:]
-    wanted = [plain * (2 if first < step <= first + 100 else 1) for step in slots.index]
-    assert slots.tolist() == wanted
+    assert slots.tolist() == [plain * (2 if first < step <= first + 100 else 1) for step in slots.index]
     for other in ("small", "handover", "upcycle"):
         assert set(tables(folder_of(f"p7c1/{other}"))[0]["slots"].dropna()) == {plain}
 

@@ -16,18 +16,12 @@ from phasegate.surgery.hyperplanes import gradient_kernel, halve, loss_direction
 from phasegate.surgery.operations import ExpertManager
 from tests.models import draws, seeds
 
-
-def kernel_of(tokens: Tensor) -> Tensor:
-    gradients = torch.randn(len(tokens), 5)
-    return gradients @ gradients.T
-
-
 DIRECTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "any": lambda tokens: torch.randn(8) * 10 ** float(torch.randn(())),
     "axis": lambda tokens: torch.eye(8)[3],
     "random": lambda tokens: random_direction(8, draws(len(tokens))),
     "principal": principal_direction,
-    "loss": lambda tokens: loss_direction(tokens, kernel_of(tokens)),
+    "loss": lambda tokens: loss_direction(tokens, (slopes := torch.randn(len(tokens), 5)) @ slopes.T),
 }
 
 

@@ -57,8 +57,7 @@ def test_a_name_that_means_another_arm_beside_ones_own_is_refused_and_no_other()
     for name, what in (meant | {"primary": "the arm that decides a phase"}).items():
         said = refusal("plugins.arms", {"mine": {"signal": "a"}, name: {"signal": "a"}})
         assert said == f"plugins: arms has {name!r}, which means {what}: take another name"
-    stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
-    others = {*stages, "small", "sham", "own", "base"}
+    others = {*yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"], "small", "sham", "own", "base"}
     arms = {name: {"signal": "a"} for name in others}
     assert parse(Params, VALUES | {"plugins": VALUES["plugins"] | {"arms": arms}})
 

@@ -51,7 +51,7 @@ def test_the_committed_parameters_are_right() -> None:
         ("decisions.phases.p7b2.assay.better", "continue", "p7b2.assay.better is 'continue': string should match"),
         ("decisions.margin", -0.1, "decisions.margin is -0.1: input should be greater than or equal to 0"),
         ("decisions.phases.p7b2.hypothesis", " \n\x1c", "decisions.phases.p7b2.hypothesis: it is blank: state it"),
-        ("plugins.hypothesis", "\u200d\u2060\xa0", "plugins.hypothesis: it is blank: state it before the phase runs"),
+        ("plugins.hypothesis", "\u200d\u2060\xa0\u3164", "plugins.hypothesis: it is blank: state it before the"),
         ("plugins.hypothesis", "", "plugins.hypothesis: it is blank: state it before the phase runs"),
         ("plugins.hypothesis", "a\x1b[2J", "hypothesis: 'a\\x1b[2J' has the control character \\x1b: leave it out"),
         ("plugins.hypothesis", "a\x85b", "hypothesis: 'a\\x85b' has the control character \\x85: leave it out"),
@@ -82,7 +82,8 @@ def test_the_committed_parameters_are_right() -> None:
         ("p7b4.certainty", 0.5, "p7b4.certainty is 0.5: input should be greater than 0.5"),
         ("p7b4.usage.grow_above", 0.5, "prune_below is 0.7: it must be at most grow_above = 0.5"),
         ("decisions.phases.p7b2.primary", "splt", "p7b2: primary is 'splt', no arm: did you mean split?"),
-        ("decisions.phases", {}, f"decisions: phases has : it must have {ALL}"),
+        ("decisions.phases", {}, f"decisions: phases lacks p7b1: it must have just {ALL}"),
+        ("p7b2", 3, "p7b2 is 3: it must hold names with values, or be {}"),
         ("decisions.phases.p7c3.controls", {"shm": "p7a/continue"}, SHAM),
         ("p7b.act_evry", 3, "p7b.act_evry is not a parameter; did you mean act_every?"),
         ("references.mnist1d.mlp.lrr", 1, "references.mnist1d.mlp.lrr is not a parameter; did you mean lr?"),
@@ -99,6 +100,7 @@ def test_the_committed_parameters_are_right() -> None:
         ("seeds.count", 10**5, "seeds.count is 100000: input should be less than or equal to 10000"),
         ("seeds.first", "x" * 10**6, "seeds.first is 'xxxxx"),
         ("training.lr", 10**400, "training.lr is 1000"),
+        ("decisions.phases.p7b2.primary", "x" * 10**6, "p7b2.primary is 'xxxxx"),
         ("training.lr", 1 << 20_000, "training.lr is a number of 20,001 bits: "),
         ("model.stem", 1 << 20_000, "model.stem is a number of 20,001 bits: it must be one of mlp, conv"),
         ("training.lr", [[1] * 10**4] * 10**4, "training.lr is [[1, 1, 1"),
@@ -116,8 +118,8 @@ def test_what_cannot_be_right_is_refused_in_one_sentence(key: str, value: Any, s
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        (b"", "the file is None: input should be"),
-        (b"- 1", "the file is [1]: input should be"),
+        (b"", "the file is None: it must hold names"),
+        (b"- 1", "the file is [1]: it must hold names"),
         (b"seeds: [", "is not valid YAML: while parsing"),
         (b"\xff\xfe\x00seeds", "the file is '"),
         (b"seeds: \xc3", "is not valid YAML"),
@@ -215,8 +217,7 @@ def test_the_estimate_of_memory_counts_the_weights_of_every_model(shape: tuple[i
         for stem in ("mlp", "conv"):
             changed = architecture.model_copy(update={"stem": stem, "blocks": 2})
             real = build(ModelSpec(changed, shape, (10, 10)))
-            counted = check.model_weights(changed, changed.n_routed, shape, 10)
-            assert counted == pytest.approx(weights(real), rel=0.05)
+            assert check.model_weights(changed, changed.n_routed, shape, 10) == pytest.approx(weights(real), rel=0.05)
 
 
 @pytest.mark.parametrize("stem", ["mlp", "conv"])

@@ -59,7 +59,10 @@ def with_arm(**arm: Any) -> Params:
         (f"import os.path, phasegate.model.moe\n{SCORES}", ""),
         ("from os import stat as signal", ""),
         ("signal: object = print", ""),
-        ("def signal(:", "plugins/loud.py, which plugins.arms.mine.signal names, is not Python: invalid syntax"),
+        (
+            "def signal(:",
+            "plugins/loud.py, which plugins.arms.mine.signal names, is not Python: invalid syntax \\(loud.py, ",
+        ),
         ("signal = '\0'", "plugins/loud.py, which plugins.arms.mine.signal names, is not Python: source code string"),
         ("signals = 1", "plugins/loud.py, which .* names, does not define the function signal"),
         ("from plugins.louder import signal", "plugins/loud.py, .* imports from plugins: it must be a file by itself"),
@@ -103,7 +106,10 @@ def test_a_misspelt_name_gets_a_suggestion(write: Write, arm: dict[str, str], se
         ("torch.ones(5)", "signal must return Scores, not tensor"),
         ("Scores(None, None)", "signal must return Scores"),
         ("Scores(torch.ones(4), None)", "prune must be a tensor of 5 finite numbers, not Tensor of shape \\(4,\\): "),
-        ("Scores(None, torch.ones(5) / 0)", "grow must be a tensor of 5 finite numbers"),
+        (
+            "Scores(None, torch.ones(5) / 0)",
+            "grow must be a tensor of 5 finite numbers, not Tensor of shape \\(5,\\): tensor\\(\\[inf, ",
+        ),
         ("Scores([1] * 5, None)", "prune must be a tensor of 5 finite numbers, not list: \\[1, 1, "),
     ],
 )

@@ -91,8 +91,7 @@ def test_a_candidate_that_fails_is_out_and_somebody_must_finish() -> None:
     def measure(counts: Mapping[str, int]) -> Scores:
         return {"slow": [70.0, 70.1], "steady": [80.0, 80.1]} | ({} if counts.get("fast", 2) > 1 else {"fast": [99.0]})
 
-    names = ["base", "slow", "fast", "steady"]
-    assert race(names, {}, measure, RULE) == "steady"
+    assert race(["base", "slow", "fast", "steady"], {}, measure, RULE) == "steady"
     with pytest.raises(UserError, match=r"each candidate of the search \(base\) has a failed trial"):
         race(["base"], {}, measure, RULE)
 

@@ -87,8 +87,7 @@ def test_the_second_truth_has_a_chance_and_bounds_of_its_own() -> None:
     assert rest == "not shown to differ from it for random labels 0.50 [0.50, 0.50], zero hits 0.50 [0.50, 0.50]"
     mute = signal_summary(GIVEN.query("signal == 'gradmax'"), 0.95)
     assert signals.signal_findings(mute, decisions(), ACTED, 0.95)[3].endswith("curve, which no signal has.")
-    areas = np.tile([0.9, 1.0], 50)
-    noisy = signal_summary(GIVEN.assign(auc_dead=areas[: len(GIVEN)]), 0.95).set_index("signal")
+    noisy = signal_summary(GIVEN.assign(auc_dead=np.tile([0.9, 1.0], 50)[: len(GIVEN)]), 0.95).set_index("signal")
     assert noisy["auc_dead_hi"]["zero_hits"] < 1 and beats_chance(next(noisy.itertuples()), "auc_dead", 0.95)
     two = signal_summary(scores(2).assign(auc_dead=[0.4, 0.9, 1, 1, 1, 1, 1, 1, 1, 1]), 0.95)
     assert (two["auc_dead_lo"][0], two["auc_dead_hi"][0]) == (0, 1) and not beats_chance(two.iloc[0], "auc_dead", 0.95)

@@ -159,8 +159,7 @@ def test_a_trial_killed_during_a_birth_and_after_it_ends_with_the_same_bits(
         rates.clear()
         kill(at, runs[way], tmp_path)
         snapshot = safetensors.torch.load((tmp_path / SNAPSHOT).read_bytes()[: -killed_trials.DIGEST])
-        under_way = BORN <= at < BORN + 100
-        wanted = [5, at - BORN, way == "handover"] if under_way else [0, 0, 0]
+        wanted = [5, at - BORN, way == "handover"] if BORN <= at < BORN + 100 else [0, 0, 0]
         assert snapshot["model.blocks.1.moe.birth"].tolist() == wanted
         torch.manual_seed(at)
     rates.clear()

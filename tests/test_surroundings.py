@@ -20,11 +20,7 @@ from phasegate.training import device
 from stages import check as check_stage
 from tests.small_study import ROOT, Checkout, ended
 
-Break = Callable[[Checkout, Path], None]
-
-
-def break_configuration(study: Checkout, disk: Path) -> None:
-    (study.folder / ".dvc/config").write_text("[core")
+Break = Callable[[Checkout, Path], object]
 
 
 def fill_the_disk_of_caches(study: Checkout, disk: Path) -> None:
@@ -41,7 +37,7 @@ def make_read_only(study: Checkout, disk: Path) -> None:
 WRONG: list[tuple[str, Break]] = [
     ("not a git repository", lambda study, _: shutil.rmtree(study.folder / ".git")),
     ("not inside of a DVC repository", lambda study, _: shutil.rmtree(study.folder / ".dvc")),
-    ("config file error: Invalid line", break_configuration),
+    ("config file error: Invalid line", lambda study, _: (study.folder / ".dvc/config").write_text("[core")),
     ("database or disk is full", fill_the_disk_of_caches),
     ("Read-only file system", make_read_only),
 ]

@@ -99,8 +99,7 @@ def test_labels_are_measured_on_both_splits(table: pd.DataFrame, forks: Forks, b
 def test_the_same_seed_gives_the_same_bits_and_what_may_not_be_done_has_no_labels(
     table: pd.DataFrame, tmp_path: Path, prepared: Path, baselines: Path, schedule: Schedule, truth: GroundTruth
 ) -> None:
-    again = surveyed(tmp_path, prepared, baselines, schedule, truth)
-    assert again.equals(table)
+    assert surveyed(tmp_path, prepared, baselines, schedule, truth).equals(table)
     full = override(schedule, {"min_experts": 4, "max_experts": 5}, "p7b")
     once = surveyed(tmp_path, prepared, baselines, full, override(truth, {"surveys": 1}, "p7b4"))
     assert len(once) == 10 and once["grow"].isna().all() and once["recovered"].notna().all()

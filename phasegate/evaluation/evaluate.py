@@ -67,7 +67,10 @@ def evaluate_phase(models: Path, prepared: Path, output: Path, may_be_empty: boo
         raise UserError(f"{models} holds no checkpoints: run `dvc repro` for the stage that writes it")
     predictions, parts = {}, {name: list[pd.DataFrame]() for name in TABLES}
     for folder in folders:
-        left = {name: _read_left(folder / file, TABLES[name]) for name, file in FILES.items()}
+        left = {name: pd.DataFrame(columns=TABLES[name]) for name in FILES}  # empty where a trial leaves none
+        for name, file in FILES.items():
+            if (folder / file).exists():
+                left[name] = read_table(folder / file, TABLES[name])
         result = evaluate(checkpoint.load(folder, gate, device()), test, meta.tasks, left["surgeries"])
         routing = result.tables["routing"]
         routing["class"] = routing["class"].map(dict(enumerate(meta.class_names)))
@@ -169,8 +172,3 @@ def _routing_metrics(outputs: list[Output], routing: pd.DataFrame) -> dict[str, 
         "dead_experts": sum(int((table.sum(1) == 0).sum()) for table in tables),
         "mutual_information": float(np.mean([mutual_information(table) for table in tables])),
     }
-
-
-def _read_left(path: Path, columns: list[str]) -> pd.DataFrame:
-    """Read a table that a trial left in its folder; empty for a kind of trial that leaves none."""
-    return read_table(path, columns) if path.exists() else pd.DataFrame(columns=columns)

@@ -13,7 +13,6 @@ from typing import Annotated, Any, NamedTuple
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from phasegate.model.dense import Conv1d, Conv2d, Linear
 from phasegate.model.moe import MoE, Routing
@@ -80,8 +79,7 @@ class Model(Network):
         super().__init__()
         self.spec, self.architecture = spec, spec.architecture
         arch = spec.architecture
-        stem = mlp_stem if arch.stem == "mlp" else conv_stem
-        self.stem = stem(spec.input_shape, arch.width)
+        self.stem = (mlp_stem if arch.stem == "mlp" else conv_stem)(spec.input_shape, arch.width)
         self.blocks = nn.ModuleList(Block(arch, spec.n_gates) for _ in range(arch.blocks))
         self.norm = nn.LayerNorm(arch.width)
         self.heads = nn.ModuleList(Linear(arch.width, classes) for classes in spec.heads)
@@ -133,17 +131,26 @@ class Cost(Section):
 
 
 def cost(model: Network) -> Cost:
-    """Count parameters and floating-point operations, the latter by running one example in float64."""
+    """Count parameters and, by running one example in float64, floating-point operations."""
     total = active = sum(parameter.numel() for parameter in model.parameters())
     for moe in model.layers:
-        active -= (moe.n_routed - moe.top_k) * moe.weights(0).numel()
-        active -= moe.router[1:].numel()
+        active -= (moe.n_routed - moe.top_k) * moe.weights(0).numel() + moe.router[1:].numel()
     if isinstance(model, Model):
         active -= sum(parameter.numel() for parameter in model.heads[1:].parameters())
+    multiplied: list[int] = []  # weights of each layer, counted once for every token or position
+
+    def count(layer: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
+        if isinstance(layer, MoE):
+            multiplied.append(layer.multiplied * inputs[0][..., 0].numel())
+        elif isinstance(layer, Linear | Conv1d | Conv2d):
+            multiplied.append(layer.weight.numel() * output.numel() // len(layer.weight))
+
     probe = copy.deepcopy(model).cpu().double().eval()
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    for layer in probe.modules():
+        layer.register_forward_hook(count)
+    with torch.no_grad():
         probe(torch.zeros(1, *model.spec.input_shape, dtype=torch.float64))
-    return Cost(params_total=total, params_active=active, flops_per_example=counter.get_total_flops())
+    return Cost(params_total=total, params_active=active, flops_per_example=2 * sum(multiplied))
 
 
 def mlp_stem(input_shape: tuple[int, ...], width: int) -> nn.Module:

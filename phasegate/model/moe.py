@@ -84,9 +84,9 @@ class MoE(nn.Module):
         if n_shared:
             self.shared_in = nn.Parameter(uniform((width, n_shared * expert_width), fan_in=width))
             self.shared_out = nn.Parameter(uniform((n_shared * expert_width, width), fan_in=expert_width))
-        self.register_buffer("expert_id", torch.arange(n_routed))
+        self.register_buffer("expert_id", torch.tensor(range(n_routed)))  # arange imports sympy on the meta device
         self.register_buffer("next_id", torch.tensor(n_routed))
-        self.register_buffer("family_of", torch.arange(n_routed))
+        self.register_buffer("family_of", torch.tensor(range(n_routed)))
         self.register_buffer("load", torch.zeros(n_routed, dtype=torch.int64))
         self.register_buffer("path", torch.zeros(n_routed, 0, dtype=torch.int8))
         self.register_buffer("selection_bias", torch.zeros(n_gates, n_routed))
@@ -110,6 +110,15 @@ class MoE(nn.Module):
     def slots(self) -> int:
         """Return how many experts each token runs."""
         return 2 * self.top_k if self.under_way and not self.under_way.retires else self.top_k
+
+    @property
+    def multiplied(self) -> int:
+        """Count the multiply-adds of one token of one gate."""
+        n_old, _, retires = self.under_way or (0, 0, True)
+        scored = self.n_families if retires else self.n_families + n_old  # the old router scores, too
+        nodes = self.node_weight.numel() * (2 if self.under_way else 1)
+        shared = 2 * self.shared_in.numel() if self.n_shared else 0
+        return scored * self.router.shape[-1] + nodes + self.slots * self.weights(0).numel() + shared
 
     def set_birth(self, birth: Birth | None) -> None:
         """Note that a birth is under way, or none; ValueError if the layer cannot be in it."""

@@ -29,7 +29,7 @@ def _refuse_other(value: object) -> object:
 
 
 def _refuse_unreadable(value: str) -> str:
-    if not any(map(str.isprintable, "".join(value.split()))):
+    if not re.search(r"[^\W_\u115f\u1160\u3164\uffa0]", value):  # letters that show nothing
         raise ValueError("it is blank: state it before the phase runs")
     if found := UNREADABLE.search(value):
         raise ValueError(f"'{visible(value)[:80]}' has the control character {visible(found[0])}: leave it out")
@@ -52,7 +52,7 @@ Positive = Annotated[Number, Field(gt=0)]
 NonNegative = Annotated[Number, Field(ge=0)]
 FileName = Annotated[str, Field(pattern=NAME, max_length=100)]
 Name = Annotated[FileName, AfterValidator(_refuse_other_meaning)]
-Text = Annotated[str, Field(min_length=1)]
+Text = Annotated[str, Field(min_length=1, max_length=1000)]
 Hypothesis = Annotated[str, AfterValidator(_refuse_unreadable)]
 Scalar = bool | int | float | str
 
@@ -130,7 +130,7 @@ class _Brief(Repr):
 
 
 _brief = _Brief()
-_brief.maxstring = _brief.maxother = _brief.maxlong = 80
+_brief.maxlevel, _brief.maxstring, _brief.maxother, _brief.maxlong = 2, 80, 80, 80
 
 
 def _explain(error: ValidationError, section: type[Section], where: str) -> str:
@@ -155,6 +155,8 @@ def _explain(error: ValidationError, section: type[Section], where: str) -> str:
         case "literal_error":
             known = re.findall("'([^']*)'", first["ctx"]["expected"])
             return f"{key} is {_brief.repr(value)}: {suggestion(value[:80] if isinstance(value, str) else '', known)}"
+        case "model_type" | "dict_type":
+            return f"{key or 'the file'} is {_brief.repr(value)}: it must hold names with values, or be {{}}"
         case _:
             return f"{key or 'the file'} is {_brief.repr(value)}: {message[0].lower()}{message[1:]}"
 

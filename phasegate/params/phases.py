@@ -15,7 +15,7 @@ Grow = Literal["split", "clone", "reinit"]
 GrowMany = Literal["birth", "handover", "upcycle"]  # which add any number of experts at once
 Prune = Literal["remove", "merge"]
 Chance = Annotated[Number, Field(gt=0.5, lt=1)]
-Arm = Annotated[str, Field(pattern=r"^[a-z0-9_]+/[a-z0-9_]+$")]
+Arm = Annotated[str, Field(pattern=r"^[a-z0-9_]+/[a-z0-9_]+$", max_length=201)]
 BIRTH_STEPS = 100
 """Steps of training until a birth is over."""
 NEVER = "none"
@@ -238,8 +238,9 @@ class Decisions(Section):
     phases: dict[str, Claim]
 
     def check_together(self) -> None:
-        if set(self.phases) != set(PHASES):
-            raise ValueError(f"phases has {', '.join(self.phases)}: it must have {', '.join(PHASES)}")
+        if odd := sorted(set(self.phases) ^ set(PHASES)):
+            said = f"has {odd[0][:80]!r}, which is none" if odd[0] in self.phases else f"lacks {odd[0]}"
+            raise ValueError(f"phases {said}: it must have just {', '.join(PHASES)}")
 
 
 class PluginArm(Section):

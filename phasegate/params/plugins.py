@@ -44,11 +44,11 @@ class Plugin:
             hint = suggestion(self.name, known) if known else f"{FOLDER} has no files"
             raise UserError(f"{key} is {self.name!r}, but there is no file {self.path}: {hint}")
         try:
-            text = decode_source(self.source)
-            nodes, top = list(ast.walk(ast.parse(text))), symtable.symtable(text, str(self.path), "exec")
+            text, path = decode_source(self.source), str(self.path)
+            nodes, top = list(ast.walk(ast.parse(text, path))), symtable.symtable(text, path, "exec")
         except (SyntaxError, ValueError) as error:
             raise UserError(f"{self.path}, which {key} names, is not Python: {one_line(error)}") from None
-        if self.kind not in {name.get_name() for name in top.get_symbols() if name.is_assigned() or name.is_imported()}:
+        if self.kind not in {each.get_name() for each in top.get_symbols() if each.is_assigned() or each.is_imported()}:
             raise UserError(f"{self.path}, which {key} names, does not define the function {self.kind}")
         modules = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
         modules += [f"{'.' * node.level}{node.module or ''}" for node in nodes if isinstance(node, ast.ImportFrom)]

@@ -123,10 +123,6 @@ class Params(Section):
         claim = phases.Claim(arms=arms, primary=arms[0], controls=controls, **stated)
         return self.decisions.phases | {names.PLUGINS: claim}
 
-    def references_of(self, name: str) -> dict[str, Reference]:
-        """Return the reference models of a data set: those under `default` where it has none of its own."""
-        return self.references.get(name, self.references["default"])
-
 
 def load_params(path: Path = PARAMS) -> Params:
     """Read and check a parameter file; `UserError` says what is wrong, and in which file if it is not params.yaml."""

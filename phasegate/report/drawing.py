@@ -49,7 +49,7 @@ class DotStyle(NamedTuple):
 def save(figure: Figure, path: Path) -> None:
     """Write the figure as `path`.svg and `path`.png, laid out once, without dates and versions."""
     svg, png = BytesIO(), BytesIO()
-    ConstrainedLayoutEngine().execute(figure)  # as the figure's own it would work, and all be drawn, twice for a file
+    ConstrainedLayoutEngine().execute(figure)  # as the figure's own engine, it would lay out for each file
     figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
     figure.savefig(png, format="png", metadata={"Software": None}, dpi=110)
     write_atomic(path.with_suffix(".svg"), svg.getvalue())

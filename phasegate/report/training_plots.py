@@ -46,7 +46,9 @@ def learning_curves(tables: Tables, params: Params) -> Figure:
         if head.phase != START:
             control = of_arm(curves, *key_of(head.control))
             band(axes, control, "accuracy", CONTROL_STYLE, confidence, beside(head), 1.3)
-        every = _variants_last([row.arm for row in rows if row.phase == head.phase and not row.is_control])
+        every = [row.arm for row in rows if row.phase == head.phase and not row.is_control]
+        variants = {arm for arm in every[1:] for other in every if arm.startswith(f"{other}_")}
+        every.sort(key=variants.__contains__)  # such as `birth_early`, behind all others
         arms = every[: len(ARM_STYLES)]
         for arm, style in zip(arms, ARM_STYLES, strict=False):
             points = of_arm(curves, head.phase, arm)
@@ -139,11 +141,6 @@ def expert_routing(tables: Tables, params: Params) -> Figure:
     key = f"(seed {routing['seed'].iloc[0]}, block {BLOCK}; grey: removed, +: born)"
     figure.suptitle(f"{title}\n{key}", x=0.01, ha="left")
     return figure
-
-
-def _variants_last(arms: list[str]) -> list[str]:
-    """Return the arms of a phase, the primary first, with variants such as `birth_early` behind all others."""
-    return arms[:1] + sorted(arms[1:], key=lambda arm: any(arm.startswith(f"{other}_") for other in arms))
 
 
 def _mark_surgeries(axes: Axes, surgeries: pd.DataFrame, arms: list[str]) -> None:

@@ -14,7 +14,7 @@ from phasegate.report.drawing import DotStyle, Tables, dot_rows
 from phasegate.verdicts import decisions as words
 from phasegate.verdicts import wording
 from phasegate.verdicts.attribution import ACCOUNTS, REMOVING, account_label, effect, harm
-from phasegate.verdicts.decisions import Decision, decision_rows, key_of, of_arm
+from phasegate.verdicts.decisions import decision_rows, key_of, of_arm
 from phasegate.verdicts.wording import phase_label, rows_of
 
 WORD_STYLES = {  # colour and marker: no meaning hangs on colour alone
@@ -58,15 +58,11 @@ def differences(tables: Tables, params: Params) -> Figure:
     drawing.embolden(axes, [row.primary for row in rows])
     axes.set_ylim(max(positions) + 0.8, min(positions) - 0.8)
     axes.set_xlabel("test accuracy minus that of its control, pp (dots: seeds; black: the margins)")
-    figure.suptitle(drawing.wrapped(_count_words(rows), 90), x=0.01, ha="left")
-    return figure
-
-
-def _count_words(rows: list[Decision]) -> str:
-    """Return how many arms have each word."""
     counts = Counter(row.word for row in rows if row.word)
-    parts = [f"{counts[word]} {word}" for word in WORD_STYLES if counts[word]]
-    return f"Of {counts.total()} arms beside their controls: {', '.join(parts)}"
+    parts = ", ".join(f"{counts[word]} {word}" for word in WORD_STYLES if counts[word])
+    title = drawing.wrapped(f"Of {counts.total()} arms beside their controls: {parts}", 90)
+    figure.suptitle(title, x=0.01, ha="left")
+    return figure
 
 
 def attribution(tables: Tables, params: Params) -> Figure:
@@ -77,7 +73,10 @@ def attribution(tables: Tables, params: Params) -> Figure:
     figure, panels = drawing.new_figure(9, 2.2 + 0.34 * sum(sizes) + 0.5 * len(sizes), len(sizes), 1, sizes)
     for axes, (account, rows) in zip(panels, accounts.items(), strict=True):
         axes.axvline(0, color=drawing.GREY, linewidth=1)
-        dot_rows(axes, rows, "effect_pp", [_effect_style(row, confidence) for row in rows])
+        hues = [drawing.VERMILION if row.effect_pp < 0 else drawing.BLUE for row in rows]
+        certain = zip((row.p_holm < 1 - confidence for row in rows), hues, strict=True)
+        styles = [DotStyle(hue) if sure else DotStyle(drawing.GREY, "s") for sure, hue in certain]
+        dot_rows(axes, rows, "effect_pp", styles)
         for y, row in enumerate(rows):
             drawing.note(axes, y, effect(row))
         drawing.name_rows(axes, [row.part for row in rows], "")
@@ -115,12 +114,6 @@ def leaderboard(search: str, tables: Tables, params: Params) -> Figure:
         axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     figure.suptitle(f"{search.upper()}: {_ranking(candidates, best)}", x=0.01, ha="left")
     return figure
-
-
-def _effect_style(row: Any, confidence: float) -> DotStyle:
-    if row.p_holm < 1 - confidence:
-        return DotStyle(drawing.VERMILION if row.effect_pp < 0 else drawing.BLUE)
-    return DotStyle(drawing.GREY, "s")
 
 
 def _name_candidates(axes: Axes, rows: list[Any], xlabel: str) -> None:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from phasegate.base.errors import UserError
+from phasegate.base.errors import UserError, printable
 from phasegate.params.names import SIGNALS
 from phasegate.params.plugins import Plugin
 from phasegate.signals.roots import root
@@ -147,12 +147,12 @@ def plugin_signal(plugin: Plugin) -> Signal:
     def scores(probe: Probe, draws: torch.Generator) -> Scores:
         given, experts = signal(probe, draws), probe.layer.n_routed
         if not isinstance(given, Scores) or (given.prune is None and given.grow is None):
-            raise UserError(f"{plugin.path}: signal must return Scores, not {given!r:.80}")
+            raise UserError(f"{plugin.path}: signal must return Scores, not {printable(f'{given!r:.80}')}")
         for kind, values in given._asdict().items():
             fits = isinstance(values, Tensor) and tuple(values.shape) == (experts,) and bool(values.isfinite().all())
             if values is not None and not fits:
                 given_shape = f" of shape {tuple(values.shape)}" if isinstance(values, Tensor) else ""
-                found = f"{type(values).__name__}{given_shape}: {values!r:.80}"
+                found = f"{type(values).__name__}{given_shape}: {printable(f'{values!r:.80}')}"
                 raise UserError(f"{plugin.path}: {kind} must be a tensor of {experts} finite numbers, not {found}")
         return given
 

@@ -99,7 +99,11 @@ def decide(tables: Mapping[str, pd.DataFrame], claims: Mapping[str, Claim], rule
     for phase, arm in sorted(arms, key=lambda key: (order.index(key[0]), primary[key[0]] != key[1])):
         named = control_of(claims, phase, arm)
         control = _control(named, arms)
-        row = Decision(phase, arm, primary[phase] == arm, 0, 0, control=named, **_margins(control, rule))
+        error, nll = 100 - control["accuracy"].mean(), control["nll"].mean()
+        shares = (rule.margin * error, rule.margin * nll, rule.gain * error)
+        margin, margin_nll, gain = (round(float(share), DECIMALS) for share in shares)  # differences may equal them
+        row = Decision(phase, arm, primary[phase] == arm, 0, 0, control=named)
+        row = row._replace(margin_pp=margin, margin_nll=margin_nll, gain_pp=gain)
         row = _compare(row, arms[phase, arm], control, tables, rule.confidence)
         if row.primary and phase != START:
             claim = claims[phase]
@@ -179,13 +183,6 @@ def _control(name: str, arms: Mapping[tuple[str, str], pd.DataFrame]) -> pd.Data
     if arms[phase, arm]["accuracy"].isna().all():
         raise UserError(f"every trial of the control failed (phase {phase}, arm {arm}): nothing can be compared")
     return arms[phase, arm]
-
-
-def _margins(control: pd.DataFrame, rule: Decisions) -> dict[str, Any]:
-    """Return the margins of a run, without rounding error: a difference may be exactly as large."""
-    error, nll = 100 - control["accuracy"].mean(), control["nll"].mean()
-    shares = {"margin_pp": rule.margin * error, "margin_nll": rule.margin * nll, "gain_pp": rule.gain * error}
-    return {name: round(float(value), DECIMALS) for name, value in shares.items()}
 
 
 def _compare(
