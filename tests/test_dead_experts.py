@@ -89,8 +89,7 @@ def found(start: Damaged, policy: MeasuredPolicy) -> tuple[int, int]:
         if start.course.acts_at(step):
             surgeon.act(step)
 
-    objective = losses.plain_objective(model, 0)
-    loop.fit(model, optimizer, start.course.batches, objective, start.course.rates, after_step)
+    loop.fit(model, optimizer, start.course.batches, losses.plain_objective(model, 0), start.course.rates, after_step)
     gone = [row["expert"] in start.dead for row in surgeon.log if row["operation"] == "remove"]
     return sum(gone), len(gone) - sum(gone)
 

@@ -100,8 +100,7 @@ def test_a_study_is_decided_primary_arms_first_and_plugins_last() -> None:
     assert table["word"].to_dict() == {"baseline": "", "continue": ""} | words
     assert table["as_expected"].to_dict() == dict.fromkeys(table.index, "") | {"noise_acting": "no", "split": "yes"}
     study = trials(surgery__split=[0.0] * 4, plugins__mine=[0.0] * 4, p7b1__noise=[0.0] * 4)
-    claims = claims_of({"p7b1": "noise", "surgery": "split", "plugins": "mine"})
-    table = decide(tables_of(study), claims, RULE)
+    table = decide(tables_of(study), claims_of({"p7b1": "noise", "surgery": "split", "plugins": "mine"}), RULE)
     assert table["phase"].tolist() == ["p7a", "p7a", "p7b1", "surgery", "plugins"]
 
 

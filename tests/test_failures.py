@@ -216,6 +216,5 @@ def test_a_search_writes_what_failed_beside_what_finished(
     assert table["failure"].dropna().tolist() == ["q1, fast, seed 0, step 3: the loss is nan"]
     measured = table.columns.drop(["candidate", "seed", "settings", "failure"])
     assert np.array_equal(table[measured].isna(), np.repeat([[True], [False], [False], [False]], len(measured), axis=1))
-    of_base = table[table["candidate"] == "base"]
-    search.run_search("q2", candidates, {}, seeds, tmp_path, tmp_path / "q2", of_base)
+    search.run_search("q2", candidates, {}, seeds, tmp_path, tmp_path / "q2", table[table["candidate"] == "base"])
     assert asked == [(4, False), (2, True)]  # new ones may all fail beside results that are known

@@ -45,8 +45,7 @@ def test_what_is_wrong_with_a_case_is_said(wrong: str, tmp_path: Path, monkeypat
     monkeypatch.setattr(fuzz, "LONGEST", 1)
     Path("file").write_text("content")
     signal.signal(signal.SIGALRM, fuzz._too_long)
-    case = Case((BAD[wrong],), harmful=wrong == "accepts damage")
-    assert wrong in (fuzz._verdict(case, tmp_path) or "")
+    assert wrong in (fuzz._verdict(Case((BAD[wrong],), harmful=wrong == "accepts damage"), tmp_path) or "")
     assert fuzz._verdict(Case((lambda: refuse("sentence"),), harmful=True), tmp_path) is None
 
 

@@ -111,8 +111,7 @@ def test_descent_reaches_the_leaf_with_the_largest_smallest_signed_margin(seed: 
     score = signed.amin(-1)  # (N, E)
     routing = moe(x)[1]
     inside = moe.family_of == routing.families[0, :, :, None]  # (N, K, E)
-    best = torch.where(inside, score[:, None], -torch.inf).argmax(-1)
-    assert torch.equal(routing.experts[0], best)
+    assert torch.equal(routing.experts[0], torch.where(inside, score[:, None], -torch.inf).argmax(-1))
 
 
 @given(seeds, st.integers(1, 8))

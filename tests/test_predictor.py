@@ -77,8 +77,7 @@ def test_standard_errors_cover_what_experts_of_unseen_seeds_bring(head: Counterf
 
 
 def test_where_nothing_was_seen_the_head_is_less_sure_and_extrapolates_nothing(head: CounterfactualHead) -> None:
-    steps = torch.tensor([[0.0], [2.0], [4.0], [100.0]])
-    change, error = head.predict(head.centre + steps * head.scale)
+    change, error = head.predict(head.centre + torch.tensor([[0.0], [2.0], [4.0], [100.0]]) * head.scale)
     assert (error[0] < error[1]).all() and (error[1] < error[2]).all()
     torch.testing.assert_close(change[3], change[2])
     torch.testing.assert_close(error[3], error[2])

@@ -74,8 +74,7 @@ def test_signals_of_bare_outputs_and_of_weights_follow_their_definitions(seed: i
         assert float(both("mean_squared_norm", probe)[e]) == pytest.approx(fmean(squares or [0]))
         assert float(both("mean_norm", probe)[e]) == pytest.approx(fmean([square**0.5 for square in squares] or [0]))
         spread = sum(map(variance, zip(*outputs, strict=True))) ** 0.5 if len(outputs) > 1 else 0
-        usage = len(outputs) / runs.numel()
-        assert float(both("frequency_times_spread", probe)[e]) == pytest.approx(usage * spread)
+        assert float(both("frequency_times_spread", probe)[e]) == pytest.approx(len(outputs) / runs.numel() * spread)
         weights = moe.weights(e).tolist()
         aimer = fmean(map(abs, weights)) / fmean(weight**2 for weight in weights) ** 0.5
         assert float(both("aimer", probe)[e]) == pytest.approx(-aimer)

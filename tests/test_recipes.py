@@ -108,6 +108,15 @@ def test_every_kind_of_checkout_has_the_bytes_that_were_hashed(words: str, tmp_p
     assert "  prepare (" in said and "  check (" not in said
 
 
+def test_make_study_refuses_where_experiments_in_a_copy_fail(tmp_path: Path) -> None:
+    for folder, commits in (("größer", ""), ("study", "HEAD")):
+        study = Checkout(tmp_path / folder)
+        shutil.copy(ROOT / "Makefile", study.folder)
+        (study.folder / ".git/shallow").write_text(study.command("git", "rev-parse", commits) if commits else "")
+        said = study.command("make", "--old-file=.venv/.ready", "study", "DATA=fashion_mnist", ok=False)
+        assert "a whole clone (git fetch --unshallow) in a folder with an ASCII path" in said.splitlines()[0]
+
+
 def test_dvc_compares_phases_saved_as_experiments(checkout: Checkout, tmp_path: Path) -> None:
     checkout = Checkout(tmp_path / "größer", of=checkout.folder.parent)
     checkout.folder /= "my project's"

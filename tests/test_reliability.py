@@ -384,8 +384,7 @@ def test_ctrl_c_ends_dvc_and_all_below_and_two_runs_do_no_harm(small_study: Path
     hold.touch()
     first = start(words, study.folder, study.environment)
     wait_for(lambda: chaos.find(first, "worker"))
-    second = study.command(*words, ok=False)
-    assert f"is busy, it is being blocked by:\n  (PID {first.pid})" in second
+    assert f"is busy, it is being blocked by:\n  (PID {first.pid})" in study.command(*words, ok=False)
     family = first.children(recursive=True)
     os.killpg(first.pid, signal.SIGINT)
     wait_for(lambda: first.poll() and not any(map(alive, family)))

@@ -84,8 +84,7 @@ def test_kl_is_positive_and_finite_where_families_come_or_go(operation: str, sha
     moe.router.data *= sharpness
     before = route(moe, torch.randn(1, 40, 8))
     manager = ExpertManager(moe)
-    surgery = manager.reinit() if operation == "reinit" else getattr(manager, operation)(2)
-    found = kl(moe, before, surgery)
+    found = kl(moe, before, manager.reinit() if operation == "reinit" else getattr(manager, operation)(2))
     assert 0 <= found < 100 * sharpness and (found > 0 or sharpness > 1)
 
 

@@ -134,11 +134,14 @@ def test_locks_go_if_their_owner_is_gone_and_stay_if_it_lives(tmp_path: Path) ->
     path, models = study.folder / ".dvc/tmp/rwlock", str(study.folder / "data/params.schema.json")
     mine = {"pid": os.getpid(), "cmd": " ".join(sys.orig_argv[1:])}
     other, dead = mine | {"cmd": " ".join(["/bin/dvc", *sys.orig_argv[2:]])}, {"pid": 2**22, "cmd": "dvc repro"}
-    path.write_text(json.dumps({"write": {models: other}, "read": {"x": [mine, dead], "y": [dead]}}))
+    child = subprocess.Popen(["true"])
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # dead, and not yet buried
+    unburied = {"pid": child.pid, "cmd": "true"}
+    path.write_text(json.dumps({"write": {models: other}, "read": {"x": [mine, dead], "y": [dead, unburied]}}))
     said = study.command("dvc", "repro", "check", ok=False)
     assert f"blocked by:\n  (PID {os.getpid()}): {other['cmd']}" in said
     assert repair(study.folder) == []
-    assert json.loads(path.read_text()) == {"write": {}, "read": {"x": [mine]}}
+    assert json.loads(path.read_text()) == {"write": {}, "read": {"x": [mine]}} and child.wait() == 0
     study.command("dvc", "repro", "check")
     path.write_text(json.dumps({"write": {models: mine}, "read": {}}))
     assert repair(study.folder) == [] and json.loads(path.read_text())["write"] == {models: mine}
