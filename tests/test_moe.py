@@ -274,8 +274,7 @@ def test_experts_that_are_not_there_are_refused_and_indices_have_any_type() -> N
 def test_tokens_that_are_not_numbers_reach_no_other_memory(top_k: int) -> None:
     moe = grown(0, 5, top_k)
     for bad in (float("nan"), float("inf"), -float("inf")):
-        x = torch.randn(1, 40, 8, requires_grad=True)
-        y, routing = moe(torch.where(torch.rand(1, 40, 8) < 0.1, bad, x))
+        y, routing = moe(torch.where(torch.rand(1, 40, 8) < 0.1, bad, torch.randn(1, 40, 8, requires_grad=True)))
         assert routing.families.min() >= 0 and routing.families.max() < moe.n_families
         assert torch.equal(moe.family_of[routing.experts], routing.families)
         y.sum().backward()

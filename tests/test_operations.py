@@ -106,8 +106,7 @@ def test_merging_right_after_a_split_restores_every_bit(manager: Any, pick: int,
     backwards.merge(surgery.parent, surgery.expert, share)
     check_sizes(backwards)
     assert (backwards.moe(x)[0] - y).norm() <= rounding(y)
-    renamed = torch.where(ids == surgery.parent, surgery.expert, ids)
-    assert torch.equal(ids_run(backwards.moe, x[0]), renamed)
+    assert torch.equal(ids_run(backwards.moe, x[0]), torch.where(ids == surgery.parent, surgery.expert, ids))
 
 
 @settings(max_examples=40)

@@ -127,8 +127,7 @@ def test_gradmax_is_the_largest_gradient_that_a_new_hidden_unit_can_get(seed: in
     none, scores, _ = say("gradmax", probe)
     assert none is None and scores is not None and scores.shape == (7,) and scores[UNUSED] == 0
     for e, score in enumerate(scores):
-        runs = (probe.routing.experts[0] == e).double()
-        gate, x = (runs * probe.routing.gates[0]).sum(1), probe.routing.tokens[0]
+        gate, x = ((probe.routing.experts[0] == e).double() * probe.routing.gates[0]).sum(1), probe.routing.tokens[0]
 
         def reached(out: Tensor, gate: Tensor = gate, x: Tensor = x) -> Tensor:
             """The gradient of the weights into a linear unit, still zero, whose weights out are `out` (D,)."""

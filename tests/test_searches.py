@@ -39,8 +39,7 @@ def simulated(means: list[float], number: int, known: int = 0) -> tuple[int, int
     def measure(counts: Mapping[str, int]) -> Scores:
         return {name: np.round(draws[int(name), :count], 1).tolist() for name, count in counts.items()}
 
-    best = race([str(index) for index in range(len(means))], counts, measure, RULE)
-    return int(best), sum(counts.values()) - known
+    return int(race([str(index) for index in range(len(means))], counts, measure, RULE)), sum(counts.values()) - known
 
 
 def shares(means: list[float], known: int = 0) -> tuple[np.ndarray, float]:
@@ -114,8 +113,7 @@ def test_q2_takes_its_base_from_q1_and_names_the_winner_that_the_limit_shuts_out
     q1 = pd.DataFrame({"candidate": ["base", "fast", "fast"], "seed": [400, 400, 401], "accuracy": [60.0, 80.0, 80.1]})
     write_table(MODELS / "q1.csv", q1.assign(settings="lr=1", failure=None, **dict.fromkeys(COSTS, 9)))
     training = PARAMS.training.model_copy(update={"lr": 0.5})
-    content = {"candidate": "fast", "training": training.model_dump()}
-    (MODELS / "q1.yaml").write_text(yaml.safe_dump(content))
+    (MODELS / "q1.yaml").write_text(yaml.safe_dump({"candidate": "fast", "training": training.model_dump()}))
     few = {name: PARAMS.q2.candidates[name] for name in ("few", "many", "wide")}
     q2.main(PARAMS.model_copy(update={"q2": PARAMS.q2.model_copy(update={"candidates": few})}))
     chosen = yaml.safe_load((MODELS / "q2.yaml").read_text())

@@ -80,8 +80,7 @@ def test_chance_findings_are_corrected_for_the_number_of_signals() -> None:
 
 
 def test_the_second_truth_has_a_chance_and_bounds_of_its_own() -> None:
-    dead = signals.signal_findings(SUMMARY, decisions(), ACTED, 0.95)[3]
-    better, worse, rest = dead.removesuffix(".").split("; ")
+    better, worse, rest = signals.signal_findings(SUMMARY, decisions(), ACTED, 0.95)[3].removesuffix(".").split("; ")
     assert better.endswith("ROC curve, above chance (0.50) for usage frequency 1.00 [1.00, 1.00]")
     assert worse == "below it for measured change 0.00 [0.00, 0.00]"
     assert rest == "not shown to differ from it for random labels 0.50 [0.50, 0.50], zero hits 0.50 [0.50, 0.50]"

@@ -213,8 +213,7 @@ def test_gradients_of_the_loss_direction_sum_to_the_weights(block: int, make: Ma
     monkeypatch.setattr(hyperplanes, "gradient_kernel", spy)
     expected = [g[e] for g in torch.autograd.grad(signal_loss(surgeon), [layer.w_in, layer.w_out])]
     with torch.no_grad():  # as where the surgeon acts
-        probe = Probe(surgeon.model, block, surgeon.course.signal)
-        normal, *_ = hyperplanes.cut(probe, e, "loss", torch.Generator())
+        normal, *_ = hyperplanes.cut(Probe(surgeon.model, block, surgeon.course.signal), e, "loss", torch.Generator())
         tokens, gradients = seen
         before = tokens @ layer.w_in[e]
         found = [tokens.T @ (gradients @ layer.w_out[e].T * (before > 0)), before.relu().T @ gradients]

@@ -138,8 +138,7 @@ def test_locks_go_if_their_owner_is_gone_and_stay_if_it_lives(tmp_path: Path) ->
     os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # dead, and not yet buried
     unburied = {"pid": child.pid, "cmd": "true"}
     path.write_text(json.dumps({"write": {models: other}, "read": {"x": [mine, dead], "y": [dead, unburied]}}))
-    said = study.command("dvc", "repro", "check", ok=False)
-    assert f"blocked by:\n  (PID {os.getpid()}): {other['cmd']}" in said
+    assert f"blocked by:\n  (PID {os.getpid()}): {other['cmd']}" in study.command("dvc", "repro", "check", ok=False)
     assert repair(study.folder) == []
     assert json.loads(path.read_text()) == {"write": {}, "read": {"x": [mine]}} and child.wait() == 0
     study.command("dvc", "repro", "check")

@@ -140,8 +140,7 @@ def test_every_step_and_every_group_has_its_own_learning_rate() -> None:
         return model.weight.sum() + model.bias.sum()
 
     fit_to(model, objective, [0.5, 0.25], lambda *_: values.append([model.weight.item(), model.bias.item()]))
-    changes = -torch.tensor(values).diff(dim=0)
-    torch.testing.assert_close(changes, torch.tensor([[0.5, 0.25], [0.25, 0.125]]))
+    torch.testing.assert_close(-torch.tensor(values).diff(dim=0), torch.tensor([[0.5, 0.25], [0.25, 0.125]]))
 
 
 def routing(families: Tensor, probs: Tensor) -> Routing:

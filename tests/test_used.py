@@ -37,13 +37,23 @@ MOMENTS = ("before workers start", "while they import", "while they train")
 FILES = {"data": "data.txt", "checkpoint": "models/weights", "module": "module.py", "plugin": "plugins/mine.py"}
 TEXT = {"data.txt": "{}", "models/weights": "{}", "module.py": "VALUE = '{}'\n"}
 TEXT |= {"plugins/mine.py": "def signal():\n    return '{}'\n"}
+INPUTS = tuple(map(Path, TEXT))
+FILES |= {"parameter": "params.yaml", "stage": "stage.py"}  # read by the stage alone, which tells its trial
+TEXT |= {"params.yaml": "{}", "stage.py": "VALUE = '{}'\n"}
 
 
 def put(name: str, value: str) -> None:
     Path(name).write_text(TEXT[name].format(value))
 
 
-def train(folder: Path, *, plugin: Plugin, moment: str, log: Path) -> None:
+def imported(name: str) -> str:
+    spec = importlib.util.spec_from_file_location("module", name)
+    assert spec and spec.loader
+    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+    return str(module.VALUE)
+
+
+def train(folder: Path, *, told: dict[str, str], plugin: Plugin, moment: str, log: Path) -> None:
     """A trial that writes what it reads of all files, and waits for an edit at a moment."""
 
     def wait(now: str) -> None:
@@ -52,12 +62,9 @@ def train(folder: Path, *, plugin: Plugin, moment: str, log: Path) -> None:
             wait_for(lambda: not log.exists())
 
     wait(MOMENTS[1])
-    spec = importlib.util.spec_from_file_location("module", "module.py")
-    assert spec and spec.loader
-    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
-    found = {"module": module.VALUE, "data": Path("data.txt").read_text(), "plugin": plugin.function()()}
+    found = {"module": imported("module.py"), "data": Path("data.txt").read_text(), "plugin": plugin.function()()}
     wait(MOMENTS[2])
-    found["checkpoint"] = Path("models/weights").read_text()
+    found |= {"checkpoint": Path("models/weights").read_text()} | told
     (folder / "result.json").write_text(json.dumps(found))
 
 
@@ -84,13 +91,15 @@ def run(moment: str = "") -> dict[str, str]:
     """Run the trial as a new stage would, and return what it read."""
     used.end()
     used.begin()
-    given = {"plugin": Plugin("mine", "signal"), "moment": moment, "log": Path("waits").absolute()}
-    run_trials([Trial("p", "", 0, train, given, tuple(map(Path, TEXT)))], Path("out"))
+    told = {"parameter": load_yaml(Path("params.yaml")), "stage": imported("stage.py")}
+    given = {"told": told, "plugin": Plugin("mine", "signal"), "moment": moment, "log": Path("waits").absolute()}
+    run_trials([Trial("p", "", 0, train, given, INPUTS)], Path("out"))
     used.check()
     return dict(json.loads(Path("out/seed-0/result.json").read_text()))
 
 
 CASES = [(kind, moment, back, "1") for kind in FILES for moment in MOMENTS for back in (False, True)]
+CASES = [case for case in CASES if case[::2] != ("parameter", True)]  # compared by their content
 CASES += [("module", moment, False, "2") for moment in MOMENTS]  # in processes, which take seconds to begin
 
 
@@ -127,12 +136,12 @@ def test_an_edit_in_mid_run_is_refused_and_leaves_no_wrong_result(
             threading.Thread(target=edit_later).start()
         with pytest.raises(UserError, match=rf"^{FILES[kind]} changed after it was read, so this result is not rec"):
             run(moment)
-    assert not list(store.STORE.glob("*"))
+    assert len(list(store.STORE.glob("*"))) == (kind == "parameter")  # the trial is what it was told
     now = "old" if back else "new"
     for value in (now, "old", "new", now):
         put(FILES[kind], value)
         assert run() == dict.fromkeys(FILES, "old") | {kind: value}
-    assert len(list(store.STORE.glob("*"))) == 2
+    assert len(list(store.STORE.glob("*"))) == 2 + (kind == "parameter")
 
 
 @pytest.mark.usefixtures("project")
