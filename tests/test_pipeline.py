@@ -55,6 +55,7 @@ def test_an_edit_concerns_few_stages(path: str, stages: str) -> None:
 def test_the_pipeline_and_its_lock_stay_short_enough_to_read() -> None:
     assert len((ROOT / "dvc.yaml").read_text().splitlines()) <= 500
     assert (ROOT / "dvc.lock").stat().st_size <= 90_000
+    assert "nfiles: 0\n" not in (ROOT / "dvc.lock").read_text()  # DVC warns of empty folders
 
 
 def test_tables_and_figures_are_made_without_torch() -> None:

@@ -30,6 +30,7 @@ from tests.small_study import ROOT
 Write = Callable[[str, str], object]
 Run = Callable[[Params], None]
 SCORES = "import torch\nfrom phasegate.plugin import Scores\ndef signal(probe, draws):\n    return {}\n"
+NOT_PYTHON = "plugins/loud.py, which plugins.arms.mine.signal names, is not Python"
 OPERATE = "def operate(manager, expert, probe, draws):\n    return {}\n"
 
 
@@ -59,11 +60,8 @@ def with_arm(**arm: Any) -> Params:
         (f"import os.path, phasegate.model.moe\n{SCORES}", ""),
         ("from os import stat as signal", ""),
         ("signal: object = print", ""),
-        (
-            "def signal(:",
-            "plugins/loud.py, which plugins.arms.mine.signal names, is not Python: invalid syntax \\(loud.py, ",
-        ),
-        ("signal = '\0'", "plugins/loud.py, which plugins.arms.mine.signal names, is not Python: source code string"),
+        ("def signal(:", f"{NOT_PYTHON}: invalid syntax \\(loud.py, "),
+        ("signal = '\0'", f"{NOT_PYTHON}: source code string"),
         ("signals = 1", "plugins/loud.py, which .* names, does not define the function signal"),
         ("from plugins.louder import signal", "plugins/loud.py, .* imports from plugins: it must be a file by itself"),
         ("from .louder import signal", "plugins/loud.py, .* imports from plugins: it must be a file by itself"),
