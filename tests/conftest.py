@@ -23,7 +23,7 @@ from phasegate.signals.predictor import SURVEY, learn
 from phasegate.signals.survey import survey
 from phasegate.training.batches import Examples, load_examples
 from tests.models import ARCHITECTURE
-from tests.small_study import PATH, Checkout
+from tests.small_study import ASCII, PATH, Checkout
 from tests.tiny_data import TRAINING, write_tiny_data
 
 assert not phasegate.UNPINNED, phasegate.UNPINNED
@@ -34,7 +34,7 @@ torch.set_num_threads(1)
 settings.register_profile("phasegate", deadline=None)  # a test may wait for a busy core
 settings.load_profile("phasegate")
 
-FIRST = ["pipeline", "cifar", "surroundings", "kernels", "continuation", "recipes", "used", "reliability"]
+FIRST = ["pipeline", "other_data", "surroundings", "kernels", "continuation", "recipes", "used", "reliability"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -49,7 +49,7 @@ def small_study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "small-study"
     with FileLock(f"{folder}.lock"):
         if not (folder / "metrics.json").exists():
-            study = Checkout(folder)
+            study = Checkout(folder, None, **ASCII)  # stages run whatever the locale
             study.command("env", "PHASEGATE_WORKERS=2", "dvc", "repro", "q1")
             study.repro()
     return folder

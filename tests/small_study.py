@@ -19,6 +19,7 @@ REPLACED = ("candidates", "arms", "mnist1d")
 FOLDERS = ("phasegate", "stages", "plugins")
 FILES = (".dvc/config", ".dvc/.gitignore", ".dvcignore", ".gitignore", "dvc.yaml", "params.yaml")
 KEPT = ("data/none", "data/raw/.gitkeep")  # files that nothing reads
+ASCII = {"PYTHONIOENCODING": "ascii", "LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 ROOT = Path(__file__).parent.parent
 PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 """Where programs of this environment are found, whether or not it is activated."""

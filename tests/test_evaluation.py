@@ -12,7 +12,6 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from phasegate.base.errors import UserError
-from phasegate.data_sets.prepare import prepare
 from phasegate.evaluation import evaluate as evaluation
 from phasegate.evaluation.evaluate import KEY, TABLES, calibration_error, evaluate_phase, mutual_information
 from phasegate.evaluation.split_halves import HALVES_COLUMNS
@@ -21,8 +20,6 @@ from phasegate.model.classifier import Model, ModelSpec, cost
 from phasegate.model.references import Reference, ReferenceSpec
 from phasegate.params.fields import override
 from phasegate.params.phases import Schedule
-from phasegate.params.pretraining import Architecture, Training
-from phasegate.pretraining.pretrain import pretrain
 from phasegate.records.predictions import read_predictions
 from phasegate.records.prepared import TEST, load_splits
 from phasegate.records.trial_folder import FAILURE_COLUMNS, LAST_GOOD, SURGERY_COLUMNS, Failure, write_failure
@@ -33,7 +30,6 @@ from phasegate.training.batches import Examples
 from phasegate.training.checkpoint import load
 from phasegate.training.predictions import correct, predict
 from tests.models import ARCHITECTURE
-from tests.test_data import own_data
 
 COLUMNS = {name: [*KEY, *names] for name, names in TABLES.items()}
 
@@ -57,27 +53,6 @@ def test_balanced_accuracy_gives_every_class_that_is_there_the_same_weight() -> 
     right = np.array([True] * 5 + [False] + [True, False] + [False])
     assert evaluation.balanced_accuracy(right, y) == pytest.approx(100 * (5 / 6 + 1 / 2 + 0) / 3)
     assert evaluation.balanced_accuracy(right[:6], y[:6]) == pytest.approx(100 * right[:6].mean())
-
-
-def test_few_examples_of_a_class_and_none_on_gate_and_test_leave_no_blank(
-    tmp_path: Path, architecture: Architecture, training: Training
-) -> None:
-    y = np.repeat([0, 1, 2], [1000, 997, 3])
-    x = np.random.default_rng(0).normal(size=(2000, 2, 7)) + y[:, None, None]
-    some = {"x_train": x, "y_train": y, "x_test": x[600:1100], "y_test": y[600:1100]}
-    some |= {"x_val": x[900:1020], "y_val": y[900:1020], "class_names": np.array(["cat", "dog", "newt"])}
-    prepared = tmp_path / "prepared"
-    said = prepare("npz", prepared, own_data(tmp_path, **some), 4, 0, {"first": [1, 0, 0]})
-    lack = "has no example of class newt: nothing in it tells how well that is learned"
-    assert said[2:] == [f"{split} {lack}" for split in ("signal", "gate", "test")]
-    (folder := tmp_path / "p7a/baseline/seed-0").mkdir(parents=True)
-    pretrain(folder, prepared=prepared, phase="p7a", arm="baseline", seed=0, training=training,
-             spec=ModelSpec(architecture, (2, 7), (3,)))  # fmt: skip
-    evaluate_phase(tmp_path / "p7a", prepared, tmp_path / "out")
-    found = {name: pd.read_csv(tmp_path / f"out/{name}.csv") for name in ("trials", "routing")}
-    assert not any(table.isna().to_numpy().any() for table in found.values())
-    assert found["routing"].groupby("class")["tokens"].sum()["newt"] == 0
-    assert found["trials"]["balanced_accuracy"][0] != found["trials"]["accuracy"][0] > 80
 
 
 def test_mutual_information_of_tables_made_by_hand() -> None:
