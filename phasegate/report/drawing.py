@@ -49,7 +49,7 @@ class DotStyle(NamedTuple):
 def save(figure: Figure, path: Path) -> None:
     """Write the figure as `path`.svg and `path`.png, laid out once, without dates and versions."""
     svg, png = BytesIO(), BytesIO()
-    ConstrainedLayoutEngine().execute(figure)  # as the figure's own engine, it would lay out for each file
+    ConstrainedLayoutEngine().execute(figure)  # set for the figure, it would do so for each file
     figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
     figure.savefig(png, format="png", metadata={"Software": None}, dpi=110)
     write_atomic(path.with_suffix(".svg"), svg.getvalue())

@@ -44,9 +44,8 @@ def differences(tables: Tables, params: Params) -> Figure:
     for y, row in zip(positions, rows, strict=True):
         edges: dict[str, Any] = {"color": drawing.BLACK, "linewidth": 1, "label": "margin" if row is rows[0] else None}
         axes.vlines([-row.margin_pp, row.margin_pp], y - 0.5, y + 0.5, **edges)
-        own, other = (
-            of_arm(trials, *name).set_index("seed")["accuracy"] for name in ((row.phase, row.arm), key_of(row.control))
-        )
+        pair = (row.phase, row.arm), key_of(row.control)
+        own, other = (of_arm(trials, *key).set_index("seed")["accuracy"] for key in pair)
         seeds = (own - other).dropna()
         axes.plot(seeds, [y] * len(seeds), ".", color=drawing.GREY, markersize=4, alpha=0.6, zorder=1.5)
         style = DotStyle(*WORD_STYLES[row.word], row.primary, None if row.primary else "white")
@@ -60,8 +59,7 @@ def differences(tables: Tables, params: Params) -> Figure:
     axes.set_xlabel("test accuracy minus that of its control, pp (dots: seeds; black: the margins)")
     counts = Counter(row.word for row in rows if row.word)
     parts = ", ".join(f"{counts[word]} {word}" for word in WORD_STYLES if counts[word])
-    title = drawing.wrapped(f"Of {counts.total()} arms beside their controls: {parts}", 90)
-    figure.suptitle(title, x=0.01, ha="left")
+    figure.suptitle(drawing.wrapped(f"Of {counts.total()} arms beside their controls: {parts}", 90), x=0.01, ha="left")
     return figure
 
 
@@ -74,8 +72,8 @@ def attribution(tables: Tables, params: Params) -> Figure:
     for axes, (account, rows) in zip(panels, accounts.items(), strict=True):
         axes.axvline(0, color=drawing.GREY, linewidth=1)
         hues = [drawing.VERMILION if row.effect_pp < 0 else drawing.BLUE for row in rows]
-        certain = zip((row.p_holm < 1 - confidence for row in rows), hues, strict=True)
-        styles = [DotStyle(hue) if sure else DotStyle(drawing.GREY, "s") for sure, hue in certain]
+        known = [row.p_holm < 1 - confidence for row in rows]
+        styles = [DotStyle(hue) if sure else DotStyle(drawing.GREY, "s") for hue, sure in zip(hues, known, strict=True)]
         dot_rows(axes, rows, "effect_pp", styles)
         for y, row in enumerate(rows):
             drawing.note(axes, y, effect(row))
