@@ -22,6 +22,7 @@ from phasegate.pretraining.pretrain import pretrain
 from phasegate.signals.predictor import SURVEY, learn
 from phasegate.signals.survey import survey
 from phasegate.training.batches import Examples, load_examples
+from phasegate.trials import store
 from tests.models import ARCHITECTURE
 from tests.small_study import ASCII, PATH, Checkout
 from tests.tiny_data import TRAINING, write_tiny_data
@@ -67,6 +68,14 @@ def own_timings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(timings, "TIMINGS", path := tmp_path_factory.mktemp("timings") / "timings.csv")
         yield path
+
+
+@pytest.fixture
+def own_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of a store of this test's own; and no processes unless the test asks for them."""
+    monkeypatch.setattr(store, "STORE", tmp_path / "store/trials")
+    monkeypatch.setenv("PHASEGATE_WORKERS", "1")
+    return tmp_path / "store"
 
 
 @pytest.fixture(scope="session")

@@ -61,7 +61,8 @@ class Checkout:
 
     def change(self, changes: dict[str, Any]) -> None:
         path = self.folder / "params.yaml"
-        path.write_text(yaml.safe_dump(merge(yaml.safe_load(path.read_text()), changes), sort_keys=False))
+        merged = merge(yaml.safe_load(path.read_text()), changes)
+        path.write_text(yaml.safe_dump(merged, sort_keys=False, allow_unicode=True))
 
     def repro(self, *targets: str) -> set[str]:
         """Run the pipeline, or these stages and what they need; returns the stages that ran."""

@@ -75,6 +75,8 @@ def test_names_survive_every_table(tmp_path: Path) -> None:
         for rows in (names, ["true"], ["007"], ["1e5", "2"], ["NA"]):
             write_table(tmp_path / "a.csv", pd.DataFrame({column: rows, "seed": range(len(rows))}))
             assert read_table(tmp_path / "a.csv")[column].tolist() == rows
+    assert {"arm", "candidate", "class", "operation", "signal", "task"} <= {*NAMES}
+    assert [path.name for path in (ROOT / "phasegate").rglob("*.py") if "read_csv" in path.read_text()] == ["tables.py"]
 
 
 READ_ALIKE = ["1e-5", "1e5", "1E-8", "1.5e3", "+.5", "-.5", ".5", "5.", "1_000", "0x10", "0b11", "1.0e-7", "'010'"]

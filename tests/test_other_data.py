@@ -1,5 +1,6 @@
 """CIFAR's archives are prepared in their exact binary form; a smaller one, and own data, go through every stage."""
 
+import re
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -100,3 +101,6 @@ def test_data_that_lack_a_class_go_through_every_stage(
     trials, routing = (pd.read_csv(TABLES / name) for name in ("trials.csv", "routing.csv"))
     assert routing.groupby("class")["tokens"].sum()["Größe"] == 0
     assert (trials["balanced_accuracy"] != trials["accuracy"]).mean() > 0.5
+    assert trials[trials["phase"] != "references"].notna().all(axis=None) and pd.read_csv(TABLES / "failures.csv").empty
+    said = Path("reports/decisions.md").read_text() + Path("metrics.json").read_text()
+    assert "balanced accuracy, %" in said and not re.search(r"\bnan\b", said, re.IGNORECASE)

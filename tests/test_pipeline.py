@@ -78,16 +78,20 @@ def test_every_leaf_of_the_parameters_can_be_set_from_the_command_line(tmp_path:
     assert load_params(path) == before
 
 
-def test_own_data_make_nothing_stale_where_they_lie_or_once_one_is_back(checkout: Checkout) -> None:
+def test_own_data_make_nothing_stale_where_they_lie_or_once_one_is_back(small_study: Path, tmp_path: Path) -> None:
+    checkout = Checkout(tmp_path / "study", of=small_study)
     lock, params = (checkout.folder / name for name in ("dvc.lock", "params.yaml"))
     before, written, x, y = lock.read_text(), params.read_text(), np.zeros((80, 1, 8)), np.arange(80) % 10
     np.savez(checkout.folder / "data/raw/mine.npz", x_train=x, y_train=y, x_test=x, y_test=y)
     assert checkout.repro() == set()
-    own = {"name": "npz", "path": "data/raw/mine.npz", "validation": 10, "tasks": {"npz": {"odd": [0, 1] * 5}}}
-    checkout.change({"data": own})
+    checkout.change(
+        {"data": {"name": "npz", "path": "data/raw/mine.npz", "validation": 10, "tasks": {"npz": {"odd": [0, 1] * 5}}}}
+    )
     assert checkout.repro("prepare") == {"check", "prepare"}
     params.write_text(written)
     assert checkout.repro() == set() and lock.read_text() == before
+    checkout.command("sh", "-c", "git add -A && git commit -qm back")
+    assert checkout.command("python", "-m", "phasegate.tools.experiments", "p7a").startswith("phase-7a: baseline, ")
 
 
 def test_every_phase_and_arm_gets_a_verdict(checkout: Checkout) -> None:

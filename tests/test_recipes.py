@@ -31,7 +31,7 @@ from phasegate.tools.plan import changed, refuse_stale
 from stages import headline
 from tests import chaos
 from tests.one_process import run_all
-from tests.small_study import ROOT, Checkout, content
+from tests.small_study import ASCII, ROOT, Checkout, content
 from tests.test_docs import commands
 
 TRAINING = (["dvc", "queue", "start"], ["dvc", "exp", "run"])
@@ -39,8 +39,8 @@ TRAINING = (["dvc", "queue", "start"], ["dvc", "exp", "run"])
 
 @pytest.fixture(scope="module")
 def checkout(small_study: Path, tmp_path_factory: pytest.TempPathFactory) -> Checkout:
-    """A copy of the small study, committed as a folder of a larger repository."""
-    study = Checkout(tmp_path_factory.mktemp("larger") / "my project's", of=small_study)
+    """A copy of the small study, committed as a folder of a larger repository, under an ASCII locale."""
+    study = Checkout(tmp_path_factory.mktemp("larger") / "my project's", of=small_study, **ASCII)
     shutil.copy(ROOT / "Makefile", study.folder)
     shutil.move(study.folder / ".git", study.folder.parent)
     (study.folder.parent / "notes.txt").touch()
@@ -154,7 +154,9 @@ def test_dvc_compares_phases_saved_as_experiments(checkout: Checkout, tmp_path: 
     checkout.change({"p7b2": {"entropy_weight": 9.0}})
     assert "my project's/params.yaml changed since the last commit" in save("p7a", ok=False)
     checkout.command("git", "commit", "-qam", "other parameters, the same results")
+    there = references()
     assert "other parameters or code (p7b2, which p7b2 uses, changed): run `dvc repro`" in save("p7a", ok=False)
+    assert references() == there  # the refusal came first
     assert "has tables of other parameters or code" in plan("--refuse-stale", ok=False)
     assert re.search(r"\n  p7b2 \(about \d+ s\): p7b2\n", plan())
     checkout.command("git", "revert", "--no-edit", "HEAD")
@@ -236,9 +238,9 @@ def test_a_study_on_other_data_fills_a_folder_of_its_own(checkout: Checkout) -> 
     assert content(own / "tables") == content(whole / "tables")
     checkout.command("git", "add", "reports")
     checkout.command("git", "commit", "-qm", "the same on the same data")
-    (own / "decisions.md").write_text("GO\n")
+    (own / "decisions.md").write_text("GO − é\n")
     said = make(checkout, "verdicts", "BASE=HEAD")
-    assert said.startswith("```diff\ndiff --git a/reports/mnist1d/decisions.md ") and said.endswith("+GO\n```\n")
+    assert said.startswith("```diff\ndiff --git a/reports/mnist1d/decisions.md ") and said.endswith("+GO − é\n```\n")
 
 
 @pytest.mark.chaos

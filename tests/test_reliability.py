@@ -33,6 +33,7 @@ ENVIRONMENT = os.environ | {
     "PHASEGATE_WORKERS": "2",
     "PHASEGATE_PROGRESS": "0",
 }
+pytestmark = pytest.mark.usefixtures("own_store")
 
 
 def record(folder: Path, *, log: Path, seed: int, harm: str = "", at: int = 0, kept: int = 0) -> None:
@@ -73,13 +74,6 @@ def begun(folder: Path) -> list[int]:
     return [int(line) for line in (folder / "log").read_text().split()] if (folder / "log").exists() else []
 
 
-@pytest.fixture(autouse=True)
-def own_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(store, "STORE", tmp_path / "store/trials")
-    monkeypatch.setenv("PHASEGATE_WORKERS", "1")
-    return tmp_path / "store"
-
-
 def test_a_killed_workers_trial_resumes_and_finished_trials_are_not_repeated(
     tmp_path: Path, own_store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -110,9 +104,7 @@ def test_what_a_killed_trial_left_is_never_used_by_another(
     assert (tmp_path / "out/arm/seed-0/result.txt").read_text() == "seed 0, without a snapshot"
 
 
-def test_a_trial_that_diverges_fails_alone_and_is_not_tried_again(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_trial_that_diverges_fails_alone_and_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     run_trials(wanted(tmp_path, harm="diverges", at=1), tmp_path / "out")
     assert read_failure(tmp_path / "out/arm/seed-1") == Failure("p", "arm", 1, 210, "the loss is nan")
     assert not (tmp_path / "out/arm/seed-1/result.txt").exists()

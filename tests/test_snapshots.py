@@ -197,9 +197,7 @@ def test_what_was_trained_before_the_snapshot_is_not_trained_again(
     assert steps == list(range(29, 61))
 
 
-def test_the_seconds_before_a_snapshot_count(
-    runs: Runs, kill: Kill, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_time_before_snapshots_counts(runs: Runs, kill: Kill, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
     for step in (8, 30):
         monkeypatch.setattr(time, "perf_counter", iter(range(0, 100_000, 100)).__next__)

@@ -10,7 +10,6 @@ import yaml
 from phasegate.base import processor, timings
 from phasegate.base.paths import TIMINGS
 from phasegate.tools.plan import estimate
-from phasegate.trials import store
 from phasegate.trials.run import run_trials
 from phasegate.trials.trial import Trial
 from tests.small_study import ROOT, content
@@ -24,10 +23,9 @@ def write(folder: Path, *, seed: int) -> None:
 
 
 @pytest.fixture(autouse=True)
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def here(tmp_path: Path, own_store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(timings, "TIMINGS", TIMINGS)
-    monkeypatch.setattr(store, "STORE", tmp_path / "store")
     monkeypatch.setenv("PHASEGATE_WORKERS", "2")
     monkeypatch.setenv("PHASEGATE_PROGRESS", "1")
 

@@ -29,6 +29,7 @@ from stages import control, p7b1, p7b2, p7b3, p7b4
 from tests.small_study import ROOT
 
 Edit = Callable[[str, Callable[[str], str]], None]
+pytestmark = pytest.mark.usefixtures("own_store")
 
 
 def write(folder: Path, *, log: Path, seed: int, lr: float) -> None:
@@ -49,14 +50,6 @@ def write_or_fail(folder: Path, *, seed: int) -> None:
 
 def read(folder: Path, *, path: Path) -> None:
     (folder / "text").write_text(f"{path.read_text()}, read")
-
-
-@pytest.fixture(autouse=True)
-def own_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A store of its own for every test, and no processes unless a test asks for them."""
-    monkeypatch.setattr(store, "STORE", tmp_path / "store")
-    monkeypatch.setenv("PHASEGATE_WORKERS", "1")
-    return tmp_path / "store"
 
 
 class Study:
@@ -261,9 +254,7 @@ def test_another_kind_of_error_counts_since_others_may_catch_it(edit: Edit) -> N
     assert code.dependencies([name]) != before
 
 
-def test_the_code_that_only_a_plugin_imports_counts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, edit: Edit
-) -> None:
+def test_code_that_only_a_plugin_imports_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, edit: Edit) -> None:
     monkeypatch.chdir(tmp_path)
     Path("mine.py").write_text("from phasegate.signals.forks import removals\n")
     trial = Trial("plugins", "mine", 0, continuation.run_arm, {}, (Path("mine.py"),))
@@ -280,33 +271,33 @@ def test_imports_inside_functions_count_but_not_those_for_type_checkers() -> Non
 
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_the_error_of_a_trial_comes_out_and_nothing_half_done_is_kept(
-    study: Study, own_store: Path, monkeypatch: pytest.MonkeyPatch, workers: str
+    study: Study, monkeypatch: pytest.MonkeyPatch, workers: str
 ) -> None:
     monkeypatch.setenv("PHASEGATE_WORKERS", workers)
     with pytest.raises(UserError, match=r"^lr is -1: it must be positive$"):
         study.run(1, lr=-1)
-    assert not own_store.exists() and study.results() == []
+    assert not store.STORE.exists() and study.results() == []
     assert study.run(1, lr=1) == [0] and study.results() == ["seed 0 lr 1"]
     with pytest.raises(UserError, match=r"^lr is -1"):
         study.run(1, lr=-1)
 
 
-def test_trials_unused_for_a_month_are_forgotten(study: Study, own_store: Path) -> None:
+def test_trials_unused_for_a_month_are_forgotten(study: Study) -> None:
     study.run(1, lr=0.1)
     study.run(1, lr=0.2)
     long_ago = time.time() - 31 * 86_400
-    for folder in own_store.iterdir():
+    for folder in store.STORE.iterdir():
         os.utime(folder, (long_ago, long_ago))
     assert study.run(1, lr=0.1) == [] and study.results() == ["seed 0 lr 0.1"]
-    assert len(list(own_store.iterdir())) == 1
+    assert len(list(store.STORE.iterdir())) == 1
 
 
 @pytest.mark.parametrize("harm", ["altered", "missing", "added", "another's", "no manifest"])
 def test_a_kept_trial_that_is_damaged_is_dropped_and_trained_again(
-    study: Study, own_store: Path, capfd: pytest.CaptureFixture[str], harm: str
+    study: Study, capfd: pytest.CaptureFixture[str], harm: str
 ) -> None:
     study.run(2)
-    first, second = own_store.iterdir()
+    first, second = store.STORE.iterdir()
     result = first / "sub/result.txt"
     seed, content = int(result.read_text().split()[1]), result.read_text()
     match harm:
@@ -326,11 +317,9 @@ def test_a_kept_trial_that_is_damaged_is_dropped_and_trained_again(
     assert study.run(2) == [] and not list((study.folder / "models").rglob(store.MANIFEST))
 
 
-def test_a_kept_trial_that_changes_while_others_train_is_not_copied(
-    study: Study, own_store: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_kept_trial_that_changes_meanwhile_is_not_copied(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
     study.run(1)
-    [kept], results = own_store.iterdir(), run._results
+    [kept], results = store.STORE.iterdir(), run._results
     result = kept / "sub/result.txt"
     with monkeypatch.context() as patch:
         patch.setattr(run, "_results", lambda *given: result.write_text("seed 0 lr 0.2") and results(*given))
