@@ -87,9 +87,11 @@ class Classifier(nn.Module):
         return self._run(x).logits[0]
 
     def logits(self, x: Tensor, task: int = 0) -> Tensor:
-        """Return logits (B, C) of a task, in large batches and without a graph; `UserError` as in `forward`."""
+        """Return logits (B, C) of a task, in large batches and without a graph; `UserError` if they are not finite."""
         self._check_task(task)
-        return torch.cat([output.logits[task] for output in self._run_batches(x, task)])
+        if not (logits := torch.cat([output.logits[task] for output in self._run_batches(x, task)])).isfinite().all():
+            raise UserError("x has NaN, or numbers that are far from the data of the study: its logits are not finite")
+        return logits
 
     def predict(self, x: Tensor, task: int = 0) -> Tensor:
         """Return the most probable label of each example (B,), int64; see `logits`."""

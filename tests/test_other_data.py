@@ -65,8 +65,8 @@ def test_an_archive_is_prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     meta = load_meta(tmp_path / "data/prepared")
     assert meta.splits == {"train": 49_600, "signal": 200, "gate": 200, "test": 10_000, "published": 0}
     assert meta.input_shape == (3, 32, 32) and meta.classes == form.names[[*form.names][-1]]
-    [(task, labels)] = meta.tasks.items()
-    assert (task, len({*labels})) == {"cifar10": ("vehicle", 2), "cifar100": ("coarse", 20)}[name]
+    found = {task: len({*labels}) for task, labels in meta.tasks.items()}
+    assert found == {"cifar10": {"vehicle": 2}, "cifar100": {"coarse": 20}}[name]
 
 
 def test_a_smaller_archive_goes_through_every_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,8 +76,7 @@ def test_a_smaller_archive_goes_through_every_stage(tmp_path: Path, monkeypatch:
     write_archive(tmp_path / "cifar.tar.gz", form)
     run_all(brief(data={"name": "cifar100", "path": str(tmp_path / "cifar.tar.gz")}), tmp_path, monkeypatch)
     decisions = pd.read_csv(tmp_path / "reports/tables/decisions.csv")
-    assert len(decisions) == sum(map(len, brief().arms().values()))
-    assert (decisions["accuracy"] > 1.5).all()  # it learned, in forty steps: chance is 1
+    assert len(decisions) == sum(map(len, brief().arms().values())) and (decisions["accuracy"] > 1.5).all()  # chance: 1
     tasks = pd.read_csv(tmp_path / "reports/tables/tasks.csv")
     assert set(tasks["task"]) == {"coarse"} and set(tasks["arm"]) == {"task_gates", "heads", "drowned"}
     assert tasks["accuracy"].between(5, 100).all()
@@ -93,8 +92,7 @@ def test_data_that_lack_a_class_go_through_every_stage(
     some |= {"x_val": x[900:1020], "y_val": y[900:1020], "class_names": np.array(["cat", "dog", "Größe"])}
     data = {"name": "npz", "path": str(own_data(tmp_path, **some)), "tasks": {"npz": {"first": [1, 0, 0]}}}
     run_all(brief(data=data, p7c2={"classes": 2}), tmp_path, monkeypatch)
-    said, lack = capsys.readouterr().out, "has no example of class Größe: nothing in it tells how well that is learned"
-    assert all(f"{split} {lack}" in said for split in ("signal", "gate", "test"))
+    assert re.findall(r"(\w+) has no example of class Größe: ", capsys.readouterr().out) == ["signal", "gate", "test"]
     for path in TABLES.glob("*.csv"):
         full = pd.read_csv(ROOT / path).dropna(axis="columns").columns.drop("gap_closed", errors="ignore")
         assert pd.read_csv(path)[full].notna().all(axis=None)  # a gap that is none cannot be closed
