@@ -8,6 +8,7 @@ reports/headline_curve.csv differ. Nothing is trained and no cache is needed: DV
 """
 
 import json
+import re
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -28,13 +29,13 @@ def main(params: Params) -> None:
     if edited := output("git", "status", "--porcelain", "--untracked-files=no", "-z").split("\0")[0][3:]:
         raise UserError(f"{edited} changed since the last commit: `git commit -a` keeps it, `git restore .` drops it")
     refuse_stale()
+    top, below = output("git", "rev-parse", "--show-toplevel", "--show-prefix").splitlines()
+    me = zip(("name", "email"), re.split(" <|>", output("git", "var", "GIT_COMMITTER_IDENT")), strict=False)
     with TemporaryDirectory() as folder:  # DVC's own, of --temp, need a whole clone, in a folder whose path is ASCII
-        output("git", "worktree", "add", "--quiet", "--detach", folder)
-        place = Path(folder, output("git", "rev-parse", "--show-prefix").rstrip("\n"))
+        output("git", "clone", "--quiet", "--shared", *(f"--config=user.{key}={text}" for key, text in me), top, folder)
         for choice in wanted:
             name = f"phase-{choice.phase.removeprefix('p')}" + (f"-{choice.arm}" if choice.arm != PRIMARY else "")
-            print(f"{name}: {summary(save(name, choice, place))}", flush=True)
-    output("git", "worktree", "prune")
+            print(f"{name}: {summary(save(name, choice, Path(folder, below)))}", flush=True)
 
 
 def headline(name: str, params: Params) -> Headline:
@@ -46,14 +47,13 @@ def headline(name: str, params: Params) -> Headline:
 
 
 def save(name: str, choice: Headline, place: Path) -> dict[str, Any]:
-    """Save one experiment, run at `place`, instead of all others of its name, and return its metrics."""
-    find = ("git", "for-each-ref", "--format=%(refname)", f"refs/exps/*/*/{name}")
-    for old in output(*find).split():  # DVC's commands refuse a name that experiments of several commits have
-        output("git", "update-ref", "-d", old)
+    """Save one experiment, run in a clone at `place`, instead of all others of its name, and return its metrics."""
     output("git", "reset", "--quiet", "--hard", folder=place)
     words = ["dvc", "exp", "run", "--allow-missing", "--single-item", "headline", "--name", name]
     output(*words, *(f"--set-param=headline.{key}={value}" for key, value in choice), folder=place)
-    return dict(json.loads(output("git", "show", f"{output(*find).strip()}:./metrics.json")))
+    # Those of other commits are pruned: DVC's commands refuse a name that several experiments have.
+    output("git", "push", "--quiet", "--prune", "origin", f"+refs/exps/*/{name}:refs/exps/*/{name}", folder=place)
+    return dict(json.loads((place / "metrics.json").read_text(encoding="utf-8")))
 
 
 def summary(metrics: dict[str, Any]) -> str:
