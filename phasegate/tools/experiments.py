@@ -30,9 +30,9 @@ def main(params: Params) -> None:
         raise UserError(f"{edited} changed since the last commit: `git commit -a` keeps it, `git restore .` drops it")
     refuse_stale()
     top, below = output("git", "rev-parse", "--show-toplevel", "--show-prefix").splitlines()
-    me = zip(("name", "email"), re.split(" <|>", output("git", "var", "GIT_COMMITTER_IDENT")), strict=False)
+    me = re.findall(r"^user\.(?:name|email)=.*", output("git", "config", "--list"), re.MULTILINE)  # if they are set
     with TemporaryDirectory() as folder:  # DVC's own, of --temp, need a whole clone, in a folder whose path is ASCII
-        output("git", "clone", "--quiet", "--shared", *(f"--config=user.{key}={text}" for key, text in me), top, folder)
+        output("git", "clone", "--quiet", "--shared", *(f"--config={line}" for line in me), top, folder)
         for choice in wanted:
             name = f"phase-{choice.phase.removeprefix('p')}" + (f"-{choice.arm}" if choice.arm != PRIMARY else "")
             print(f"{name}: {summary(save(name, choice, Path(folder, below)))}", flush=True)
