@@ -122,8 +122,6 @@ def test_dvc_compares_phases_saved_as_experiments(checkout: Checkout, tmp_path: 
     checkout = Checkout(tmp_path / "größer", of=checkout.folder.parent)
     checkout.folder /= "my project's"
     (checkout.folder.parent / ".git/shallow").write_text(checkout.command("git", "rev-parse", "HEAD"))
-    checkout.command("git", "init", "-q", "--separate-git-dir", str(tmp_path / "modules"), "..")  # as of a submodule,
-    checkout.command("git", "config", "core.worktree", str(checkout.folder.parent))  # which has this setting, too
     save = partial(checkout.command, "python", "-m", "phasegate.tools.experiments")
     plan = partial(checkout.command, "python", "-m", "phasegate.tools.plan")
 
@@ -180,7 +178,7 @@ def test_every_phase_may_be_the_headline_and_is_saved_unless_some_are_named(
     shutil.copytree(small_study / TABLES, tmp_path / TABLES)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["experiments"])
-    for name, pretended in {"save": save, "output": lambda *_: "\n\n", "refuse_stale": lambda: None}.items():
+    for name, pretended in {"save": save, "output": lambda *_: "", "refuse_stale": lambda: None}.items():
         monkeypatch.setattr(experiments, name, pretended)
     params = load_params(small_study / "params.yaml")
     experiments.main(params)

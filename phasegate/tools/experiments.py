@@ -8,7 +8,6 @@ reports/headline_curve.csv differ. Nothing is trained and no cache is needed: DV
 """
 
 import json
-import re
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -29,13 +28,13 @@ def main(params: Params) -> None:
     if edited := output("git", "status", "--porcelain", "--untracked-files=no", "-z").split("\0")[0][3:]:
         raise UserError(f"{edited} changed since the last commit: `git commit -a` keeps it, `git restore .` drops it")
     refuse_stale()
-    top, below = output("git", "rev-parse", "--show-toplevel", "--show-prefix").splitlines()
-    me = re.findall(r"^user\.(?:name|email)=.*", output("git", "config", "--list"), re.MULTILINE)  # if they are set
     with TemporaryDirectory() as folder:  # DVC's own, of --temp, need a whole clone, in a folder whose path is ASCII
-        output("git", "clone", "--quiet", "--shared", *(f"--config={line}" for line in me), top, folder)
+        output("git", "worktree", "add", "--quiet", "--detach", folder)
+        place = Path(folder, output("git", "rev-parse", "--show-prefix").rstrip("\n"))
         for choice in wanted:
             name = f"phase-{choice.phase.removeprefix('p')}" + (f"-{choice.arm}" if choice.arm != PRIMARY else "")
-            print(f"{name}: {summary(save(name, choice, Path(folder, below)))}", flush=True)
+            print(f"{name}: {summary(save(name, choice, place))}", flush=True)
+    output("git", "worktree", "prune")
 
 
 def headline(name: str, params: Params) -> Headline:
@@ -47,13 +46,14 @@ def headline(name: str, params: Params) -> Headline:
 
 
 def save(name: str, choice: Headline, place: Path) -> dict[str, Any]:
-    """Save one experiment, run in a clone at `place`, instead of all others of its name, and return its metrics."""
+    """Save one experiment, run at `place`, instead of all others of its name, and return its metrics."""
+    find = ("git", "for-each-ref", "--format=%(refname)", f"refs/exps/*/*/{name}")
+    for old in output(*find).split():  # DVC's commands refuse a name that experiments of several commits have
+        output("git", "update-ref", "-d", old)
     output("git", "reset", "--quiet", "--hard", folder=place)
     words = ["dvc", "exp", "run", "--allow-missing", "--single-item", "headline", "--name", name]
     output(*words, *(f"--set-param=headline.{key}={value}" for key, value in choice), folder=place)
-    # Those of other commits are pruned: DVC's commands refuse a name that several experiments have.
-    output("git", "push", "--quiet", "--prune", "origin", f"+refs/exps/*/{name}:refs/exps/*/{name}", folder=place)
-    return dict(json.loads((place / "metrics.json").read_text(encoding="utf-8")))
+    return dict(json.loads(output("git", "show", f"{output(*find).strip()}:./metrics.json")))
 
 
 def summary(metrics: dict[str, Any]) -> str:
