@@ -87,10 +87,10 @@ class Classifier(nn.Module):
         return self._run(x).logits[0]
 
     def logits(self, x: Tensor, task: int = 0) -> Tensor:
-        """Return logits (B, C) of a task, in large batches and without a graph; `UserError` if they are not finite."""
+        """Return logits (B, C) of a task, in large batches and without a graph; `UserError` if x or they are bad."""
         self._check_task(task)
         if not (logits := torch.cat([output.logits[task] for output in self._run_batches(x, task)])).isfinite().all():
-            raise UserError("x has NaN, or numbers that are far from the data of the study: its logits are not finite")
+            raise UserError("logits are not finite: x, weights or dataset.json have NaN, or numbers far from the data")
         return logits
 
     def predict(self, x: Tensor, task: int = 0) -> Tensor:

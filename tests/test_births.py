@@ -118,9 +118,7 @@ def test_a_birth_changes_no_bit_of_what_a_model_puts_out(seed: int, case: Any, r
 
 @settings(max_examples=40)
 @given(managers(), ways, st.integers(4, 9), seeds)
-def test_a_birth_leaves_old_rows_and_moments_and_newborns_have_none(
-    manager: Any, retires: bool, count: int, seed: int
-) -> None:
+def test_a_birth_keeps_old_rows_and_moments_and_adds_none(manager: Any, retires: bool, count: int, seed: int) -> None:
     moe = manager.moe
     before, whole = by_id(manager), state(manager)
     manager.birth(count, retires, draws(seed))

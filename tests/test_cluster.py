@@ -120,9 +120,7 @@ def test_every_kind_of_trial_finds_all_that_it_reads(
     assert len(list(models.glob("p7b4/head/*/weights.safetensors"))) == len(seeds)
 
 
-def test_what_goes_wrong_on_a_cluster_is_said_in_a_sentence(
-    cluster: Any, checkout: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_errors_of_a_cluster_are_one_sentence(cluster: Any, checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(sentence: str) -> None:
         with pytest.raises(UserError, match=sentence):
             run_trials([Trial("p", "arm", 0, fail, {"sentence": "lr is -1"})], Path("models"))

@@ -171,9 +171,7 @@ def test_a_yoked_controller_repeats_operations_on_any_allowed_expert(
 
 
 @given(seeds, st.integers(1, 4), st.integers(1, 4))
-def test_a_yoked_controller_repeats_operations_of_one_step_on_different_experts(
-    seed: int, removed: int, at_once: int
-) -> None:
+def test_a_yoked_arm_repeats_a_steps_operations_on_different_experts(seed: int, removed: int, at_once: int) -> None:
     log = pd.DataFrame({"step": [4] * removed, "block": 0, "n_routed_before": 5, "n_routed_after": 4})
     with mock.patch.object(controllers, "read_table", return_value=log):
         controller = controllers.YokedPolicy(Path("oracle")).build(MODEL, mock.Mock(), mock.Mock(seed=seed))

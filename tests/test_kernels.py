@@ -166,9 +166,7 @@ def test_another_width_of_vectors_gives_the_same_bits() -> None:
 
 @settings(max_examples=30)
 @given(seeds, st.integers(1, 12), st.integers(1, 4), st.integers(1, 2), st.integers(1, 40))
-def test_the_balancing_loss_and_its_gradient_are_the_formulas(
-    seed: int, families: int, top_k: int, gates: int, n: int
-) -> None:
+def test_balancing_loss_and_gradient_are_the_formulas(seed: int, families: int, top_k: int, gates: int, n: int) -> None:
     torch.manual_seed(seed)
     top_k = min(top_k, families)
     logits = torch.randn(gates, n, families, requires_grad=True)

@@ -142,9 +142,7 @@ def test_a_hyperplane_starts_with_the_second_moment_of_its_familys_router_row(ma
 
 @settings(max_examples=40)
 @given(managers(planned=False), picks, st.floats(0.01, 0.99), st.sampled_from(["scaled", "carried"]))
-def test_moments_of_copies_are_those_of_their_share_of_the_tokens(
-    manager: Any, pick: int, share: float, moments: Moments
-) -> None:
+def test_moments_of_copies_are_of_their_tokens_share(manager: Any, pick: int, share: float, moments: Moments) -> None:
     for clones, kept in ((False, 1 - share), (True, share)):
         grown = copy.deepcopy(manager)
         grown.moments, moe, e = moments, grown.moe, pick % manager.moe.n_routed

@@ -91,9 +91,7 @@ def test_a_killed_workers_trial_resumes_and_finished_trials_are_not_repeated(
 
 
 @pytest.mark.parametrize("other", ["argument", "input"])
-def test_what_a_killed_trial_left_is_never_used_by_another(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: str
-) -> None:
+def test_what_a_killed_trial_left_no_other_uses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: str) -> None:
     monkeypatch.setenv("PHASEGATE_WORKERS", "2")
     with pytest.raises(UserError, match=r"^a worker of out was killed"):
         run_trials(wanted(tmp_path, harm="killed"), tmp_path / "out")

@@ -92,6 +92,9 @@ def test_whatever_the_locale_programs_and_stages_say_the_same(tmp_path: Path) ->
     assert r"Gr\xf6\xdfer \u2212 \u201c\xe9\u201d\u202e." in study.command("python", "-m", "phasegate.tools.plan")
     said = study.command(*check, ok=False)
     assert said.startswith(r"check: plugins.hypothesis: 'Gr\xf6\xdfer \u2212 \u201c\xe9\u201d\u202e.' has the control")
+    study.change({"plugins": {"hypothesis": "Größer"}})
+    assert r"\xb1" in study.command("dvc", "repro", "check")
+    assert study.command("python", "-m", "phasegate.tools.repair") == ""
 
 
 def test_what_make_starts_escapes_what_the_terminal_cannot_show() -> None:
