@@ -122,6 +122,8 @@ def test_dvc_compares_phases_saved_as_experiments(checkout: Checkout, tmp_path: 
     checkout = Checkout(tmp_path / "größer", of=checkout.folder.parent)
     checkout.folder /= "my project's"
     (checkout.folder.parent / ".git/shallow").write_text(checkout.command("git", "rev-parse", "HEAD"))
+    checkout.command("git", "init", "-q", "--separate-git-dir", str(tmp_path / "modules"), "..")  # as of a submodule,
+    checkout.command("git", "config", "core.worktree", str(checkout.folder.parent))  # which has this setting, too
     save = partial(checkout.command, "python", "-m", "phasegate.tools.experiments")
     plan = partial(checkout.command, "python", "-m", "phasegate.tools.plan")
 
@@ -178,7 +180,7 @@ def test_every_phase_may_be_the_headline_and_is_saved_unless_some_are_named(
     shutil.copytree(small_study / TABLES, tmp_path / TABLES)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["experiments"])
-    for name, pretended in {"save": save, "output": lambda *_: "", "refuse_stale": lambda: None}.items():
+    for name, pretended in {"save": save, "share": Path, "output": lambda *_: "", "refuse_stale": lambda: None}.items():
         monkeypatch.setattr(experiments, name, pretended)
     params = load_params(small_study / "params.yaml")
     experiments.main(params)
@@ -191,12 +193,19 @@ def test_every_phase_may_be_the_headline_and_is_saved_unless_some_are_named(
 def test_the_recipes_work_one_after_the_other(checkout: Checkout, tmp_path: Path) -> None:
     checkout.command("git", "init", "-q", "--bare", str(tmp_path / "origin"))
     checkout.command("git", "remote", "add", "origin", str(tmp_path / "origin"))
+    checkout.command("git", "push", "-q", "origin", "HEAD:refs/exps/aa/bb/phase-7b1")
     checkout.command("dvc", "exp", "run", "-n", "gutsy-seat", "-S", "headline.phase=p7c1", "-s", "headline")
-    models, metrics = checkout.folder / "models/p7b2", checkout.folder / "metrics.json"
+    models, metrics, git = (checkout.folder / name for name in ("models/p7b2", "metrics.json", "../.git"))
     said, trained = dict[str, str](), content(models)
     for words in commands(ROOT / "docs/recipes.md"):
         if words == ["make", "phases"]:  # which would make an environment
             words = [sys.executable, "-m", "phasegate.tools.experiments", "p7a", "p7b1", "p7b2", "p7b3"]
+            words = [
+                "env",
+                f"GIT_DIR={git}",
+                f"GIT_WORK_TREE={checkout.folder.parent}",
+                *words,
+            ]  # as git sets them for aliases
         elif "--queue" not in words and (words[0] == "make" or words[:3] in TRAINING):
             continue  # it would train for minutes; test_docs.py looks at what it sets
         words = [word.replace("/mnt/shared/phasegate", str(tmp_path / "remote")) for word in words]
@@ -225,6 +234,7 @@ def test_the_recipes_work_one_after_the_other(checkout: Checkout, tmp_path: Path
     assert "Gate accuracy of the headline arm" in said["plots show"]
     assert said["queue status"].count("Queued") == 3
     assert content(models) == trained and "Pushed" in said["exp push origin phase-7b2"]
+    assert (tmp_path / "origin/refs/exps/aa/bb/phase-7b1").is_file()  # an experiment of that name, but not from here
 
 
 def test_a_study_on_other_data_fills_a_folder_of_its_own(checkout: Checkout) -> None:

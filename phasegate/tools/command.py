@@ -13,9 +13,13 @@ UTF8 = {"PYTHONUTF8": "1", "PYTHONIOENCODING": "utf-8"}  # DVC's output, whateve
 
 def output(*words: str, folder: Path = Path()) -> str:
     """Return what a command prints; raise UserError if there is no such command, or with its words if it fails."""
+    env = os.environ | UTF8
+    if folder != Path():  # a command elsewhere is not to act on this repository, which GIT_DIR may name
+        here = output("git", "rev-parse", "--local-env-vars").split()
+        env = {name: value for name, value in env.items() if name not in here}
     try:
         caught: dict[str, Any] = {"capture_output": True, "encoding": "utf-8", "errors": "replace", "check": False}
-        done: subprocess.CompletedProcess[str] = subprocess.run(words, cwd=folder, env=os.environ | UTF8, **caught)
+        done: subprocess.CompletedProcess[str] = subprocess.run(words, cwd=folder, env=env, **caught)
     except FileNotFoundError:
         raise UserError(f"there is no command {words[0]}: activate .venv, or use make") from None
     if done.returncode:

@@ -8,6 +8,8 @@ reports/headline_curve.csv differ. Nothing is trained and no cache is needed: DV
 """
 
 import json
+import re
+import shutil
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -29,12 +31,10 @@ def main(params: Params) -> None:
         raise UserError(f"{edited} changed since the last commit: `git commit -a` keeps it, `git restore .` drops it")
     refuse_stale()
     with TemporaryDirectory() as folder:  # DVC's own, of --temp, need a whole clone, in a folder whose path is ASCII
-        output("git", "worktree", "add", "--quiet", "--detach", folder)
-        place = Path(folder, output("git", "rev-parse", "--show-prefix").rstrip("\n"))
+        place = share(Path(folder))
         for choice in wanted:
             name = f"phase-{choice.phase.removeprefix('p')}" + (f"-{choice.arm}" if choice.arm != PRIMARY else "")
             print(f"{name}: {summary(save(name, choice, place))}", flush=True)
-    output("git", "worktree", "prune")
 
 
 def headline(name: str, params: Params) -> Headline:
@@ -45,15 +45,30 @@ def headline(name: str, params: Params) -> Headline:
     return choice
 
 
+def share(folder: Path) -> Path:
+    """Make a repository of this one's last commit and objects: DVC is lost in a worktree of git's in a submodule."""
+    paths = ("--path-format=absolute", "--git-path", "objects", "--git-path", "shallow")
+    objects, shallow, commit, below = output("git", "rev-parse", *paths, "HEAD", "--show-prefix").splitlines()
+    output("git", "init", "--quiet", "--template=", folder=folder)
+    (folder / ".git/objects/info/alternates").write_text(f"{objects}\n", encoding="utf-8")
+    if Path(shallow).is_file():
+        shutil.copy(shallow, folder / ".git")
+    for key, value in re.findall(r"^(user\.(?:name|email))=(.*)", output("git", "config", "--list"), re.MULTILINE):
+        output("git", "config", key, value, folder=folder)
+    output("git", "reset", "--quiet", "--hard", commit, folder=folder)
+    return folder / below
+
+
 def save(name: str, choice: Headline, place: Path) -> dict[str, Any]:
-    """Save one experiment, run at `place`, instead of all others of its name, and return its metrics."""
-    find = ("git", "for-each-ref", "--format=%(refname)", f"refs/exps/*/*/{name}")
-    for old in output(*find).split():  # DVC's commands refuse a name that experiments of several commits have
-        output("git", "update-ref", "-d", old)
+    """Save one experiment, run in the repository at `place`, instead of all others of its name; return its metrics."""
     output("git", "reset", "--quiet", "--hard", folder=place)
     words = ["dvc", "exp", "run", "--allow-missing", "--single-item", "headline", "--name", name]
     output(*words, *(f"--set-param=headline.{key}={value}" for key, value in choice), folder=place)
-    return dict(json.loads(output("git", "show", f"{output(*find).strip()}:./metrics.json")))
+    # Those of other commits are pruned: DVC's commands refuse a name that several experiments have.
+    fetch = ("git", "fetch", "--quiet", "--prune", "--no-tags", "--no-write-fetch-head", "--no-auto-maintenance")
+    source = output("git", "rev-parse", "--absolute-git-dir", folder=place).strip()
+    output(*fetch, source, f"+refs/exps/*/{name}:refs/exps/*/{name}")
+    return dict(json.loads((place / "metrics.json").read_text(encoding="utf-8")))
 
 
 def summary(metrics: dict[str, Any]) -> str:
