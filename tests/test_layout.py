@@ -33,7 +33,7 @@ def test_no_folder_of_the_library_has_over_12_files_and_its_root_at_most_5() -> 
     assert {str(folder): count for folder, count in folders.items() if count > 12} == {}
 
 
-@pytest.mark.parametrize(("folder", "most"), [("phasegate", 12_769), ("tests", 14_135)])
+@pytest.mark.parametrize(("folder", "most"), [("phasegate", 12_772), ("tests", 14_143)])
 def test_library_and_tests_stay_small(folder: str, most: int) -> None:
     assert sum(map(lines, (ROOT / folder).rglob("*.py"))) <= most
 

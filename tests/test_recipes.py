@@ -124,6 +124,8 @@ def test_dvc_compares_phases_saved_as_experiments(checkout: Checkout, tmp_path: 
     (checkout.folder.parent / ".git/shallow").write_text(checkout.command("git", "rev-parse", "HEAD"))
     checkout.command("git", "init", "-q", "--separate-git-dir", str(tmp_path / "modules"), "..")  # as of a submodule,
     checkout.command("git", "config", "core.worktree", str(checkout.folder.parent))  # which has this setting, too
+    for setting in ("protocol.allow=never", "transfer.hideRefs=refs/exps", "fetch.fsckObjects=true"):
+        checkout.command("git", "config", *setting.split("="))
     save = partial(checkout.command, "python", "-m", "phasegate.tools.experiments")
     plan = partial(checkout.command, "python", "-m", "phasegate.tools.plan")
 
@@ -165,6 +167,12 @@ def test_dvc_compares_phases_saved_as_experiments(checkout: Checkout, tmp_path: 
     assert plan("--refuse-stale") == ""
     assert plan().startswith("Nothing changed: ")
     assert "arm is 'clones', no arm of p7b2: did you mean clone?" in save("p7b2/clones", ok=False)
+    there, head = references(), checkout.command("git", "rev-parse", "HEAD").strip()
+    lock = tmp_path / f"modules/refs/exps/{head[:2]}/{head[2:]}/phase-7a.lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    assert "git update-ref failed: " in save("p7a", ok=False) and references() == there
+    lock.unlink()
     save("p7a")
     assert own in references() and sum(name.endswith("/phase-7a") for name in references()) == 1
     assert json.loads(checkout.command("dvc", "metrics", "diff", "--json", *pair))["metrics.json"] == metrics

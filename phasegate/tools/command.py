@@ -1,6 +1,7 @@
 """Run the commands of git and DVC."""
 
 import os
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,8 @@ def output(*words: str, folder: Path = Path()) -> str:
     if done.returncode:
         refuse_conflicts(folder)
         lines = [line for line in done.stderr.splitlines() if line.strip()]
-        reason = next((line for line in lines if line.startswith(("fatal: ", "ERROR: ", "'"))), " ".join(lines[-1:]))
-        raise UserError(f"{words[0]} {words[1]} failed: {reason.removeprefix('fatal: ').removeprefix('ERROR: ')}")
+        reason = next((line for line in lines if re.match("error: |fatal: |ERROR: |'", line)), " ".join(lines[-1:]))
+        raise UserError(f"{words[0]} {words[1]} failed: {re.sub('^(error|fatal): ', '', reason, flags=re.IGNORECASE)}")
     return done.stdout
 
 

@@ -9,7 +9,6 @@ reports/headline_curve.csv differ. Nothing is trained and no cache is needed: DV
 
 import json
 import re
-import shutil
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -31,7 +30,7 @@ def main(params: Params) -> None:
         raise UserError(f"{edited} changed since the last commit: `git commit -a` keeps it, `git restore .` drops it")
     refuse_stale()
     with TemporaryDirectory() as folder:  # DVC's own, of --temp, need a whole clone, in a folder whose path is ASCII
-        place = share(Path(folder))
+        place = share(Path(folder).absolute())
         for choice in wanted:
             name = f"phase-{choice.phase.removeprefix('p')}" + (f"-{choice.arm}" if choice.arm != PRIMARY else "")
             print(f"{name}: {summary(save(name, choice, place))}", flush=True)
@@ -47,12 +46,11 @@ def headline(name: str, params: Params) -> Headline:
 
 def share(folder: Path) -> Path:
     """Make a repository of this one's last commit and objects: DVC is lost in a worktree of git's in a submodule."""
-    paths = ("--path-format=absolute", "--git-path", "objects", "--git-path", "shallow")
-    objects, shallow, commit, below = output("git", "rev-parse", *paths, "HEAD", "--show-prefix").splitlines()
-    output("git", "init", "--quiet", "--template=", folder=folder)
-    (folder / ".git/objects/info/alternates").write_text(f"{objects}\n", encoding="utf-8")
-    if Path(shallow).is_file():
-        shutil.copy(shallow, folder / ".git")
+    objects = output("git", "rev-parse", "--git-path", "objects").removesuffix("\n")
+    commit, _, below = output("git", "rev-parse", "HEAD", "--show-prefix").removesuffix("\n").partition("\n")
+    output("git", "init", "--quiet", "--template=", "--object-format=sha1", folder=folder)
+    (folder / ".git/shared").symlink_to(Path(objects).absolute())  # whose path may have what the next file can't
+    (folder / ".git/objects/info/alternates").write_text("../shared\n", encoding="utf-8")
     for key, value in re.findall(r"^(user\.(?:name|email))=(.*)", output("git", "config", "--list"), re.MULTILINE):
         output("git", "config", key, value, folder=folder)
     output("git", "reset", "--quiet", "--hard", commit, folder=folder)
@@ -64,10 +62,14 @@ def save(name: str, choice: Headline, place: Path) -> dict[str, Any]:
     output("git", "reset", "--quiet", "--hard", folder=place)
     words = ["dvc", "exp", "run", "--allow-missing", "--single-item", "headline", "--name", name]
     output(*words, *(f"--set-param=headline.{key}={value}" for key, value in choice), folder=place)
-    # Those of other commits are pruned: DVC's commands refuse a name that several experiments have.
-    fetch = ("git", "fetch", "--quiet", "--prune", "--no-tags", "--no-write-fetch-head", "--no-auto-maintenance")
-    source = output("git", "rev-parse", "--absolute-git-dir", folder=place).strip()
-    output(*fetch, source, f"+refs/exps/*/{name}:refs/exps/*/{name}")
+    # A bundle brings the objects: `git fetch` obeys settings of transfers, and goes to submodules and their remotes.
+    saved, bundle = ("git", "for-each-ref", f"refs/exps/*/*/{name}", "--format"), str(place / ".dvc/tmp/bundle")
+    reference, commit = output(*saved, "%(refname) %(objectname)", folder=place).split()
+    output("git", "bundle", "create", bundle, reference, "^HEAD", folder=place)
+    output("git", "bundle", "unbundle", bundle)
+    output("git", "update-ref", reference, commit)
+    for other in {*output(*saved, "%(refname)").split()} - {reference}:  # DVC refuses a name that two experiments have
+        output("git", "update-ref", "-d", other)
     return dict(json.loads((place / "metrics.json").read_text(encoding="utf-8")))
 
 
