@@ -61,6 +61,7 @@ def with_arm(**arm: Any) -> Params:
         ("from os import stat as signal", ""),
         ("signal: object = print", ""),
         ("def signal(:", f"{NOT_PYTHON}: invalid syntax \\(loud.py, "),
+        ("-" * 200_000, f"{NOT_PYTHON}: MemoryError"),
         ("signal = '\0'", f"{NOT_PYTHON}: source code string"),
         ("signals = 1", "plugins/loud.py, which .* names, does not define the function signal"),
         ("from plugins.louder import signal", "plugins/loud.py, .* imports from plugins: it must be a file by itself"),
@@ -104,10 +105,9 @@ def test_a_misspelt_name_gets_a_suggestion(write: Write, arm: dict[str, str], se
         ("torch.ones(5)", "signal must return Scores, not tensor"),
         ("Scores(None, None)", "signal must return Scores"),
         ("Scores(torch.ones(4), None)", "prune must be a tensor of 5 finite numbers, not Tensor of shape \\(4,\\): "),
-        (
-            "Scores(None, torch.ones(5) / 0)",
-            "grow must be a tensor of 5 finite numbers, not Tensor of shape \\(5,\\): tensor\\(\\[inf, ",
-        ),
+        ("Scores(None, torch.ones(5) / 0)", r"grow must be .* numbers, not Tensor of shape \(5,\): tensor\(\[inf, "),
+        ("Scores(torch.ones(5).to_sparse(), None)", "prune must be a tensor of 5 finite numbers, not Tensor: "),
+        ("Scores(None, torch.ones(5) * 1j)", "grow must be a tensor of 5 finite numbers, not Tensor: "),
         ("Scores([1] * 5, None)", "prune must be a tensor of 5 finite numbers, not list: \\[1, 1, "),
     ],
 )

@@ -68,9 +68,8 @@ def evaluate_phase(models: Path, prepared: Path, output: Path, may_be_empty: boo
     predictions, parts = {}, {name: list[pd.DataFrame]() for name in TABLES}
     for folder in folders:
         left = {name: pd.DataFrame(columns=TABLES[name]) for name in FILES}  # empty where a trial leaves none
-        for name, file in FILES.items():
-            if (folder / file).exists():
-                left[name] = read_table(folder / file, TABLES[name])
+        there = {name: folder / file for name, file in FILES.items() if (folder / file).exists()}
+        left |= {name: read_table(path, TABLES[name]) for name, path in there.items()}
         result = evaluate(checkpoint.load(folder, gate, device()), test, meta.tasks, left["surgeries"])
         routing = result.tables["routing"]
         routing["class"] = routing["class"].map(dict(enumerate(meta.class_names)))

@@ -98,14 +98,14 @@ class Model(Network):
     def onward(self, h: Tensor, length: int, n_tasks: int = 1, start: int = 0) -> Output:
         """Run the model from block `start`, whose input is h (G, B * S, D) with S = `length`."""
         routings = []
-        for block in self.blocks[start:]:
+        for block in [*self.blocks][start:]:  # a slice of the ModuleList itself would be built as a module
             h, routing = block(h)
             routings.append(routing)
         if length > 1:
             h = h.view(h.shape[0], -1, length, h.shape[-1]).mean(2)
         features = self.norm(h)
         n_gates = features.shape[0]
-        logits = tuple(head(features[min(task, n_gates - 1)]) for task, head in enumerate(self.heads[:n_tasks]))
+        logits = tuple(head(features[min(task, n_gates - 1)]) for task, head in enumerate([*self.heads][:n_tasks]))
         return Output(logits, features, tuple(routings))
 
     @contextmanager

@@ -29,7 +29,7 @@ def _refuse_other(value: object) -> object:
 
 
 def _refuse_unreadable(value: str) -> str:
-    if not re.search(r"[^\W_\u115f\u1160\u3164\uffa0]", value):  # letters that show nothing
+    if not re.search(r"[^\W_\u115f\u1160\u3164\uffa0]", value):  # fillers of Hangul are letters that show nothing
         raise ValueError("it is blank: state it before the phase runs")
     if found := UNREADABLE.search(value):
         raise ValueError(f"'{visible(value)[:80]}' has the control character {visible(found[0])}: leave it out")

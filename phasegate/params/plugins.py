@@ -46,7 +46,7 @@ class Plugin:
         try:
             text, path = decode_source(self.source), str(self.path)
             nodes, top = list(ast.walk(ast.parse(text, path))), symtable.symtable(text, path, "exec")
-        except (SyntaxError, ValueError) as error:
+        except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
             raise UserError(f"{self.path}, which {key} names, is not Python: {one_line(error)}") from None
         if self.kind not in {each.get_name() for each in top.get_symbols() if each.is_assigned() or each.is_imported()}:
             raise UserError(f"{self.path}, which {key} names, does not define the function {self.kind}")

@@ -149,9 +149,10 @@ def plugin_signal(plugin: Plugin) -> Signal:
         if not isinstance(given, Scores) or (given.prune is None and given.grow is None):
             raise UserError(f"{plugin.path}: signal must return Scores, not {printable(f'{given!r:.80}')}")
         for kind, values in given._asdict().items():
-            fits = isinstance(values, Tensor) and tuple(values.shape) == (experts,) and bool(values.isfinite().all())
+            plain = isinstance(values, Tensor) and values.layout is torch.strided and not values.is_complex()
+            fits = plain and tuple(values.shape) == (experts,) and bool(values.isfinite().all())
             if values is not None and not fits:
-                given_shape = f" of shape {tuple(values.shape)}" if isinstance(values, Tensor) else ""
+                given_shape = f" of shape {tuple(values.shape)}" if plain else ""
                 found = f"{type(values).__name__}{given_shape}: {printable(f'{values!r:.80}')}"
                 raise UserError(f"{plugin.path}: {kind} must be a tensor of {experts} finite numbers, not {found}")
         return given
